@@ -1,0 +1,441 @@
+"""Octavo's configuration: one frozen dataclass per concern, the flags made from it, and its checks.
+
+A field's metadata is the single place for its flag, help text and bounds: the parser, `to_args` (with which the
+operator writes container arguments) and the error messages all come from it, so they cannot drift apart.
+Standard library only; called by cli.py, llm.py and the operator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn, TypeVar
+
+from octavo_engine.status import API_PORT, DEFAULT_TERMINATION_LOG, MANAGEMENT_PORT
+
+DTYPES = ("auto", "float32", "float16", "bfloat16", "half", "float")
+BLOCK_SIZES = (16, 32, 64, 128)
+LOG_LEVELS = ("debug", "info", "warning", "error")
+QUANTIZATIONS = ("awq", "gptq", "squeezellm", "fp8")
+
+
+class ConfigError(Exception):
+    """A setting outside its range. The text names the flag, the value and what would be right."""
+
+    def __init__(self, flag: str, value: object, expected: str) -> None:
+        super().__init__(f"{flag}: got {value!r}, expected {expected}")
+        self.flag, self.value, self.expected = flag, value, expected
+
+
+def parse_count(text: str) -> int:
+    """'4096', '16k' (thousands), '16K' (1,024s), '1.5M': an amount as people write it. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", text.strip())
+    if not match:
+        raise ValueError(f"not a count: {text!r}")
+    scale = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}[match[2]]
+    amount = float(match[1]) * scale
+    if amount != int(amount):
+        raise ValueError(f"not a whole count: {text!r}")
+    return int(amount)
+
+
+def parse_model_len(text: str) -> int | None:
+    """A context length in tokens, or None for 'auto' (the longest that the model and the memory allow)."""
+    return None if text == "auto" or text == "-1" else parse_count(text)
+
+
+def _setting(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    parse: Callable[[str], Any] | None = None,
+    choices: Sequence[Any] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    aliases: Sequence[str] = (),
+    metavar: str | None = None,
+    secret: bool = False,
+) -> Any:
+    return field(
+        default=default,
+        metadata={
+            "help": help, "group": group, "parse": parse, "choices": choices, "low": low, "high": high,
+            "aliases": tuple(aliases), "metavar": metavar, "secret": secret,
+        },
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the engine process needs: the model, its memory and its scheduling."""
+
+    model: str = _setting(
+        "", "Hugging Face id (org/name) or a folder with config.json and safetensors files.",
+        group="Model", metavar="MODEL",
+    )  # fmt: skip
+    revision: str | None = _setting(
+        None, "Branch, tag or commit of a Hugging Face model. Default: its main branch.", group="Model"
+    )
+    tokenizer: str | None = _setting(
+        None, "Tokenizer's id or folder when it is not the model's own.", group="Model", metavar="MODEL"
+    )
+    download_dir: str | None = _setting(
+        None,
+        "Where downloads are kept. Default: Hugging Face's cache (HF_HOME).",
+        group="Model",
+        metavar="DIR",
+    )
+    load_format: str = _setting(
+        "auto", "auto and safetensors read the checkpoint; dummy draws random weights (for measuring speed).",
+        group="Model", choices=("auto", "safetensors", "dummy"),
+    )  # fmt: skip
+    trust_remote_code: bool = _setting(
+        False, "Refused: this version runs no code from a checkpoint.", group="Model"
+    )
+    dtype: str = _setting(
+        "auto", "Type of weights and activations. auto: the checkpoint's own type where the device computes it "
+        "natively, else float32.", group="Model", choices=DTYPES,
+    )  # fmt: skip
+    quantization: str | None = _setting(
+        None,
+        "Weight quantization scheme of the checkpoint.",
+        group="Model",
+        choices=QUANTIZATIONS,
+        aliases=("-q",),
+    )
+    max_model_len: int | None = _setting(
+        None, "Longest prompt plus output, in tokens (8192, 8k, 8K). Default, and auto: the model's own limit, or "
+        "what fits in memory where that is less.", group="Model", parse=parse_model_len,
+        low=1, metavar="TOKENS",
+    )  # fmt: skip
+    seed: int = _setting(
+        0, "Seed of requests that bring none of their own.", group="Model", low=0, high=2**63 - 1
+    )
+
+    device: str = _setting(
+        "auto", "Where to compute. auto: the GPU if there is one, else the CPU.", group="Memory and parallelism",
+        choices=("auto", "cpu", "cuda"),
+    )  # fmt: skip
+    gpu_memory_utilization: float = _setting(
+        0.9, "Share of the device's memory that the engine may use in all (on a CPU: of the memory that is free at "
+        "start, for the KV cache, at most 4 GiB).", group="Memory and parallelism", low=0.01, high=1.0,
+    )  # fmt: skip
+    kv_cache_memory_bytes: int | None = _setting(
+        None, "Size of the KV cache in bytes (4G = 4 GiB); overrides --gpu-memory-utilization.",
+        group="Memory and parallelism", parse=parse_count, low=1, metavar="BYTES",
+    )  # fmt: skip
+    block_size: int = _setting(
+        64, "Tokens in one block of the KV cache.", group="Memory and parallelism", choices=BLOCK_SIZES
+    )
+    tensor_parallel_size: int = _setting(
+        1, "GPUs that share each layer.", group="Memory and parallelism", low=1, high=64, aliases=("-tp",)
+    )
+    pipeline_parallel_size: int = _setting(
+        1, "Groups of GPUs that share the layers in sequence.", group="Memory and parallelism", low=1, high=64,
+        aliases=("-pp",),
+    )  # fmt: skip
+    cpu_threads: int | None = _setting(
+        None, "Threads for computing on a CPU. Default: the cores this process may use.",
+        group="Memory and parallelism", low=1, high=1024,
+    )  # fmt: skip
+
+    max_num_seqs: int = _setting(
+        256, "Requests computed together in one step.", group="Scheduling", low=1, high=4096
+    )
+    max_num_batched_tokens: int = _setting(
+        2048, "Tokens computed in one step: the bound on a prompt's chunk.", group="Scheduling",
+        parse=parse_count, low=1, high=2**20, metavar="TOKENS",
+    )  # fmt: skip
+    enable_prefix_caching: bool = _setting(
+        True, "Keep finished blocks and reuse them for prompts with the same beginning.", group="Scheduling"
+    )
+    enable_chunked_prefill: bool = _setting(
+        True, "Split long prompts over several steps, so that running requests go on beside them. Without it a "
+        "prompt must fit in --max-num-batched-tokens.", group="Scheduling",
+    )  # fmt: skip
+    max_num_queued_reqs: int = _setting(
+        1024, "Requests that may wait; more get 429 with Retry-After.", group="Scheduling", low=1
+    )
+    max_num_queued_tokens: int = _setting(
+        1_000_000, "Prompt tokens that may wait; more get 429 with Retry-After.", group="Scheduling",
+        parse=parse_count, low=1, metavar="TOKENS",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        _check_bounds(self)
+
+    def check(self) -> None:
+        """Refuse what this version does not do and combinations that contradict each other. Raises ConfigError."""
+        if not self.model:
+            raise ConfigError(
+                "--model", self.model, "a Hugging Face id or a folder, e.g. `octavo serve Qwen/Qwen3-8B`"
+            )
+        if self.tensor_parallel_size > 1:
+            raise ConfigError(
+                "--tensor-parallel-size", self.tensor_parallel_size, "1: this version computes on one device"
+            )
+        if self.pipeline_parallel_size > 1:
+            raise ConfigError(
+                "--pipeline-parallel-size",
+                self.pipeline_parallel_size,
+                "1: this version computes on one device",
+            )
+        if self.quantization is not None:
+            raise ConfigError(
+                "--quantization",
+                self.quantization,
+                "no quantization: this version reads float32, float16 and bfloat16",
+            )
+        if self.trust_remote_code:
+            raise ConfigError(
+                "--trust-remote-code", True, "it to be absent: this version runs no code from a checkpoint"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                "--max-num-batched-tokens", self.max_num_batched_tokens,
+                f"at least --max-num-seqs ({self.max_num_seqs}), one token for each running request",
+            )  # fmt: skip
+        if (
+            not self.enable_chunked_prefill
+            and self.max_model_len is not None
+            and self.max_num_batched_tokens < self.max_model_len
+        ):
+            raise ConfigError(
+                "--max-num-batched-tokens", self.max_num_batched_tokens,
+                f"at least --max-model-len ({self.max_model_len}) when chunked prefill is off",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What the API process needs beside the engine's part: addresses, keys, limits, life cycle."""
+
+    host: str = _setting("localhost", "Address to listen on; 0.0.0.0 for all.", group="Server")
+    port: int = _setting(
+        API_PORT, "Port of the OpenAI API; 0 takes a free one.", group="Server", low=0, high=65535
+    )
+    management_port: int = _setting(
+        MANAGEMENT_PORT, "Port of /startupz, /livez, /readyz, /statusz, /drain and /metrics; 0 takes a free one.",
+        group="Server", low=0, high=65535,
+    )  # fmt: skip
+    served_model_name: tuple[str, ...] = _setting(
+        (), "Names under which clients ask for the model; the first is the one reported. Default: MODEL.",
+        group="Server", metavar="NAME",
+    )  # fmt: skip
+    api_key: tuple[str, ...] = _setting(
+        (), "Keys that clients must send one of (Authorization: Bearer KEY). Also read from OCTAVO_API_KEY and "
+        "VLLM_API_KEY.", group="Server", metavar="KEY", secret=True,
+    )  # fmt: skip
+    api_key_file: str | None = _setting(
+        None, "File with one key a line, read again when it changes.", group="Server", metavar="FILE"
+    )
+    chat_template: str | None = _setting(
+        None, "File with a Jinja chat template, instead of the tokenizer's.", group="Server", metavar="FILE"
+    )
+    max_request_bytes: int = _setting(
+        32 * 2**20, "Largest request body.", group="Server", parse=parse_count, low=1024, metavar="BYTES"
+    )
+    enable_metrics: bool = _setting(True, "Answer /metrics.", group="Server")
+    log_level: str = _setting(
+        "info", "Least severe message that is logged.", group="Server", choices=LOG_LEVELS
+    )
+
+    drain_timeout_s: float = _setting(
+        120.0, "Longest wait for running requests on SIGTERM or POST /drain before they are ended.",
+        group="Life cycle", low=0, high=86400, metavar="SECONDS",
+    )  # fmt: skip
+    startup_stall_s: float = _setting(
+        300.0, "/startupz fails when start-up made no progress for this long.", group="Life cycle", low=1, high=86400,
+        metavar="SECONDS",
+    )  # fmt: skip
+    liveness_stall_s: float = _setting(
+        60.0, "/livez fails when requests run and no step finished for this long.", group="Life cycle", low=1,
+        high=86400, metavar="SECONDS",
+    )  # fmt: skip
+    termination_log: str = _setting(
+        DEFAULT_TERMINATION_LOG, "File for the death certificate; written only if its folder exists.",
+        group="Life cycle", metavar="FILE",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        _check_bounds(self)
+        for name in self.served_model_name:
+            if not name.strip():
+                raise ConfigError("--served-model-name", name, "a name that is not empty")
+        if self.port == self.management_port and self.port != 0:
+            raise ConfigError(
+                "--management-port", self.management_port, f"another port than --port ({self.port})"
+            )
+
+
+Config = EngineConfig | ServerConfig
+
+
+def flag_of(name: str) -> str:
+    """'max_model_len' → '--max-model-len'."""
+    return "--" + name.replace("_", "-")
+
+
+TYPED_FLAGS: frozenset[str] = frozenset(
+    flag_of(f.name) for kind in (EngineConfig, ServerConfig) for f in fields(kind)
+)
+"""Every flag that a field stands behind; the operator refuses to pass these through as free arguments."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, kinds: Iterable[type[Config]]) -> None:
+    """Add one flag per field, in groups. Booleans get --x and --no-x; underscores are accepted for dashes."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for kind in kinds:
+        hints = typing.get_type_hints(kind)
+        for f in fields(kind):
+            meta = f.metadata
+            title = meta["group"]
+            if title not in groups:
+                groups[title] = parser.add_argument_group(title)
+            names = [*meta["aliases"], flag_of(f.name)]
+            options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": _help(f)}
+            hint = _plain_type(hints[f.name])
+            if hint is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                options["type"] = _converter(f, hint)
+                if meta["metavar"]:
+                    options["metavar"] = meta["metavar"]
+                if meta["choices"] and hint is not tuple:
+                    options["metavar"] = "{" + ",".join(map(str, meta["choices"])) + "}"
+                if hint is tuple:
+                    options["nargs"] = "+"
+                    options["action"] = "extend"
+            groups[title].add_argument(*names, **options)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with `_` for `-`, the nearest flag named for an unknown one, and ConfigError instead of an exit."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        arguments = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args([_dashed(a) for a in arguments], namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            expected = f"did you mean {near[0]}?" if near else "see --help"
+            self.error(f"unknown argument {unknown[0]!r}: {expected}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}")
+
+
+class UsageError(ValueError):
+    """The command line could not be read."""
+
+
+C = TypeVar("C", EngineConfig, ServerConfig)
+
+
+def from_namespace(kind: type[C], namespace: argparse.Namespace) -> C:
+    """The config of this kind from parsed flags. Raises ConfigError for a value outside its range."""
+    given = vars(namespace)
+    values = {f.name: given[f.name] for f in fields(kind) if f.name in given}
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def to_args(config: Config) -> list[str]:
+    """The flags that make this config again, defaults left out, in field order: from_args(to_args(c)) == c."""
+    args: list[str] = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value == f.default:
+            continue
+        flag = flag_of(f.name)
+        if isinstance(value, bool):
+            args.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, tuple):
+            args += [flag, *map(str, value)]
+        elif value is None:
+            args.append(f"{flag}=auto")
+        else:
+            # One word per setting: a value that begins with a dash cannot be taken for a flag.
+            args.append(f"{flag}={value}")
+    return args
+
+
+def _check_bounds(config: Config) -> None:
+    for f in fields(config):
+        value, meta = getattr(config, f.name), f.metadata
+        if value is None or isinstance(value, bool):
+            continue
+        flag = flag_of(f.name)
+        if meta["choices"] and value not in meta["choices"]:
+            raise ConfigError(flag, value, "one of " + ", ".join(map(str, meta["choices"])))
+        low, high = meta["low"], meta["high"]
+        if isinstance(value, (int, float)) and (
+            (low is not None and not value >= low) or (high is not None and not value <= high)
+        ):
+            raise ConfigError(flag, value, _range_text(low, high))
+
+
+def _range_text(low: float | None, high: float | None) -> str:
+    if high is None:
+        return f"{low:g} or more"
+    if low is None:
+        return f"{high:g} or less"
+    return f"{low:g} to {high:g}"
+
+
+def _help(f: dataclasses.Field[Any]) -> str:
+    default = f.default
+    if default in (None, (), "", False, True) or f.metadata["secret"]:
+        shown = (
+            {True: " Default: on.", False: " Default: off."}.get(default, "")
+            if isinstance(default, bool)
+            else ""
+        )
+    else:
+        shown = f" Default: {default}."
+    return (f.metadata["help"] + shown).replace("%", "%%")
+
+
+def _converter(f: dataclasses.Field[Any], hint: type) -> Callable[[str], Any]:
+    flag = flag_of(f.name)
+    parse = f.metadata["parse"] or (str if hint is tuple else hint)
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError:
+            expected = "a number" if hint is float else "a whole number"
+            if f.metadata["low"] is not None:
+                expected += ", " + _range_text(f.metadata["low"], f.metadata["high"])
+            raise ConfigError(flag, text, expected) from None
+
+    return convert
+
+
+def _plain_type(hint: Any) -> type:
+    """`int | None` → int, `tuple[str, ...]` → tuple."""
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    return typing.get_origin(hint) or hint
+
+
+def _dashed(argument: str) -> str:
+    """'--max_model_len=4k' → '--max-model-len=4k': both spellings are in use."""
+    if not argument.startswith("--"):
+        return argument
+    name, separator, value = argument.partition("=")
+    return name.replace("_", "-") + separator + value

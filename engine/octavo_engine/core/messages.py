@@ -1,0 +1,132 @@
+"""What the API process and the engine process say to each other.
+
+Plain values: the channel encodes them, LLM passes them in-process. One StepOutput carries everything that a step
+produced, so the other side wakes once per step and not once per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.status import Effective, Failure, Load, Stage
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+# ---- to the engine
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model's folder is complete on disk: load it."""
+
+    model_path: str
+    resolved_revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Submit:
+    """One sequence to generate. `n` answers to a prompt are `n` Submits; the prefix cache shares their prompt.
+
+    The API side has checked the prompt: 1 <= len(prompt_token_ids) < max_model_len, every id in the vocabulary.
+    eos_token_ids: the model's own end tokens. cache_salt: only requests with the same salt share cached blocks.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Stop these requests. Ids that are unknown or finished are skipped; each live one ends in one final event."""
+
+    request_ids: list[str]
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """End now, with exit status 0."""
+
+
+ToEngine = Start | Submit | Abort | Shutdown
+
+
+# ---- from the engine
+
+
+@dataclass(frozen=True)
+class StageChanged:
+    """A stage began or moved on: progress counts bytes where there are bytes, else it stays 0."""
+
+    stage: Stage
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The warm-up generation is done; requests are welcome."""
+
+    effective: Effective
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """New tokens of one request. An event with finish_reason is the request's last; it may carry no tokens.
+
+    stop_token_id: the id that ended the output when finish_reason is STOP (end-of-text included).
+    num_cached_tokens: prompt tokens that came from the prefix cache; set on the first event.
+    queue_s, prefill_s: seconds between arrival and first schedule, and from there to the first token; first event.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_cached_tokens: int | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Counters since the engine started, and figures of this step; for /metrics."""
+
+    step_s: float = 0.0
+    step_tokens: int = 0
+    prefill_tokens: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    num_steps: int = 0
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Everything one step produced."""
+
+    events: list[TokenEvent]
+    load: Load
+    stats: StepStats = field(default_factory=StepStats)
+
+
+@dataclass(frozen=True)
+class Fatal:
+    """The engine is about to exit with failure.code.exit_status."""
+
+    failure: Failure
+
+
+FromEngine = StageChanged | Ready | StepOutput | Fatal
