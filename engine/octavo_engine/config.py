@@ -97,9 +97,7 @@ class EngineConfig:
         "auto", "auto and safetensors read the checkpoint; dummy draws random weights (for measuring speed).",
         group="Model", choices=("auto", "safetensors", "dummy"),
     )  # fmt: skip
-    trust_remote_code: bool = _setting(
-        False, "Refused: this version runs no code from a checkpoint.", group="Model"
-    )
+    trust_remote_code: bool = _setting(False, "Refused: this version runs no code from a checkpoint.", group="Model")
     dtype: str = _setting(
         "auto", "Type of weights and activations. auto: the checkpoint's own type where the device computes it "
         "natively, else float32.", group="Model", choices=DTYPES,
@@ -116,9 +114,7 @@ class EngineConfig:
         "what fits in memory where that is less.", group="Model", parse=parse_model_len,
         low=1, metavar="TOKENS",
     )  # fmt: skip
-    seed: int = _setting(
-        0, "Seed of requests that bring none of their own.", group="Model", low=0, high=2**63 - 1
-    )
+    seed: int = _setting(0, "Seed of requests that bring none of their own.", group="Model", low=0, high=2**63 - 1)
 
     device: str = _setting(
         "auto", "Where to compute. auto: the GPU if there is one, else the CPU.", group="Memory and parallelism",
@@ -147,9 +143,7 @@ class EngineConfig:
         group="Memory and parallelism", low=1, high=1024,
     )  # fmt: skip
 
-    max_num_seqs: int = _setting(
-        256, "Requests computed together in one step.", group="Scheduling", low=1, high=4096
-    )
+    max_num_seqs: int = _setting(256, "Requests computed together in one step.", group="Scheduling", low=1, high=4096)
     max_num_batched_tokens: int = _setting(
         2048, "Tokens computed in one step: the bound on a prompt's chunk.", group="Scheduling",
         parse=parse_count, low=1, high=2**20, metavar="TOKENS",
@@ -175,9 +169,7 @@ class EngineConfig:
     def check(self) -> None:
         """Refuse what this version does not do and combinations that contradict each other. Raises ConfigError."""
         if not self.model:
-            raise ConfigError(
-                "--model", self.model, "a Hugging Face id or a folder, e.g. `octavo serve Qwen/Qwen3-8B`"
-            )
+            raise ConfigError("--model", self.model, "a Hugging Face id or a folder, e.g. `octavo serve Qwen/Qwen3-8B`")
         if self.tensor_parallel_size > 1:
             raise ConfigError(
                 "--tensor-parallel-size", self.tensor_parallel_size, "1: this version computes on one device"
@@ -219,9 +211,7 @@ class ServerConfig:
     """What the API process needs beside the engine's part: addresses, keys, limits, life cycle."""
 
     host: str = _setting("localhost", "Address to listen on; 0.0.0.0 for all.", group="Server")
-    port: int = _setting(
-        API_PORT, "Port of the OpenAI API; 0 takes a free one.", group="Server", low=0, high=65535
-    )
+    port: int = _setting(API_PORT, "Port of the OpenAI API; 0 takes a free one.", group="Server", low=0, high=65535)
     management_port: int = _setting(
         MANAGEMENT_PORT, "Port of /startupz, /livez, /readyz, /statusz, /drain and /metrics; 0 takes a free one.",
         group="Server", low=0, high=65535,
@@ -244,9 +234,7 @@ class ServerConfig:
         32 * 2**20, "Largest request body.", group="Server", parse=parse_count, low=1024, metavar="BYTES"
     )
     enable_metrics: bool = _setting(True, "Answer /metrics.", group="Server")
-    log_level: str = _setting(
-        "info", "Least severe message that is logged.", group="Server", choices=LOG_LEVELS
-    )
+    log_level: str = _setting("info", "Least severe message that is logged.", group="Server", choices=LOG_LEVELS)
 
     drain_timeout_s: float = _setting(
         120.0, "Longest wait for running requests on SIGTERM or POST /drain before they are ended.",
@@ -271,9 +259,7 @@ class ServerConfig:
             if not name.strip():
                 raise ConfigError("--served-model-name", name, "a name that is not empty")
         if self.port == self.management_port and self.port != 0:
-            raise ConfigError(
-                "--management-port", self.management_port, f"another port than --port ({self.port})"
-            )
+            raise ConfigError("--management-port", self.management_port, f"another port than --port ({self.port})")
 
 
 Config = EngineConfig | ServerConfig
@@ -284,9 +270,7 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-TYPED_FLAGS: frozenset[str] = frozenset(
-    flag_of(f.name) for kind in (EngineConfig, ServerConfig) for f in fields(kind)
-)
+TYPED_FLAGS: frozenset[str] = frozenset(flag_of(f.name) for kind in (EngineConfig, ServerConfig) for f in fields(kind))
 """Every flag that a field stands behind; the operator refuses to pass these through as free arguments."""
 
 
@@ -400,11 +384,7 @@ def _range_text(low: float | None, high: float | None) -> str:
 def _help(f: dataclasses.Field[Any]) -> str:
     default = f.default
     if default in (None, (), "", False, True) or f.metadata["secret"]:
-        shown = (
-            {True: " Default: on.", False: " Default: off."}.get(default, "")
-            if isinstance(default, bool)
-            else ""
-        )
+        shown = {True: " Default: on.", False: " Default: off."}.get(default, "") if isinstance(default, bool) else ""
     else:
         shown = f" Default: {default}."
     return (f.metadata["help"] + shown).replace("%", "%%")

@@ -34,7 +34,7 @@ _DECODERS: Final = [msgspec.msgpack.Decoder(kind) for kind in _KINDS]
 _ENCODER: Final = msgspec.msgpack.Encoder()
 
 
-class ChannelClosed(ConnectionError):
+class ChannelClosedError(ConnectionError):
     """The other process is gone."""
 
 
@@ -56,14 +56,14 @@ class Channel:
         self._socket = sock
 
     def send(self, message: ToEngine | FromEngine) -> None:
-        """Raises ChannelClosed when the peer is gone."""
+        """Raises ChannelClosedError when the peer is gone."""
         try:
             self._socket.sendall(encode(message))
         except OSError as error:
-            raise ChannelClosed("the other process has gone") from error
+            raise ChannelClosedError("the other process has gone") from error
 
     def receive(self) -> ToEngine | FromEngine:
-        """The next message. Raises ChannelClosed when the peer is gone."""
+        """The next message. Raises ChannelClosedError when the peer is gone."""
         length, kind = HEADER.unpack(self._read(HEADER.size))
         assert length <= MAX_FRAME_BYTES, length
         return decode(kind, self._read(length))
@@ -77,8 +77,8 @@ class Channel:
             try:
                 chunk = self._socket.recv(size - len(chunks))
             except OSError as error:
-                raise ChannelClosed("the other process has gone") from error
+                raise ChannelClosedError("the other process has gone") from error
             if not chunk:
-                raise ChannelClosed("the other process has gone")
+                raise ChannelClosedError("the other process has gone")
             chunks += chunk
         return bytes(chunks)
