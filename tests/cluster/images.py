@@ -1,0 +1,330 @@
+"""Build the project's images from its Dockerfile and bring them to a cluster's node, with no registry. Called by cluster.py.
+
+An image goes through three stores:
+
+1. the builder's (buildah's, under the cache; or a Docker engine's where there is one and no buildah);
+2. an OCI layout under the cache: a folder of blobs named by their digest, not compressed. A push adds only new blobs;
+3. containerd's, by an archive that leaves out every blob that containerd has. The engine's layers hold gigabytes of
+   torch, and a change of our source is a layer of a megabyte, so this is what makes a reload a matter of seconds.
+
+After an import the layout's blobs become hard links to containerd's: the same bytes need not lie on the disk twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from machine import cache_dir
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BASE = "docker.io/library/python:3.12-slim"
+TARGETS = ("engine", "operator")
+CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
+PULL_TIMEOUT_S = 300
+
+Say = Callable[[str], None]
+Inside = Callable[[Sequence[str]], list[str]]
+
+
+class ImageError(Exception):
+    """Says which image could not be made or loaded, and why."""
+
+
+def name_of(target: str) -> str:
+    """The local name of a Dockerfile target. Never `latest`: the kubelet would try to pull that."""
+    return f"localhost/octavo-{target}:dev"
+
+
+def has_any() -> bool:
+    return (_folder() / "layout" / "index.json").exists()
+
+
+def build(target: str, say: Say) -> None:
+    """Build one target of the Dockerfile; unchanged layers come from the cache."""
+    if target not in TARGETS:
+        raise ImageError(f"the Dockerfile has the targets {' and '.join(TARGETS)}, not {target}")
+    started = time.monotonic()
+    with _locked():
+        if shutil.which("buildah"):
+            ensure_base(say)
+            command = [*_buildah(), "bud", "--isolation", "chroot", "--pull-never", "--layers", *_machine_settings()]
+        elif _docker_answers():
+            command = ["docker", "build"]
+        else:
+            raise ImageError("neither buildah nor a Docker engine is here: install buildah")
+        command += ["--target", target, "--tag", name_of(target), "--file", str(REPOSITORY / "Dockerfile"), str(REPOSITORY)]
+        _run_logged(command, _folder() / f"build-{target}.log", say, f"image {target}")
+    say(f"built {name_of(target)} in {time.monotonic() - started:.1f} s")
+
+
+def ensure_base(say: Say) -> None:
+    """Have python:3.12-slim in buildah's store: the published one where it can be pulled, else one made here."""
+    if _image_id(BASE):
+        return
+    started = time.monotonic()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        pulled = subprocess.run([*_buildah(), "pull", "-q", BASE], capture_output=True, timeout=PULL_TIMEOUT_S)
+        if pulled.returncode == 0:
+            say(f"pulled {BASE} in {time.monotonic() - started:.0f} s")
+            return
+    python = find_python()
+    if python is None:
+        raise ImageError(
+            f"{BASE} can neither be pulled nor made here: making it takes a CPython 3.12 with its standard library. "
+            "Install one (pyenv install 3.12, uv python install 3.12, or your distribution's) or name it in OCTAVO_PYTHON312."
+        )
+    say(f"{BASE} cannot be pulled here, so it is made from Debian packages and {python}")
+    environment = os.environ | {"BUILDAH": " ".join(_buildah())}
+    script = Path(__file__).with_name("base.sh")
+    _run_logged(["bash", str(script), str(python), BASE], _folder() / "build-base.log", say, "base image", environment)
+    say(f"made {BASE} in {time.monotonic() - started:.0f} s")
+
+
+def find_python() -> Path | None:
+    """A CPython 3.12's interpreter, outside any virtual environment, to be copied into the base image."""
+    candidates = [Path(os.environ.get("OCTAVO_PYTHON312", "/nonexistent"))]
+    if sys.version_info[:2] == (3, 12):
+        candidates.append(Path(sys.base_prefix) / "bin/python3.12")
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    candidates += sorted(pyenv.glob("versions/3.12.*/bin/python3.12"), reverse=True)
+    if shutil.which("uv"):
+        found = subprocess.run(["uv", "python", "find", "--no-project", "3.12"], capture_output=True, text=True)
+        candidates.append(Path(found.stdout.strip() or "/nonexistent"))
+    candidates += [Path("/usr/local/bin/python3.12"), Path("/usr/bin/python3.12")]
+    return next((path.resolve() for path in candidates if path.is_file()), None)
+
+
+def load(image: str, inside: Inside, store: Path, say: Say) -> None:
+    """Bring `image` into the containerd whose root is `store`; `inside` makes a command line run beside it."""
+    started = time.monotonic()
+    with _locked():
+        if not shutil.which("buildah"):
+            _load_from_docker(image, inside)
+        else:
+            layout, manifest = _push_to_layout(image)
+            if manifest == _digests_in_containerd(inside).get(image):
+                return
+            blobs = _blobs(layout, manifest)
+            have = set(_ctr(inside, "content", "ls", "-q").split())
+            missing = [digest for digest in blobs if digest not in have]
+            _import(image, layout, manifest, missing, inside)
+            _share_blobs(layout, missing, store)
+    say(f"loaded {image} in {time.monotonic() - started:.1f} s")
+
+
+def pause_archive(source: Path) -> Path:
+    """The image of the process that holds a pod's namespaces, compiled here: a docker archive of one layer."""
+    target = _folder() / f"pause-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}.tar"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=_folder()) as scratch:
+        program = Path(scratch) / "pause"
+        subprocess.run(["gcc", "-static", "-Os", "-s", "-o", str(program), str(source)], check=True)
+        layer = _tar({"pause": program.read_bytes()}, mode=0o755)
+        config = json.dumps(
+            {
+                "architecture": {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine],
+                "os": "linux",
+                "config": {"Entrypoint": ["/pause"]},
+                "rootfs": {"type": "layers", "diff_ids": [_sha256(layer)]},
+            }
+        ).encode()
+        manifest = json.dumps([{"Config": "config.json", "RepoTags": ["localhost/pause:1"], "Layers": ["layer.tar"]}])
+        archive = Path(scratch) / "pause.tar"
+        archive.write_bytes(_tar({"config.json": config, "layer.tar": layer, "manifest.json": manifest.encode()}))
+        archive.rename(target)
+    return target
+
+
+def _folder() -> Path:
+    folder = cache_dir() / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    """One build or load at a time: they share the stores, and two would only slow each other down."""
+    with (_folder() / "lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _buildah() -> list[str]:
+    storage = _folder() / "buildah"
+    return ["buildah", "--root", str(storage / "root"), "--runroot", str(storage / "run"), "--storage-driver", "overlay"]
+
+
+def _machine_settings() -> list[str]:
+    """Mounts that let `RUN pip install` reach whatever package index this machine is set up for.
+
+    They are there during the build only and leave nothing of this machine in the image.
+    """
+    settings = {}
+    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    for line in listed.splitlines():  # global.index-url='https://…', or :env:.index-url='…'
+        key, _, value = line.partition("=")
+        name, value = key.rpartition(".")[2], value.strip("'\"")
+        if name in ("index-url", "extra-index-url", "trusted-host", "proxy", "timeout", "retries"):
+            settings[name] = value
+    if CA_BUNDLE.exists():
+        settings["cert"] = str(CA_BUNDLE)
+    conf = _folder() / "pip.conf"
+    conf.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
+    options = ["--volume", f"{conf}:/etc/pip.conf:ro"]
+    return options + (["--volume", f"{CA_BUNDLE}:{CA_BUNDLE}:ro"] if CA_BUNDLE.exists() else [])
+
+
+def _docker_answers() -> bool:
+    return bool(shutil.which("docker")) and subprocess.run(["docker", "info"], capture_output=True).returncode == 0
+
+
+def _image_id(image: str) -> str:
+    found = subprocess.run(
+        [*_buildah(), "inspect", "--type", "image", "--format", "{{.FromImageID}}", image], capture_output=True, text=True
+    )
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def _push_to_layout(image: str) -> tuple[Path, str]:
+    """Write the image into the OCI layout unless that very image is there. Returns the layout and the manifest's digest."""
+    layout = _folder() / "layout"
+    image_id = _image_id(image)
+    if not image_id:
+        raise ImageError(f"there is no image {image}: build it first (cluster.py image)")
+    pushed = _folder() / "pushed.json"
+    known: dict[str, list[str]] = json.loads(pushed.read_text()) if pushed.exists() else {}
+    if known.get(image, [""])[0] != image_id or not (layout / "index.json").exists():
+        command = [*_buildah(), "push", "-q", "--disable-compression", image, f"oci:{layout}:{image}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise ImageError(f"cannot write {image} to {layout}: {done.stderr}")
+        entries = json.loads((layout / "index.json").read_text())["manifests"]
+        digest = next(e["digest"] for e in entries if e["annotations"]["org.opencontainers.image.ref.name"] == image)
+        known[image] = [image_id, digest]
+        pushed.write_text(json.dumps(known))
+        _forget_unused(layout)
+    return layout, known[image][1]
+
+
+def _forget_unused(layout: Path) -> None:
+    """Remove the blobs that no image of the layout names any more: each change of source leaves a layer behind."""
+    manifests = [entry["digest"] for entry in json.loads((layout / "index.json").read_text())["manifests"]]
+    used = {digest for manifest in manifests for digest in _blobs(layout, manifest)}
+    for blob in (layout / "blobs/sha256").iterdir():
+        if f"sha256:{blob.name}" not in used:
+            blob.unlink()
+
+
+def _blobs(layout: Path, manifest: str) -> list[str]:
+    content: dict[str, Any] = json.loads(_blob(layout, manifest).read_text())
+    return [manifest, content["config"]["digest"], *(layer["digest"] for layer in content["layers"])]
+
+
+def _blob(layout: Path, digest: str) -> Path:
+    return layout / "blobs" / digest.replace(":", "/")
+
+
+def _ctr(inside: Inside, *arguments: str) -> str:
+    return subprocess.run(inside(["ctr", "-n", "k8s.io", *arguments]), check=True, capture_output=True, text=True).stdout
+
+
+def _digests_in_containerd(inside: Inside) -> dict[str, str]:
+    rows = [line.split() for line in _ctr(inside, "images", "ls").splitlines()[1:]]
+    return {row[0]: row[2] for row in rows}  # REF TYPE DIGEST …
+
+
+def _import(image: str, layout: Path, manifest: str, missing: Sequence[str], inside: Inside) -> None:
+    entry = {
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "digest": manifest,
+        "size": _blob(layout, manifest).stat().st_size,
+        "annotations": {"io.containerd.image.name": image},
+    }
+    index = json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode()
+    command = inside(["ctr", "-n", "k8s.io", "images", "import", "-"])
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdin and process.stdout
+    output: list[bytes] = []
+    reader = threading.Thread(target=lambda pipe: output.append(pipe.read()), args=(process.stdout,))
+    reader.start()
+    # When ctr gives up early, its own words say more than our broken pipe.
+    with contextlib.suppress(BrokenPipeError), process.stdin as pipe, tarfile.open(fileobj=pipe, mode="w|") as archive:
+        _add(archive, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
+        _add(archive, "index.json", index)
+        for digest in missing:
+            archive.add(_blob(layout, digest), f"blobs/{digest.replace(':', '/')}")
+    reader.join()
+    if process.wait() != 0:
+        raise ImageError(f"containerd does not take {image}: {output[0].decode(errors='replace')}")
+
+
+def _share_blobs(layout: Path, digests: Sequence[str], store: Path) -> None:
+    content = store / "io.containerd.content.v1.content/blobs"
+    for digest in digests:
+        ours, theirs = _blob(layout, digest), content / digest.replace(":", "/")
+        link = ours.with_suffix(".link")
+        with contextlib.suppress(OSError):  # another file system: then there are two copies
+            os.link(theirs, link)
+            link.rename(ours)
+
+
+def _load_from_docker(image: str, inside: Inside) -> None:
+    saved = subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE)
+    done = subprocess.run(
+        inside(["ctr", "-n", "k8s.io", "images", "import", "-"]), stdin=saved.stdout, capture_output=True, text=True
+    )
+    if saved.wait() != 0 or done.returncode != 0:
+        raise ImageError(f"cannot load {image} from Docker: {done.stderr}")
+
+
+def _run_logged(
+    command: Sequence[str], log_file: Path, say: Say, title: str, environment: dict[str, str] | None = None
+) -> None:
+    """Run a long command: its steps are shown as they begin, all that it writes goes to a log."""
+    with log_file.open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+        )
+        assert process.stdout
+        for line in process.stdout:
+            log.write(line)
+            log.flush()
+            if "STEP" in line and len(line) < 400:
+                say(f"  {title}: {line.strip()[:110]}")
+    if process.wait() != 0:
+        last = "".join(log_file.read_text(errors="replace").splitlines(keepends=True)[-15:])
+        raise ImageError(f"{title} failed; the whole log is {log_file}\n{last}")
+
+
+def _sha256(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _tar(files: dict[str, bytes], mode: int = 0o644) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files.items():
+            _add(archive, name, data, mode)
+    return buffer.getvalue()
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes, mode: int = 0o644) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode = len(data), mode
+    archive.addfile(entry, io.BytesIO(data))

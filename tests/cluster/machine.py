@@ -1,0 +1,142 @@
+"""Say whether this machine can carry the cluster, and install what it lacks. Called by cluster.py and by the demo.
+
+The cluster needs root, namespaces of its own, version 1 cgroups, some Debian packages, Go for what is not built yet,
+and room on the disk. Each thing missing is one `Problem`: a sentence that says what is wrong and one that says what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+# Debian package -> a command or file that shows it is there.
+PACKAGES = {
+    "containerd": "containerd",
+    "runc": "runc",
+    "containernetworking-plugins": "/usr/lib/cni/bridge",
+    "iptables": "iptables",
+    "conntrack": "conntrack",
+    "ethtool": "ethtool",
+    "buildah": "buildah",
+    "mmdebstrap": "mmdebstrap",
+    "gcc": "gcc",
+    "libc6-dev": "/usr/include/stdio.h",
+    "binutils": "strip",
+    "openssl": "openssl",
+    "iproute2": "ip",
+    "util-linux": "nsenter",
+    "procps": "ps",
+    "ca-certificates": "/etc/ssl/certs/ca-certificates.crt",
+    "curl": "curl",
+}
+CGROUP = Path("/sys/fs/cgroup")
+CGROUP_CONTROLLERS = ("cpu", "cpuset", "memory", "pids", "devices", "freezer")
+ELSEWHERE = "use a cluster that you have (CLUSTER=current make demo), or a machine or virtual machine of its own"
+
+# Everything that start.sh does to the kernel, tried in namespaces that end with the try.
+PROBE = """
+set -e
+mount --make-rshared /
+mount -t tmpfs tmpfs /run
+ip link set lo up
+ip link add node0 type bridge
+ip link add veth0 type veth peer name veth1
+echo 1 > /proc/sys/net/ipv4/ip_forward
+iptables -t nat -A POSTROUTING -j MASQUERADE
+mkdir -p /run/a /run/b /run/c /run/d
+mount -t overlay overlay -o lowerdir=/run/a,upperdir=/run/b,workdir=/run/c /run/d
+"""
+
+
+@dataclass(frozen=True)
+class Problem:
+    code: str
+    message: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.fix}"
+
+
+def cache_dir() -> Path:
+    """Where downloads, programs, images and running clusters live; never in the checkout."""
+    if octavo := os.environ.get("OCTAVO_CACHE"):
+        return Path(octavo).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo"
+
+
+def missing_packages() -> list[str]:
+    return [
+        package
+        for package, sign in PACKAGES.items()
+        if not (Path(sign).exists() if sign.startswith("/") else shutil.which(sign))
+    ]
+
+
+def check(*, go_needed: bool, disk_needed_bytes: int) -> list[Problem]:
+    """All that is missing, in the order in which a person would fix it. Empty when the cluster can run."""
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
+        what = f"{platform.system()} on {platform.machine()}"
+        return [Problem("platform", f"The cluster needs Linux on x86_64 or aarch64, and this is {what}.", f"Instead, {ELSEWHERE}.")]
+    problems = []
+    if root_missing := os.geteuid() != 0:
+        problems.append(Problem("root", "The cluster's containers need root, and this is an ordinary user.", f"Run it as root (sudo), or {ELSEWHERE}."))
+    if (CGROUP / "cgroup.controllers").exists():
+        problems.append(
+            Problem("cgroup", "This machine has version 2 cgroups, which the cluster does not support yet.", f"Boot with systemd.unified_cgroup_hierarchy=0, or {ELSEWHERE}.")
+        )
+    elif absent := [name for name in CGROUP_CONTROLLERS if not (CGROUP / name).is_dir()]:
+        problems.append(
+            Problem("cgroup", f"These cgroup hierarchies are not mounted under {CGROUP}: {', '.join(absent)}.", f"Mount them, or {ELSEWHERE}.")
+        )
+    elif not root_missing and not os.access(CGROUP / "memory", os.W_OK):
+        problems.append(Problem("cgroup", f"{CGROUP} is read-only here.", f"Run outside this container, or {ELSEWHERE}."))
+    if packages := missing_packages():
+        fix = f"Run: apt-get install --no-install-recommends {' '.join(packages)}"
+        if not root_missing and shutil.which("apt-get"):
+            fix = "Run: python tests/cluster/cluster.py install"
+        elif not shutil.which("apt-get"):
+            fix = "Install what your distribution calls them."
+        problems.append(Problem("packages", f"These Debian packages are missing: {' '.join(packages)}.", fix))
+    elif not root_missing and (refusal := _probe()):
+        problems.append(
+            Problem("namespaces", f"The kernel refuses what the cluster needs in namespaces of its own: {refusal}.", f"Allow it (a container needs --privileged), or {ELSEWHERE}.")
+        )
+    if go_needed and not shutil.which("go"):
+        problems.append(Problem("go", "Kubernetes has to be built once, and there is no Go on this machine.", "Install Go 1.21 or later (https://go.dev/dl) and see that `go` is on the PATH."))
+    free = shutil.disk_usage(_existing(cache_dir())).free
+    if free < disk_needed_bytes:
+        need, have = disk_needed_bytes / 2**30, free / 2**30
+        problems.append(
+            Problem("disk", f"The cache at {cache_dir()} needs about {need:.0f} GB more, and {have:.0f} GB are free.", "Free some, or set OCTAVO_CACHE to a folder on another disk.")
+        )
+    return problems
+
+
+def install() -> list[str]:
+    """Install the missing Debian packages. What is still missing afterwards comes back."""
+    missing = missing_packages()
+    if not missing or os.geteuid() != 0 or not shutil.which("apt-get"):
+        return missing
+    apt = ["apt-get", "-qq", "-o", "Dpkg::Use-Pty=0"]
+    env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run([*apt, "update"], env=env, check=True)
+    subprocess.run([*apt, "install", "-y", "--no-install-recommends", *missing], env=env, check=True, stdout=subprocess.DEVNULL)
+    return missing_packages()
+
+
+def _probe() -> str:
+    """The kernel's refusal, or an empty string when it does all that is asked."""
+    unshare = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    tried = subprocess.run([*unshare, "sh", "-c", PROBE], capture_output=True, text=True)
+    return "" if tried.returncode == 0 else (tried.stderr.strip().splitlines() or ["no reason given"])[-1]
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
