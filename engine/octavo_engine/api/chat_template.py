@@ -1,0 +1,176 @@
+"""Messages to a prompt, with the Jinja template that a checkpoint brings. Used by the API process and by LLM.
+
+The template is the model's, never the request's: it comes from the checkpoint or from --chat-template, and runs in
+Jinja's immutable sandbox with what transformers gives templates and nothing more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from octavo_engine.api.tokenizer import read_json
+from octavo_engine.status import Failure, FailureCode, FatalError
+
+RESERVED_NAMES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "self"}
+)
+"""Names that chat_template_kwargs may not set: they have request fields of their own, or are the template itself."""
+
+_CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_MARK "
+
+
+class TemplateRefusedError(ValueError):
+    """The template did not take these messages; the text is the template's own, for the user."""
+
+
+class ChatTemplate:
+    """The chat template of one checkpoint, compiled. Thread-safe."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """Raises jinja2.TemplateSyntaxError."""
+        self._source = source
+        self._template = _environment().from_string(source)
+        self._special_tokens = dict(special_tokens)
+
+    @classmethod
+    def load(cls, folder: Path, special_tokens: Mapping[str, str], override: Path | None = None) -> ChatTemplate | None:
+        """The template of --chat-template or of the checkpoint, or None when there is none (a base model).
+
+        Raises FatalError: INVALID_CONFIG for the former, MODEL_INVALID for the latter.
+        """
+        if override is not None:
+            code, where = FailureCode.INVALID_CONFIG, f"--chat-template {override}"
+            try:
+                source: str | None = override.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise FatalError(
+                    Failure(code, f"{where} cannot be read.", "name a file with a Jinja template", detail=str(error))
+                ) from error
+        else:
+            code, where = FailureCode.MODEL_INVALID, f"The chat template in {folder}"
+            source = _checkpoint_template(folder)
+        if source is None:
+            return None
+        try:
+            return cls(source, special_tokens)
+        except jinja2.TemplateError as error:
+            fix = "correct it, or give another file with --chat-template"
+            raise FatalError(Failure(code, f"{where} is not valid Jinja: {error}", fix)) from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt. Raises TemplateRefusedError when the template refuses the messages or fails on them."""
+        conversation = [dict(message) for message in messages]
+        if continue_final_message:
+            _mark_final_message(conversation)
+        try:
+            text = self._template.render(
+                {
+                    **self._special_tokens,
+                    "tools": None,
+                    **(variables or {}),
+                    "messages": conversation,
+                    "documents": documents,
+                    "add_generation_prompt": add_generation_prompt,
+                }
+            )
+        except jinja2.TemplateError as error:
+            raise TemplateRefusedError(f"The model's chat template refused the messages: {error}") from error
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+            # A template is a program over the user's messages; what it trips over is in them.
+            raise TemplateRefusedError(f"The model's chat template failed on the messages: {error}") from error
+        return _cut_at_mark(text) if continue_final_message else text
+
+
+def _checkpoint_template(folder: Path) -> str | None:
+    """From chat_template.jinja, chat_template.json or tokenizer_config.json, in transformers' order."""
+    try:
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        value = read_json(folder / name).get("chat_template")
+        if isinstance(value, str):
+            return value
+        if isinstance(value, list):
+            named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
+            template = named.get("default", next(iter(named.values()), None))
+            if isinstance(template, str):
+                return template
+    return None
+
+
+def _mark_final_message(conversation: list[dict[str, Any]]) -> None:
+    content = conversation[-1].get("content") if conversation else None
+    if isinstance(content, list):
+        parts = [dict(part) for part in content]
+        text_part = next((part for part in reversed(parts) if "text" in part), None)
+        if text_part is None:
+            raise TemplateRefusedError("continue_final_message needs a final message with text.")
+        text_part["text"] += _CONTINUE_MARK
+        conversation[-1]["content"] = parts
+    elif isinstance(content, str):
+        conversation[-1]["content"] = content + _CONTINUE_MARK
+    else:
+        raise TemplateRefusedError("continue_final_message needs a final message with text.")
+
+
+def _cut_at_mark(text: str) -> str:
+    place = text.rfind(_CONTINUE_MARK.strip())
+    if place < 0:
+        raise TemplateRefusedError("continue_final_message: the model's chat template leaves out the final message.")
+    # A template that trims messages has taken the mark's own blank, and would have taken the message's.
+    trimmed = not text.startswith(_CONTINUE_MARK, place)
+    return text[:place].rstrip() if trimmed else text[:place]
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %}: marks the assistant's part for training; here it only renders it."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own filter escapes HTML characters, which models were not trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
