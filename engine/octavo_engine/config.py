@@ -304,8 +304,9 @@ def add_arguments(parser: argparse.ArgumentParser, kinds: Iterable[type[Config]]
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with `_` for `-`, the nearest flag named for an unknown one, and ConfigError instead of an exit."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        # An abbreviation that is unique today is another flag's beginning tomorrow.
+        super().__init__(prog, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         arguments = sys.argv[1:] if args is None else list(args)
@@ -334,8 +335,9 @@ C = TypeVar("C", EngineConfig, ServerConfig)
 def from_namespace(kind: type[C], namespace: argparse.Namespace) -> C:
     """The config of this kind from parsed flags. Raises ConfigError for a value outside its range."""
     given = vars(namespace)
-    values = {f.name: given[f.name] for f in fields(kind) if f.name in given}
-    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    values: dict[str, Any] = {f.name: given[f.name] for f in fields(kind) if f.name in given}
+    frozen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return kind(**frozen)
 
 
 def to_args(config: Config) -> list[str]:
@@ -387,7 +389,7 @@ def _help(f: dataclasses.Field[Any]) -> str:
         shown = {True: " Default: on.", False: " Default: off."}.get(default, "") if isinstance(default, bool) else ""
     else:
         shown = f" Default: {default}."
-    return (f.metadata["help"] + shown).replace("%", "%%")
+    return str(f.metadata["help"] + shown).replace("%", "%%")
 
 
 def _converter(f: dataclasses.Field[Any], hint: type) -> Callable[[str], Any]:
@@ -410,7 +412,8 @@ def _plain_type(hint: Any) -> type:
     """`int | None` → int, `tuple[str, ...]` → tuple."""
     if isinstance(hint, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    return typing.get_origin(hint) or hint
+    plain: type = typing.get_origin(hint) or hint
+    return plain
 
 
 def _dashed(argument: str) -> str:

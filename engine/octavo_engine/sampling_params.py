@@ -53,8 +53,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         # Lists and single strings are what callers write; tuples keep the value hashable and immutable.
-        stop = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        stop: object = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         if self.seed == -1:
             object.__setattr__(self, "seed", None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -30,7 +30,7 @@ MAX_FRAME_BYTES: Final = 256 * 2**20
 
 _KINDS: Final = (Start, Submit, Abort, Shutdown, StageChanged, Ready, StepOutput, Fatal)
 _KIND_OF: Final = {kind: index for index, kind in enumerate(_KINDS)}
-_DECODERS: Final = [msgspec.msgpack.Decoder(kind) for kind in _KINDS]
+_DECODERS: Final[list[msgspec.msgpack.Decoder[Any]]] = [msgspec.msgpack.Decoder(kind) for kind in _KINDS]
 _ENCODER: Final = msgspec.msgpack.Encoder()
 
 

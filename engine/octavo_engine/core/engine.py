@@ -1,0 +1,151 @@
+"""The engine's step: schedule, execute, commit, tell. Used in the engine process and, in-process, by LLM.
+
+Commands are taken between steps and never during one, so there is one road for everything that ends a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from octavo_engine.core.cost import StepCost
+from octavo_engine.core.messages import FinishReason, StepOutput, StepStats, Submit, TokenEvent
+from octavo_engine.core.request import Request
+from octavo_engine.core.scheduler import Commit, Scheduler
+from octavo_engine.core.step import StepPlan
+from octavo_engine.status import Load
+
+
+class Runner(Protocol):
+    """Computes a step on a device."""
+
+    def execute(self, plan: StepPlan) -> list[int]:
+        """The next token of each item that samples, in the order of the items; -1 where logits were not finite."""
+
+
+class Clock(Protocol):
+    def __call__(self) -> float: ...
+
+
+class Engine:
+    """Requests in, tokens out. `clock` counts seconds from any moment; `seed` makes those of unseeded requests."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, clock: Clock, seed: int = 0) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._clock = clock
+        self._seed = seed
+        self._arrivals = 0
+        self._num_steps = 0
+        self._prefill_tokens = 0
+        self._last_step_s: float | None = None
+        self._pending: list[TokenEvent] = []
+        self._live: set[str] = set()
+        self.cost = StepCost()
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._pending)
+
+    def submit(self, submit: Submit) -> None:
+        """Queue a request. What can never run ends at once, with an error event at the next step."""
+        if problem := self._problem(submit):
+            self._pending.append(TokenEvent(submit.request_id, [], finish_reason=FinishReason.ERROR, error=problem))
+            return
+        self._live.add(submit.request_id)
+        seed = submit.sampling.seed
+        if seed is None:  # distinct for each request, the same in each run with the same --seed and order
+            seed = (self._seed * 0x9E3779B97F4A7C15 + self._arrivals) % 2**63
+        self.scheduler.add(Request.of(submit, self._arrivals, self._clock(), seed))
+        self._arrivals += 1
+
+    def abort(self, ids: Sequence[str]) -> None:
+        for request in self.scheduler.abort(ids):
+            self._live.discard(request.id)
+            self._pending.append(TokenEvent(request.id, [], finish_reason=FinishReason.ABORT))
+
+    def step(self) -> StepOutput:
+        """Run one step if anything can run; the output carries every event since the last call."""
+        started = self._clock()
+        plan = self.scheduler.schedule(started)
+        events, self._pending = self._pending, []
+        if plan.items:
+            tokens = self._runner.execute(plan)
+            now = self._clock()
+            events += [_event(c) for c in self._commit(plan, tokens, now)]
+            self.cost.observe(plan.num_tokens, now - started)
+            self._num_steps += 1
+            self._last_step_s = now
+        return StepOutput(events, self.load(), self._stats(plan, self._clock() - started))
+
+    def load(self) -> Load:
+        scheduler = self.scheduler
+        waiting_tokens = scheduler.waiting_prefill_tokens
+        return Load(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            waiting_prefill_tokens=waiting_tokens,
+            kv_usage=scheduler.kv_usage,
+            predicted_queue_s=self.cost.predict_queue_s(
+                waiting_tokens, scheduler.config.max_num_batched_tokens, len(scheduler.running)
+            ),
+            last_step_age_s=None if self._last_step_s is None else self._clock() - self._last_step_s,
+        )
+
+    def check_integrity(self) -> None:
+        self.scheduler.check_integrity()
+        alive = {r.id for r in (*self.scheduler.running, *self.scheduler.waiting)}
+        assert alive == self._live, "a request was lost or lives twice"
+
+    def _commit(self, plan: StepPlan, tokens: list[int], now: float) -> list[Commit]:
+        commits = []
+        for commit in self.scheduler.commit(plan, tokens, now):
+            if commit.finish_reason is not None:
+                self._live.discard(commit.request.id)
+            if commit.token is not None or commit.finish_reason is not None:
+                commits.append(commit)
+        return commits
+
+    def _problem(self, submit: Submit) -> str | None:
+        # The API has checked both; a request that slipped through must not take the engine down.
+        limit = self.scheduler.config.max_model_len
+        if not 0 < len(submit.prompt_token_ids) < limit:
+            return f"the prompt has {len(submit.prompt_token_ids)} tokens, allowed are 1 to {limit - 1}"
+        if submit.request_id in self._live:
+            return f"the request id {submit.request_id} is in use"
+        return None
+
+    def _stats(self, plan: StepPlan, seconds: float) -> StepStats:
+        prefill = sum(item.count for item in plan.items if item.count > 1 or item.admission is not None)
+        self._prefill_tokens += prefill
+        return StepStats(
+            step_s=seconds,
+            step_tokens=plan.num_tokens,
+            prefill_tokens=prefill,
+            preemptions=self.scheduler.num_preemptions,
+            prefix_queries=self.scheduler.prefix_queries,
+            prefix_hits=self.scheduler.prefix_hits,
+            num_steps=self._num_steps,
+        )
+
+
+def _event(commit: Commit) -> TokenEvent:
+    request = commit.request
+    first = commit.token is not None and request.num_output == 1
+    queue_s = prefill_s = None
+    if first:
+        assert request.first_scheduled_s is not None
+        assert request.first_token_s is not None
+        queue_s = request.first_scheduled_s - request.arrival_s
+        prefill_s = request.first_token_s - request.first_scheduled_s
+    error = "the model's output was not finite" if commit.finish_reason is FinishReason.ERROR else None
+    return TokenEvent(
+        request_id=request.id,
+        token_ids=[] if commit.token is None else [commit.token],
+        finish_reason=commit.finish_reason,
+        stop_token_id=commit.stop_token_id,
+        num_cached_tokens=request.num_cached_prompt if first else None,
+        queue_s=queue_s,
+        prefill_s=prefill_s,
+        error=error,
+    )

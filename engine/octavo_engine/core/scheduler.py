@@ -1,0 +1,303 @@
+"""Decide which requests run next, for how many tokens each, on which blocks. Called by engine.step; knows no tensors.
+
+The one idea: a request has `num_tokens` and `num_computed`, and a step hands out a budget of tokens to let the
+second catch up with the first. Prefill, chunked prefill, decode, prefix hits and recomputing after preemption are
+the same arithmetic; there are no phases.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from octavo_engine.core.blocks import BlockId, BlockPool, extend_hashes
+from octavo_engine.core.messages import FinishReason
+from octavo_engine.core.request import Request
+from octavo_engine.core.step import Admission, StepItem, StepPlan
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a step gave one request: a token (None after a chunk that samples nothing), perhaps its end."""
+
+    request: Request
+    token: int | None
+    finish_reason: FinishReason | None
+    stop_token_id: int | None = None
+
+
+@dataclass
+class _Grant:
+    """A request's part of the step being planned."""
+
+    request: Request
+    count: int
+    new_blocks: list[BlockId]
+
+
+class Scheduler:
+    """Running and waiting requests over one block pool."""
+
+    def __init__(self, config: SchedulerConfig, num_blocks: int) -> None:
+        # With this, a request that runs alone always fits: preempting all others is enough for any step.
+        assert num_blocks * config.block_size >= config.max_model_len, (num_blocks, config)
+        self.config = config
+        self.pool = BlockPool(num_blocks, enable_caching=config.enable_prefix_caching)
+        self.running: list[Request] = []
+        self.waiting: list[Request] = []
+        """In the order of service; a preempted request comes back to its old place."""
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._rows = list(range(config.max_num_seqs - 1, -1, -1))
+
+    def add(self, request: Request) -> None:
+        assert 0 < request.num_tokens < self.config.max_model_len
+        bisect.insort(self.waiting, request, key=lambda r: r.order)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def waiting_prefill_tokens(self) -> int:
+        return sum(request.num_tokens for request in self.waiting)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the blocks that requests hold, 0..1; cached blocks that nobody holds count as free."""
+        return self.pool.num_used / self.pool.num_blocks
+
+    # ---- planning
+
+    def schedule(self, now: float) -> StepPlan:
+        """Plan one step. Moves requests between waiting and running and hands out blocks.
+
+        Decodes first, as somebody is reading each of them; then prompts that have begun; then new ones.
+        """
+        budget = self.config.max_num_batched_tokens
+        grants: dict[Request, _Grant] = {}
+        preempted = False
+
+        for request in sorted(self.running, key=lambda r: (r.num_remaining > 1, r.order)):
+            if request.row is None:  # preempted for one that came before it in this very loop
+                continue
+            count = self._chunk(request.num_remaining, budget)
+            if count == 0:
+                continue
+            new_blocks = self.pool.allocate(self._blocks_missing(request, count))
+            while new_blocks is None:
+                victim = max(self.running, key=lambda r: r.order)
+                preempted = True
+                if grant := grants.pop(victim, None):
+                    budget += grant.count
+                self._preempt(victim)
+                if victim is request:
+                    break
+                new_blocks = self.pool.allocate(self._blocks_missing(request, count))
+            if new_blocks is None:
+                continue
+            request.blocks += new_blocks
+            grants[request] = _Grant(request, count, new_blocks)
+            budget -= count
+
+        # A step that had to preempt admits nobody: the blocks would be taken back at once.
+        while not preempted and self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            admitted = self._admit(self.waiting[0], budget, now)
+            if admitted is None:
+                break
+            self.waiting.pop(0)
+            grants[admitted.request] = admitted
+            budget -= admitted.count
+
+        return self._plan(grants)
+
+    def _chunk(self, remaining: int, budget: int) -> int:
+        if self.config.enable_chunked_prefill or remaining <= budget:
+            return min(remaining, budget)
+        return 0
+
+    def _blocks_missing(self, request: Request, count: int) -> int:
+        return _blocks_needed(request.num_computed + count, self.config.block_size) - len(request.blocks)
+
+    def _admit(self, request: Request, budget: int, now: float) -> _Grant | None:
+        """Give a waiting request its row, its cached prefix and its first chunk; None if it does not fit now."""
+        size = self.config.block_size
+        found: list[BlockId] = []
+        if self.config.enable_prefix_caching:
+            extend_hashes(request.hashes, request.tokens, size, request.cache_salt)
+            # The last token is always computed: its logits are what the request came for.
+            found = self.pool.find(request.hashes[: (request.num_tokens - 1) // size])
+        num_cached = len(found) * size
+        count = self._chunk(request.num_tokens - num_cached, budget)
+        # Room for all of its tokens and not only for the first chunk: half a prompt that waits for blocks
+        # holds the others' blocks and helps nobody.
+        whole = _blocks_needed(request.num_tokens, size) - len(found)
+        if count == 0 or whole > self.pool.num_free_after(found):
+            return None
+        self.pool.acquire(found)
+        new_blocks = self.pool.allocate(_blocks_needed(num_cached + count, size) - len(found))
+        assert new_blocks is not None
+        if request.num_cached_prompt is None:
+            request.num_cached_prompt = min(num_cached, request.num_prompt)
+            request.first_scheduled_s = now
+            if self.config.enable_prefix_caching:
+                self.prefix_queries += request.num_prompt
+                self.prefix_hits += request.num_cached_prompt
+        request.row = self._rows.pop()
+        request.admitted = False
+        request.num_computed = num_cached
+        request.num_hashed = len(found)
+        request.blocks = [*found, *new_blocks]
+        self.running.append(request)
+        return _Grant(request, count, list(request.blocks))
+
+    def _plan(self, grants: dict[Request, _Grant]) -> StepPlan:
+        items = []
+        for grant in sorted(grants.values(), key=lambda g: g.count > 1):
+            request = grant.request
+            assert request.row is not None
+            admission = None
+            if not request.admitted:
+                request.admitted = True
+                admission = Admission(
+                    tokens=list(request.tokens), num_prompt=request.num_prompt, sampling=request.sampling,
+                    min_tokens_ids=tuple(sorted(request.end_token_ids)), seed=request.seed,
+                )  # fmt: skip
+            items.append(
+                StepItem(
+                    row=request.row,
+                    start=request.num_computed,
+                    count=grant.count,
+                    new_blocks=grant.new_blocks,
+                    samples=request.num_computed + grant.count == request.num_tokens,
+                    admission=admission,
+                )
+            )
+        return StepPlan(items)
+
+    # ---- results
+
+    def commit(self, plan: StepPlan, tokens: list[int], now: float) -> list[Commit]:
+        """Take a step's result: `tokens` holds one id for each item that samples, in order.
+
+        A negative id says that the request's logits were not finite: it ends with ERROR, the others go on.
+        """
+        by_row = {request.row: request for request in self.running}
+        sampled = iter(tokens)
+        commits = []
+        for item in plan.items:
+            token = next(sampled) if item.samples else None
+            request = by_row.get(item.row)
+            assert request is not None, "a row was freed during the step"
+            assert request.num_computed == item.start
+            request.num_computed += item.count
+            if token is None:
+                self._offer_blocks(request)
+                commits.append(Commit(request, None, None))
+                continue
+            if token < 0:
+                self._finish(request, FinishReason.ERROR)
+                commits.append(Commit(request, None, FinishReason.ERROR))
+                continue
+            self._offer_blocks(request)
+            request.tokens.append(token)
+            if request.first_token_s is None:
+                request.first_token_s = now
+            reason, stop_token_id = self._end_of(request, token)
+            if reason is not None:
+                self._finish(request, reason)
+            commits.append(Commit(request, token, reason, stop_token_id))
+        return commits
+
+    def abort(self, ids: Iterable[str]) -> list[Request]:
+        """End these requests wherever they are; returns the ones that were alive."""
+        wanted = set(ids)
+        ended = [request for request in (*self.running, *self.waiting) if request.id in wanted]
+        for request in ended:
+            self._finish(request, FinishReason.ABORT)
+        return ended
+
+    def preempt_all(self) -> None:
+        """Send every running request back to waiting; their outputs do not change by it."""
+        for request in list(self.running):
+            self._preempt(request)
+
+    def check_integrity(self) -> None:
+        """Assert that blocks, rows and requests add up; tests call it after every step, the engine when idle."""
+        self.pool.check_integrity()
+        held: dict[BlockId, int] = {}
+        for request in self.running:
+            request.check()
+            assert request.row is not None
+            assert _blocks_needed(request.num_computed, self.config.block_size) <= len(request.blocks)
+            for block in request.blocks:
+                held[block] = held.get(block, 0) + 1
+        for request in self.waiting:
+            request.check()
+            assert request.row is None
+        for block in map(BlockId, range(self.pool.num_blocks)):
+            expected = held.get(block, 0)
+            assert self.pool.references(block) == expected, f"block {block} leaked or double-booked"
+        rows = [request.row for request in self.running]
+        assert sorted([*rows, *self._rows]) == list(range(self.config.max_num_seqs)), "a row leaked"  # type: ignore[type-var]
+        assert self.waiting == sorted(self.waiting, key=lambda r: r.order)
+
+    def _offer_blocks(self, request: Request) -> None:
+        """Let others find the blocks that are full now."""
+        if not self.config.enable_prefix_caching:
+            return
+        size = self.config.block_size
+        num_full = request.num_computed // size
+        if num_full > request.num_hashed:
+            extend_hashes(request.hashes, request.tokens, size, request.cache_salt)
+            for index in range(request.num_hashed, num_full):
+                self.pool.cache(request.blocks[index], request.hashes[index])
+            request.num_hashed = num_full
+
+    def _end_of(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
+        sampling = request.sampling
+        if request.num_output > sampling.min_tokens and token in request.end_token_ids:
+            return FinishReason.STOP, token
+        full = request.num_tokens >= self.config.max_model_len
+        if full or (sampling.max_tokens is not None and request.num_output >= sampling.max_tokens):
+            return FinishReason.LENGTH, None
+        return None, None
+
+    def _preempt(self, request: Request) -> None:
+        self.num_preemptions += 1
+        request.num_preemptions += 1
+        self._give_up(request)
+        bisect.insort(self.waiting, request, key=lambda r: r.order)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        request.finish_reason = reason
+        if request.row is None:
+            self.waiting.remove(request)
+        else:
+            self._give_up(request)
+
+    def _give_up(self, request: Request) -> None:
+        assert request.row is not None
+        self.running.remove(request)
+        self.pool.release(request.blocks)
+        self._rows.append(request.row)
+        request.blocks = []
+        request.row = None
+        request.num_computed = 0
+        request.num_hashed = 0
+
+
+def _blocks_needed(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size)

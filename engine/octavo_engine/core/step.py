@@ -1,0 +1,53 @@
+"""One step as plain data: what the scheduler decides and the runner does.
+
+Everything a runner (or the worker of another rank) needs is in here; it keeps rows of state between steps and
+receives only what changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from octavo_engine.core.blocks import BlockId
+from octavo_engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A request enters (or, after preemption, enters again) a row of the runner's state.
+
+    tokens: prompt and, after preemption, the output so far. min_tokens_ids: tokens that may not be sampled before
+    min_tokens of output (the end tokens). seed is resolved: equal seeds give equal outputs whatever the batch.
+    """
+
+    tokens: list[int]
+    num_prompt: int
+    sampling: SamplingParams
+    min_tokens_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class StepItem:
+    """`count` tokens of the request in `row`, from position `start`; blocks are appended to the row's table first.
+
+    samples: the item ends at the request's last token, so the step yields its next one.
+    """
+
+    row: int
+    start: int
+    count: int
+    new_blocks: list[BlockId]
+    samples: bool
+    admission: Admission | None = None
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Decodes (count 1) come before prefill chunks, so that the runner can treat each group as one batch."""
+
+    items: list[StepItem] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.count for item in self.items)

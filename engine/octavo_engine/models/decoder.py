@@ -1,0 +1,83 @@
+"""The decoder family as one function of weights and data. Called by the runner; knows no requests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo_engine.kernels import paged_attention, rms_norm, rope_kv_write, silu_mul
+from octavo_engine.kernels.paged_attention import Gather
+from octavo_engine.models.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one step. T tokens, of which those at `logit_rows` yield logits.
+
+    input_ids, positions, blocks, offsets: [T] int64; logit_rows: [m] int64, or None when every token yields logits.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    blocks: Tensor
+    offsets: Tensor
+    gathers: Sequence[Gather]
+    logit_rows: Tensor | None
+
+
+class Decoder:
+    """tensors: by slot name (models/layout.py). cos, sin: [max_len, head_dim], as layers/rotary.py makes them."""
+
+    def __init__(self, config: DecoderConfig, tensors: dict[str, Tensor], cos: Tensor, sin: Tensor) -> None:
+        self.config = config
+        self._tensors = tensors
+        self._cos, self._sin = cos, sin
+        # Looked up once: thirty layers of dictionary look-ups by built-up names cost half a millisecond a step.
+        self._layers = [
+            {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{layer}.")}
+            for layer in range(config.num_layers)
+        ]
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv_cache: Tensor) -> Tensor:
+        """Logits of batch.logit_rows, [m, vocab] in the weights' dtype; writes the tokens' keys and values.
+
+        kv_cache: [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim].
+        """
+        config = self.config
+        cos = self._cos[batch.positions].unsqueeze(1)  # [T, 1, head_dim]
+        sin = self._sin[batch.positions].unsqueeze(1)
+        residual = None
+        x = F.embedding(batch.input_ids, self._tensors["embedding"])  # [T, hidden]
+        for layer, weights in enumerate(self._layers):
+            x, residual = rms_norm.reference(x, weights["attention_norm"], config.norm_eps, residual)
+            x = self._attention(x, weights, cos, sin, batch, kv_cache[layer], config.windows[layer])
+            x, residual = rms_norm.reference(x, weights["mlp_norm"], config.norm_eps, residual)
+            x = F.linear(x, weights["gate_up"], weights.get("gate_up_bias"))  # [T, 2 * intermediate]
+            x = F.linear(silu_mul.reference(x), weights["down"], weights.get("down_bias"))
+        if batch.logit_rows is not None:
+            assert residual is not None
+            x, residual = x[batch.logit_rows], residual[batch.logit_rows]
+        x, _ = rms_norm.reference(x, self._tensors["final_norm"], config.norm_eps, residual)
+        head = self._tensors["embedding" if config.tied_embeddings else "head"]
+        return F.linear(x, head)
+
+    def _attention(
+        self, x: Tensor, weights: dict[str, Tensor], cos: Tensor, sin: Tensor, batch: Batch, kv_cache: Tensor,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
+        config = self.config
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        qkv = F.linear(x, weights["qkv"], weights.get("qkv_bias")).view(-1, heads + 2 * kv_heads, dim)
+        query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        if config.qk_norm:
+            query = rms_norm.reference_heads(query, weights["query_norm"], config.norm_eps)
+            key = rms_norm.reference_heads(key, weights["key_norm"], config.norm_eps)
+        query = rope_kv_write.reference(query, key, value, cos, sin, kv_cache, batch.blocks, batch.offsets)
+        out = paged_attention.reference(query, kv_cache, batch.gathers, 1.0 / math.sqrt(dim), window)
+        return F.linear(out.view(-1, heads * dim), weights["output"], weights.get("output_bias"))

@@ -1,0 +1,161 @@
+"""How much memory a model needs and what is left for the KV cache: the one calculation of sizes.
+
+The engine allocates by it, `octavo plan` prints it, the operator explains with it. Pure: configuration, the
+checkpoint's shape and an amount of memory in; sizes or a failure with the fix out. No profiling run: every buffer
+of the engine has its line in `activation_bytes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octavo_engine.config import ConfigError, EngineConfig
+from octavo_engine.models.config import DTYPE_BYTES, DecoderConfig
+from octavo_engine.status import Failure, FailureCode, FatalError
+
+GIB = 2**30
+ATTENTION_SCRATCH_BYTES = 256 * 2**20
+"""Bound on the keys and values that reference attention gathers at once."""
+CPU_KV_CACHE_LIMIT_BYTES = 4 * GIB
+"""On a CPU more cache than this is rarely used and is memory that other processes want."""
+RUNTIME_BYTES = {"cpu": 0, "cuda": 800 * 2**20}
+"""Taken by the driver's context and the libraries' workspaces before the engine allocates anything."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What the device offers. For a CPU, total is what this process may use (its cgroup's limit)."""
+
+    kind: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+    def budget_bytes(self, utilization: float) -> int:
+        """On a GPU a share of the whole card, less what others hold; on a CPU a share of what is free now."""
+        if self.kind == "cpu":
+            return int(self.free_bytes * utilization)
+        return min(int(self.total_bytes * utilization), self.free_bytes) - RUNTIME_BYTES[self.kind]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the engine will allocate, in bytes and tokens."""
+
+    dtype: str
+    kv_dtype: str
+    budget_bytes: int
+    weights_bytes: int
+    activation_bytes: int
+    kv_bytes_per_token: int
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.kv_tokens * self.kv_bytes_per_token
+
+    @property
+    def max_concurrency(self) -> float:
+        """Requests of the full length that fit at once."""
+        return self.kv_tokens / self.max_model_len
+
+
+def make_plan(config: EngineConfig, model: DecoderConfig, dtype: str, memory: DeviceMemory) -> Plan:
+    """Raises ConfigError for lengths that the model cannot have, FatalError when the memory does not suffice."""
+    limit = model.max_position
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigError("--max-model-len", config.max_model_len, f"at most {limit}, the model's own limit")
+    if not config.enable_chunked_prefill:
+        limit = min(limit, config.max_num_batched_tokens)
+    wanted = config.max_model_len or limit
+
+    weights = model.num_parameters * DTYPE_BYTES[dtype]
+    budget = memory.budget_bytes(config.gpu_memory_utilization)
+    per_token = model.kv_bytes_per_token(dtype)
+    block_bytes = per_token * config.block_size
+    activation = activation_bytes(config, model, dtype, wanted)
+    if weights + activation > budget and config.kv_cache_memory_bytes is None:
+        raise _too_large(memory, weights, activation, budget)
+
+    kv_budget = budget - weights - activation
+    if memory.kind == "cpu":
+        kv_budget = min(kv_budget, CPU_KV_CACHE_LIMIT_BYTES)
+    if config.kv_cache_memory_bytes is not None:
+        kv_budget = config.kv_cache_memory_bytes
+    num_blocks = max(kv_budget // block_bytes, 0)
+    fits = num_blocks * config.block_size
+    max_model_len = min(wanted, fits) if config.max_model_len is None else config.max_model_len
+    if fits < max_model_len or max_model_len < 2:
+        raise _kv_too_small(config, max(max_model_len, 2), fits, per_token, kv_budget)
+    return Plan(
+        dtype=dtype, kv_dtype=dtype, budget_bytes=budget, weights_bytes=weights, activation_bytes=activation,
+        kv_bytes_per_token=per_token, block_size=config.block_size, num_blocks=num_blocks,
+        max_model_len=max_model_len,
+    )  # fmt: skip
+
+
+def activation_bytes(config: EngineConfig, model: DecoderConfig, dtype: str, max_model_len: int) -> int:
+    """Everything but weights and KV cache, for the largest step: tokens and requests at their maximum."""
+    size = DTYPE_BYTES[dtype]
+    tokens, requests = config.max_num_batched_tokens, config.max_num_seqs
+    # Alive together at most: residual, normed input, merged QKV, attention's output, gate-up and its product.
+    per_token = 3 * model.hidden_size + model.qkv_size + model.num_heads * model.head_dim + 3 * model.intermediate_size
+    step = tokens * per_token * size
+    # Float32 logits and two working copies (probabilities, their order) of the rows that sample.
+    sampling = 3 * requests * model.vocab_size * 4
+    state = requests * (max_model_len + -(-max_model_len // config.block_size)) * 4
+    rope = max_model_len * model.head_dim * 4
+    return step + sampling + state + rope + ATTENTION_SCRATCH_BYTES
+
+
+def describe(plan: Plan, model: DecoderConfig, memory: DeviceMemory) -> str:
+    """The table that `octavo plan` prints."""
+    lines = [
+        f"{model.architecture}, {model.num_parameters / 1e9:.2f} billion parameters, {plan.dtype}, on {memory.name}",
+        f"  {'memory the engine may use':<34}{plan.budget_bytes / GIB:>9.2f} GiB",
+        f"  {'weights':<34}{plan.weights_bytes / GIB:>9.2f} GiB",
+        f"  {'activations, logits, state':<34}{plan.activation_bytes / GIB:>9.2f} GiB",
+        f"  {'KV cache':<34}{plan.kv_bytes / GIB:>9.2f} GiB",
+        f"  {'KV cache per token':<34}{plan.kv_bytes_per_token / 1024:>9.1f} KiB",
+        f"  {'tokens in the KV cache':<34}{plan.kv_tokens:>9,}  ({plan.num_blocks:,} blocks of {plan.block_size})",
+        f"  {'longest request (max model len)':<34}{plan.max_model_len:>9,}  tokens",
+        f"  {'requests of that length at once':<34}{plan.max_concurrency:>9.1f}",
+    ]
+    return "\n".join(lines)
+
+
+def _too_large(memory: DeviceMemory, weights: int, activation: int, budget: int) -> FatalError:
+    need, have = weights + activation, budget
+    if memory.kind == "cpu":
+        fix = f"give the process at least {_gib(need / 0.9 + 64 * 2**20)} of memory, or choose a smaller model"
+    else:
+        fix = (
+            "choose a GPU with more memory or a smaller model; lower --max-num-seqs or --max-num-batched-tokens "
+            "if only the activations are too large"
+        )
+    message = (
+        f"The model does not fit on {memory.name}: weights {_gib(weights)} and activations {_gib(activation)} "
+        f"need {_gib(need)}, the engine may use {_gib(have)}."
+    )
+    return FatalError(Failure(FailureCode.WEIGHTS_TOO_LARGE, message, fix, need=_gib(need), have=_gib(have)))
+
+
+def _kv_too_small(config: EngineConfig, wanted: int, fits: int, per_token: int, kv_budget: int) -> FatalError:
+    need, have = wanted * per_token, max(kv_budget, 0)
+    message = (
+        f"The KV cache is too small for one request of {wanted:,} tokens: it needs {_gib(need)}, "
+        f"{_gib(have)} are left for it ({fits:,} tokens)."
+    )
+    larger = "--kv-cache-memory-bytes" if config.kv_cache_memory_bytes is not None else "--gpu-memory-utilization"
+    fix = f"set --max-model-len <= {fits}" if fits >= 2 else f"raise {larger} or use a device with more memory"
+    return FatalError(Failure(FailureCode.KV_CACHE_TOO_SMALL, message, fix, need=_gib(need), have=_gib(have)))
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB"

@@ -1,0 +1,193 @@
+"""Computes steps on one device: weights, KV cache, the rows of request state, the sampler.
+
+The engine calls `load` once and `execute` for each step. Request state stays on the device and is changed by what
+each step brings: admissions write a row, new blocks extend its table, sampled tokens are appended in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from octavo_engine import __version__
+from octavo_engine.config import EngineConfig
+from octavo_engine.core.step import Admission, StepItem, StepPlan
+from octavo_engine.kernels import sampling
+from octavo_engine.kernels.paged_attention import plan_gathers
+from octavo_engine.kernels.sampling import SampleRow
+from octavo_engine.layers import rotary
+from octavo_engine.loader import weights
+from octavo_engine.models.config import DecoderConfig, load_config
+from octavo_engine.models.decoder import Batch, Decoder
+from octavo_engine.plan import ATTENTION_SCRATCH_BYTES, Plan, make_plan
+from octavo_engine.runner.device import TORCH_DTYPES, available_cpus, choose_device, choose_dtype, memory_of
+from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.status import Effective, Failure, FailureCode, FatalError, Stage
+
+OnStage = Callable[[Stage, int, int], None]
+"""(stage, bytes done, bytes in all)"""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the engine needs to know of a loaded model."""
+
+    model: DecoderConfig
+    plan: Plan
+    effective: Effective
+
+
+class ModelRunner:
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+
+    def load(self, folder: Path, on_stage: OnStage, revision: str | None = None) -> Loaded:
+        """Everything up to the first step. Raises FatalError and ConfigError; sizes are checked before any load."""
+        config = self._config
+        on_stage(Stage.LOADING_WEIGHTS, 0, 0)
+        model = load_config(folder)
+        device = choose_device(config)
+        if device.type == "cpu":
+            torch.set_num_threads(config.cpu_threads or available_cpus())
+        dtype_name = choose_dtype(config, model.dtype, device)
+        memory = memory_of(device)
+        plan = make_plan(config, model, dtype_name, memory)
+        dtype = TORCH_DTYPES[dtype_name]
+        with _out_of_memory(plan):
+            tensors = weights.allocate(model, dtype, device)
+            self._kv_cache = torch.empty(
+                (model.num_layers, 2, plan.num_blocks, model.num_kv_heads, plan.block_size, model.head_dim),
+                dtype=dtype, device=device,
+            )  # fmt: skip
+            rows, columns = config.max_num_seqs, -(-plan.max_model_len // plan.block_size)
+            self._token_ids = torch.zeros((rows, plan.max_model_len), dtype=torch.int32, device=device)
+            self._block_tables = torch.zeros((rows, columns), dtype=torch.int32, device=device)
+        if config.load_format == "dummy":
+            weights.fill_with_noise(model, tensors, config.seed, lambda d, t: on_stage(Stage.LOADING_WEIGHTS, d, t))
+        else:
+            weights.load(folder, model, tensors, lambda d, t: on_stage(Stage.LOADING_WEIGHTS, d, t))
+        cos, sin = rotary.tables(model.rope, model.head_dim, plan.max_model_len, device)
+        self._model, self._plan, self._device = model, plan, device
+        self._decoder = Decoder(model, tensors, cos, sin)
+        self._admissions: dict[int, Admission] = {}
+        self._num_blocks_of: dict[int, int] = {}
+        on_stage(Stage.WARMING_UP, 0, 0)
+        self._warm_up()
+        effective = Effective(
+            model=config.model, resolved_revision=revision, dtype=plan.dtype, kv_dtype=plan.kv_dtype,
+            max_model_len=plan.max_model_len, block_size=plan.block_size, num_blocks=plan.num_blocks,
+            kv_tokens=plan.kv_tokens, max_concurrency_at_max_len=round(plan.max_concurrency, 2),
+            attention_backend="torch", cuda_graphs=False, gpu=memory.name if device.type == "cuda" else "",
+            driver=torch.version.cuda if device.type == "cuda" else None, tensor_parallel=1,
+            engine_version=__version__, quantization=None, weights_bytes=plan.weights_bytes, kv_bytes=plan.kv_bytes,
+        )  # fmt: skip
+        return Loaded(model, plan, effective)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> list[int]:
+        """The next token of each item that samples, in order; -1 where the logits were not finite."""
+        self._apply(plan)
+        logits = self._decoder.forward(self._batch(plan), self._kv_cache)
+        sampled = [item for item in plan.items if item.samples]
+        if not sampled:
+            return []
+        tokens = sampling.reference(logits, [self._sample_row(item) for item in sampled])
+        rows, columns = torch.tensor([(i.row, i.start + i.count) for i in sampled]).to(self._device).unbind(1)
+        # A request that just reached the longest length ends with this token: there is no column for it.
+        inside = columns < self._plan.max_model_len
+        self._token_ids[rows[inside], columns[inside]] = tokens[inside].int()
+        result: list[int] = tokens.tolist()
+        return result
+
+    def _apply(self, plan: StepPlan) -> None:
+        """Bring the rows of state up to date."""
+        for item in plan.items:
+            if (admission := item.admission) is not None:
+                self._admissions[item.row] = admission
+                self._num_blocks_of[item.row] = 0
+                ids = torch.tensor(admission.tokens, dtype=torch.int32)
+                self._token_ids[item.row, : len(ids)] = ids.to(self._device)
+            if item.new_blocks:
+                first = self._num_blocks_of[item.row]
+                last = self._num_blocks_of[item.row] = first + len(item.new_blocks)
+                blocks = torch.tensor(item.new_blocks, dtype=torch.int32)
+                self._block_tables[item.row, first:last] = blocks.to(self._device)
+
+    def _batch(self, plan: StepPlan) -> Batch:
+        device, size = self._device, self._plan.block_size
+        # One descriptor, one copy to the device: row, start, count of each item.
+        items = torch.tensor([(i.row, i.start, i.count) for i in plan.items]).to(device)
+        rows, starts, counts = items.unbind(1)
+        total = plan.num_tokens
+        segment = torch.repeat_interleave(torch.arange(len(plan.items), device=device), counts, output_size=total)
+        ends = counts.cumsum(0)
+        positions = torch.arange(total, device=device) - (ends - counts)[segment] + starts[segment]
+        token_rows = rows[segment]
+        longest = max(-(-(i.start + i.count) // size) for i in plan.items)
+        tables = self._block_tables[rows, :longest].long()
+        samples = [i.samples for i in plan.items]
+        logit_rows = None
+        if total > len(plan.items) or not all(samples):
+            logit_rows = (ends - 1)[torch.tensor(samples, device=device)]
+        model = self._model
+        block_bytes = 2 * model.num_kv_heads * size * model.head_dim * self._kv_cache.element_size()
+        return Batch(
+            input_ids=self._token_ids[token_rows, positions].long(),
+            positions=positions,
+            blocks=self._block_tables[token_rows, positions // size].long(),
+            offsets=positions % size,
+            gathers=plan_gathers(
+                [i.start for i in plan.items], [i.count for i in plan.items], tables, size, model.num_kv_heads,
+                block_bytes, ATTENTION_SCRATCH_BYTES,
+            ),
+            logit_rows=logit_rows,
+        )  # fmt: skip
+
+    def _sample_row(self, item: StepItem) -> SampleRow:
+        admission = self._admissions[item.row]
+        length = item.start + item.count
+        num_output = length - admission.num_prompt
+        banned = admission.min_tokens_ids if num_output < admission.sampling.min_tokens else ()
+        history = self._token_ids[item.row, :length]
+        return SampleRow(admission.sampling, admission.seed, history, admission.num_prompt, banned)
+
+    def _warm_up(self) -> None:
+        """One generation of two steps, so that the first request meets no lazy set-up. Raises FatalError on NaN."""
+        length = min(16, self._plan.max_model_len - 1)
+        blocks = list(range(-(-(length + 1) // self._plan.block_size)))
+        greedy = SamplingParams(temperature=0.0, max_tokens=2)
+        tokens = [i % self._model.vocab_size for i in range(1, length + 1)]
+        admission = Admission(tokens, length, greedy, (), 0)
+        first = self.execute(StepPlan([StepItem(0, 0, length, blocks, True, admission)]))  # type: ignore[arg-type]
+        second = self.execute(StepPlan([StepItem(0, length, 1, [], True)]))
+        if first[0] < 0 or second[0] < 0:
+            raise FatalError(
+                Failure(
+                    FailureCode.SELF_TEST_FAILED,
+                    f"The warm-up generation gave values that are not finite ({self._plan.dtype}).",
+                    "try --dtype bfloat16 or float32; if that does not help, the weights are damaged",
+                )
+            )
+
+
+@contextlib.contextmanager
+def _out_of_memory(plan: Plan) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+            raise
+        need = plan.weights_bytes + plan.kv_bytes
+        raise FatalError(
+            Failure(
+                FailureCode.OUT_OF_MEMORY,
+                "The device refused the memory that its own figures promised.",
+                "another process is using it: stop that one or lower --gpu-memory-utilization",
+                need=f"{need / 2**30:.2f} GiB",
+                detail=str(error)[:400],
+            )
+        ) from error
