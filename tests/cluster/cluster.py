@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -81,7 +80,7 @@ class Cluster:
         return (self.state / "ready").exists() and self._init_pid() is not None
 
     def inside(self, command: Sequence[str]) -> list[str]:
-        """The command line that runs `command` in the cluster's namespaces, with KUBECONFIG set and programs on PATH."""
+        """The command line that runs `command` in the cluster's namespaces, with KUBECONFIG and PATH set."""
         init = self._init_pid()
         if init is None:
             raise ClusterError(f"cluster {self.name} is not up")
@@ -116,14 +115,21 @@ class Cluster:
             return
         pid_file.parent.mkdir(exist_ok=True)
         with (self.logs / f"{name}.log").open("ab") as log:
-            self._remember(pid_file, self._spawn(self.inside(command), log))
+            pid, start_time = self._spawn(self.inside(command), log)
+        pid_file.write_text(f"{pid} {start_time}")
 
     def start_kwok(self) -> None:
         """Make nodes that carry the annotation kwok.x-k8s.io/node=fake behave as if they had a kubelet."""
         self.start_program(
             "kwok",
-            ["kwok", f"--kubeconfig={PKI}/admin.kubeconfig", "--manage-all-nodes=false", "--cidr=10.245.0.0/16"]
-            + ["--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake", "--node-lease-duration-seconds=40"],
+            [
+                "kwok",
+                f"--kubeconfig={PKI}/admin.kubeconfig",
+                "--manage-all-nodes=false",
+                "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
+                "--node-lease-duration-seconds=40",
+                "--cidr=10.245.0.0/16",
+            ],
         )
 
     def start_prometheus(self) -> str:
@@ -131,8 +137,12 @@ class Cluster:
         listen = "127.0.0.1:9090"
         self.start_program(
             "prometheus",
-            ["prometheus", f"--config.file={NODE}/prometheus.yml", f"--storage.tsdb.path={self.state}/prometheus"]
-            + [f"--web.listen-address={listen}"],
+            [
+                "prometheus",
+                f"--config.file={NODE}/prometheus.yml",
+                f"--storage.tsdb.path={self.state}/prometheus",
+                f"--web.listen-address={listen}",
+            ],
         )
         return f"http://127.0.0.1:{self.forward(listen)}"
 
@@ -150,7 +160,7 @@ class Cluster:
                 enter = ["nsenter", f"--target={init}", "--pid"]
                 process = self._spawn([*enter, *forward, str(port_file), str(listen_port)], log)
             while not port_file.exists():
-                if process.poll() is not None:
+                if not _is_alive(*process):
                     raise ClusterError(f"cannot forward {target}:\n{log_file.read_text()[-1000:]}")
                 time.sleep(0.02)
         return int(port_file.read_text())
@@ -176,7 +186,8 @@ class Cluster:
     def leftovers(self) -> list[str]:
         """What is still on the machine of a cluster that should be gone. Empty is the promise of `down`."""
         found = [f"process {pid} ({_comm(pid)})" for pid in self._processes()]
-        found += [f"mount {line.split()[4]}" for line in _mounts() if str(self.state) in line or str(self.store) in line]
+        ours = (str(self.state), str(self.store))
+        found += [f"mount {line.split()[4]}" for line in _mounts() if any(path in line for path in ours)]
         found += [f"cgroup {path}" for path in self._cgroups()]
         found += [f"interface {name}" for name in ("node0", "cni0") if Path("/sys/class/net", name).exists()]
         return found + ([f"folder {self.state}"] if self.state.exists() else [])
@@ -198,12 +209,13 @@ class Cluster:
         unshare = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with (self.logs / "start.log").open("wb") as log:
             process = self._spawn([*unshare, "bash", str(NODE / "start.sh")], log, environment)
-        self._remember(self.state / "unshare", process)
+        (self.state / "unshare").write_text(f"{process[0]} {process[1]}")
         deadline = time.monotonic() + UP_TIMEOUT_S
         while not (self.state / "ready").exists():
-            if process.poll() is not None or time.monotonic() > deadline:
+            died = not _is_alive(*process)
+            if died or time.monotonic() > deadline:
                 last = (self.logs / "start.log").read_text(errors="replace")[-2000:]
-                why = "ended early" if process.poll() is not None else f"was not ready within {UP_TIMEOUT_S:.0f} s"
+                why = "ended early" if died else f"was not ready within {UP_TIMEOUT_S:.0f} s"
                 raise ClusterError(f"cluster {self.name} {why}; logs are in {self.logs}\n{last}")
             time.sleep(0.05)
         inner = (self.state / "root" / PKI.relative_to("/") / "admin.kubeconfig").read_text()
@@ -215,15 +227,15 @@ class Cluster:
 
     def _spawn(
         self, command: Sequence[str], log: IO[bytes], environment: dict[str, str] | None = None
-    ) -> subprocess.Popen[bytes]:
+    ) -> tuple[int, str]:
+        """Start a process that outlives this one. Returns what tells it from all others: number and start time."""
+        actions = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+        outputs = [(os.POSIX_SPAWN_DUP2, log.fileno(), number) for number in (1, 2)]
         # A session of its own: an interrupt at the terminal ends this program, not the cluster.
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        pid = os.posix_spawnp(
+            command[0], list(command), environment or os.environ, file_actions=[*actions, *outputs], setsid=True
         )
-
-    def _remember(self, pid_file: Path, process: subprocess.Popen[bytes]) -> None:
-        # The start time tells this process from a later one that got the same number.
-        pid_file.write_text(f"{process.pid} {_start_time(process.pid)}")
+        return pid, _start_time(pid)
 
     def _init_pid(self) -> int | None:
         """The first process of the cluster's PID namespace, as this machine numbers it."""
@@ -339,7 +351,8 @@ def say(message: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--name", default=os.environ.get("OCTAVO_CLUSTER_NAME", "dev"), help="which cluster (default: dev)")
+    name = os.environ.get("OCTAVO_CLUSTER_NAME", "dev")
+    parser.add_argument("--name", default=name, help=f"which cluster (default: {name})")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
@@ -348,7 +361,8 @@ def main() -> int:
     add("check", "say what keeps a cluster from running here").add_argument("--json", action="store_true")
     add("install", "install the Debian packages that are missing")
     build = add("build", "build the cluster's programs into the cache")
-    build.add_argument("components", nargs="*", metavar="component", help=f"default: {' '.join(programs.FOR_DEMO)}; all: {' '.join(programs.COMPONENTS)}")
+    choice = f"of {' '.join(programs.COMPONENTS)} (default: {' '.join(programs.FOR_DEMO)})"
+    build.add_argument("components", nargs="*", metavar="component", help=choice)
     add("base", "make or pull the images' base, python:3.12-slim")
     image = add("image", "build the project's images")
     image.add_argument("targets", nargs="*", metavar="target", help=f"default: {' '.join(images.TARGETS)}")
@@ -394,7 +408,8 @@ def _command(cluster: Cluster, arguments: argparse.Namespace) -> int:
         case "build":
             components = tuple(arguments.components) or programs.FOR_DEMO
             if unknown := set(components) - set(programs.COMPONENTS):
-                raise ClusterError(f"no such component: {' '.join(sorted(unknown))}; there are {' '.join(programs.COMPONENTS)}")
+                there_are = " ".join(programs.COMPONENTS)
+                raise ClusterError(f"no such component: {' '.join(sorted(unknown))}; there are {there_are}")
             programs.build(components, say)
         case "base":
             images.ensure_base(say)

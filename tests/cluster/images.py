@@ -1,4 +1,4 @@
-"""Build the project's images from its Dockerfile and bring them to a cluster's node, with no registry. Called by cluster.py.
+"""Build the project's images from its Dockerfile and bring them to a cluster's node. Called by cluster.py.
 
 An image goes through three stores:
 
@@ -67,7 +67,7 @@ def build(target: str, say: Say) -> None:
             command = ["docker", "build"]
         else:
             raise ImageError("neither buildah nor a Docker engine is here: install buildah")
-        command += ["--target", target, "--tag", name_of(target), "--file", str(REPOSITORY / "Dockerfile"), str(REPOSITORY)]
+        command += ["--target", target, "--tag", name_of(target), str(REPOSITORY)]
         _run_logged(command, _folder() / f"build-{target}.log", say, f"image {target}")
     say(f"built {name_of(target)} in {time.monotonic() - started:.1f} s")
 
@@ -86,7 +86,8 @@ def ensure_base(say: Say) -> None:
     if python is None:
         raise ImageError(
             f"{BASE} can neither be pulled nor made here: making it takes a CPython 3.12 with its standard library. "
-            "Install one (pyenv install 3.12, uv python install 3.12, or your distribution's) or name it in OCTAVO_PYTHON312."
+            "Install one (pyenv install 3.12, uv python install 3.12, or your distribution's), "
+            "or name its interpreter in OCTAVO_PYTHON312."
         )
     say(f"{BASE} cannot be pulled here, so it is made from Debian packages and {python}")
     environment = os.environ | {"BUILDAH": " ".join(_buildah())}
@@ -165,9 +166,13 @@ def _locked() -> Iterator[None]:
         yield
 
 
+def _storage() -> Path:
+    return _folder() / "buildah"
+
+
 def _buildah() -> list[str]:
-    storage = _folder() / "buildah"
-    return ["buildah", "--root", str(storage / "root"), "--runroot", str(storage / "run"), "--storage-driver", "overlay"]
+    root, run = _storage() / "root", _storage() / "run"
+    return ["buildah", "--root", str(root), "--runroot", str(run), "--storage-driver", "overlay"]
 
 
 def _machine_settings() -> list[str]:
@@ -195,14 +200,13 @@ def _docker_answers() -> bool:
 
 
 def _image_id(image: str) -> str:
-    found = subprocess.run(
-        [*_buildah(), "inspect", "--type", "image", "--format", "{{.FromImageID}}", image], capture_output=True, text=True
-    )
+    inspect = [*_buildah(), "inspect", "--type", "image", "--format", "{{.FromImageID}}", image]
+    found = subprocess.run(inspect, capture_output=True, text=True)
     return found.stdout.strip() if found.returncode == 0 else ""
 
 
 def _push_to_layout(image: str) -> tuple[Path, str]:
-    """Write the image into the OCI layout unless that very image is there. Returns the layout and the manifest's digest."""
+    """Write the image into the OCI layout unless it is there. Returns the layout and the manifest's digest."""
     layout = _folder() / "layout"
     image_id = _image_id(image)
     if not image_id:
@@ -210,7 +214,11 @@ def _push_to_layout(image: str) -> tuple[Path, str]:
     pushed = _folder() / "pushed.json"
     known: dict[str, list[str]] = json.loads(pushed.read_text()) if pushed.exists() else {}
     if known.get(image, [""])[0] != image_id or not (layout / "index.json").exists():
-        command = [*_buildah(), "push", "-q", "--disable-compression", image, f"oci:{layout}:{image}"]
+        storage = _storage()
+        source = f"containers-storage:[overlay@{storage}/root+{storage}/run]{image}"
+        # buildah's own push compresses again each time; this copies only what the layout does not have.
+        copy = ["skopeo", "--insecure-policy", "copy", "-q", "--dest-oci-accept-uncompressed-layers"]
+        command = [*copy, source, f"oci:{layout}:{image}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise ImageError(f"cannot write {image} to {layout}: {done.stderr}")
@@ -241,7 +249,8 @@ def _blob(layout: Path, digest: str) -> Path:
 
 
 def _ctr(inside: Inside, *arguments: str) -> str:
-    return subprocess.run(inside(["ctr", "-n", "k8s.io", *arguments]), check=True, capture_output=True, text=True).stdout
+    command = inside(["ctr", "-n", "k8s.io", *arguments])
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _digests_in_containerd(inside: Inside) -> dict[str, str]:
@@ -259,7 +268,8 @@ def _import(image: str, layout: Path, manifest: str, missing: Sequence[str], ins
     index = json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode()
     command = inside(["ctr", "-n", "k8s.io", "images", "import", "-"])
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert process.stdin and process.stdout
+    assert process.stdin
+    assert process.stdout
     output: list[bytes] = []
     reader = threading.Thread(target=lambda pipe: output.append(pipe.read()), args=(process.stdout,))
     reader.start()

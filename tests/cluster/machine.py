@@ -1,7 +1,7 @@
 """Say whether this machine can carry the cluster, and install what it lacks. Called by cluster.py and by the demo.
 
 The cluster needs root, namespaces of its own, version 1 cgroups, some Debian packages, Go for what is not built yet,
-and room on the disk. Each thing missing is one `Problem`: a sentence that says what is wrong and one that says what to do.
+and room on the disk. Each thing missing is a `Problem`: one sentence says what is wrong, one what to do.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ PACKAGES = {
     "conntrack": "conntrack",
     "ethtool": "ethtool",
     "buildah": "buildah",
+    "skopeo": "skopeo",
     "mmdebstrap": "mmdebstrap",
     "gcc": "gcc",
     "libc6-dev": "/usr/include/stdio.h",
@@ -79,41 +80,46 @@ def missing_packages() -> list[str]:
 
 def check(*, go_needed: bool, disk_needed_bytes: int) -> list[Problem]:
     """All that is missing, in the order in which a person would fix it. Empty when the cluster can run."""
-    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
-        what = f"{platform.system()} on {platform.machine()}"
-        return [Problem("platform", f"The cluster needs Linux on x86_64 or aarch64, and this is {what}.", f"Instead, {ELSEWHERE}.")]
+    system, processor = platform.system(), platform.machine()
+    if system != "Linux" or processor not in ("x86_64", "aarch64"):
+        message = f"The cluster needs Linux on x86_64 or aarch64, and this is {system} on {processor}."
+        return [Problem("platform", message, f"Instead, {ELSEWHERE}.")]
     problems = []
-    if root_missing := os.geteuid() != 0:
-        problems.append(Problem("root", "The cluster's containers need root, and this is an ordinary user.", f"Run it as root (sudo), or {ELSEWHERE}."))
+
+    def missing(code: str, message: str, fix: str) -> None:
+        problems.append(Problem(code, message, fix))
+
+    is_root = os.geteuid() == 0
+    if not is_root:
+        missing(
+            "root", "Containers need root, and this is an ordinary user.", f"Run it as root (sudo), or {ELSEWHERE}."
+        )
     if (CGROUP / "cgroup.controllers").exists():
-        problems.append(
-            Problem("cgroup", "This machine has version 2 cgroups, which the cluster does not support yet.", f"Boot with systemd.unified_cgroup_hierarchy=0, or {ELSEWHERE}.")
-        )
+        message = "This machine has version 2 cgroups, which the cluster does not support yet."
+        missing("cgroup", message, f"Boot with systemd.unified_cgroup_hierarchy=0, or {ELSEWHERE}.")
     elif absent := [name for name in CGROUP_CONTROLLERS if not (CGROUP / name).is_dir()]:
-        problems.append(
-            Problem("cgroup", f"These cgroup hierarchies are not mounted under {CGROUP}: {', '.join(absent)}.", f"Mount them, or {ELSEWHERE}.")
-        )
-    elif not root_missing and not os.access(CGROUP / "memory", os.W_OK):
-        problems.append(Problem("cgroup", f"{CGROUP} is read-only here.", f"Run outside this container, or {ELSEWHERE}."))
+        message = f"These cgroup hierarchies are not mounted under {CGROUP}: {', '.join(absent)}."
+        missing("cgroup", message, f"Mount them, or {ELSEWHERE}.")
+    elif is_root and not os.access(CGROUP / "memory", os.W_OK):
+        missing("cgroup", f"{CGROUP} is read-only here.", f"Run outside this container, or {ELSEWHERE}.")
     if packages := missing_packages():
         fix = f"Run: apt-get install --no-install-recommends {' '.join(packages)}"
-        if not root_missing and shutil.which("apt-get"):
-            fix = "Run: python tests/cluster/cluster.py install"
-        elif not shutil.which("apt-get"):
+        if not shutil.which("apt-get"):
             fix = "Install what your distribution calls them."
-        problems.append(Problem("packages", f"These Debian packages are missing: {' '.join(packages)}.", fix))
-    elif not root_missing and (refusal := _probe()):
-        problems.append(
-            Problem("namespaces", f"The kernel refuses what the cluster needs in namespaces of its own: {refusal}.", f"Allow it (a container needs --privileged), or {ELSEWHERE}.")
-        )
+        elif is_root:
+            fix = "Run: python tests/cluster/cluster.py install"
+        missing("packages", f"These Debian packages are missing: {' '.join(packages)}.", fix)
+    elif is_root and (refusal := _probe()):
+        message = f"The kernel refuses what the cluster does in namespaces of its own: {refusal}."
+        missing("namespaces", message, f"Allow it (a container needs --privileged), or {ELSEWHERE}.")
     if go_needed and not shutil.which("go"):
-        problems.append(Problem("go", "Kubernetes has to be built once, and there is no Go on this machine.", "Install Go 1.21 or later (https://go.dev/dl) and see that `go` is on the PATH."))
+        message = "Kubernetes has to be built once, and there is no Go on this machine."
+        missing("go", message, "Install Go 1.21 or later (https://go.dev/dl) and see that `go` is on the PATH.")
     free = shutil.disk_usage(_existing(cache_dir())).free
     if free < disk_needed_bytes:
         need, have = disk_needed_bytes / 2**30, free / 2**30
-        problems.append(
-            Problem("disk", f"The cache at {cache_dir()} needs about {need:.0f} GB more, and {have:.0f} GB are free.", "Free some, or set OCTAVO_CACHE to a folder on another disk.")
-        )
+        message = f"The cache at {cache_dir()} needs about {need:.0f} GB more, and {have:.0f} GB are free."
+        missing("disk", message, "Free some, or set OCTAVO_CACHE to a folder on another disk.")
     return problems
 
 
@@ -125,7 +131,8 @@ def install() -> list[str]:
     apt = ["apt-get", "-qq", "-o", "Dpkg::Use-Pty=0"]
     env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     subprocess.run([*apt, "update"], env=env, check=True)
-    subprocess.run([*apt, "install", "-y", "--no-install-recommends", *missing], env=env, check=True, stdout=subprocess.DEVNULL)
+    packages = [*apt, "install", "-y", "--no-install-recommends", *missing]
+    subprocess.run(packages, env=env, check=True, stdout=subprocess.DEVNULL)
     return missing_packages()
 
 

@@ -39,17 +39,23 @@ COMPONENTS = {
     for c in (
         Component(
             "k8s",
-            tuple(
-                f"k8s.io/kubernetes/cmd/{name}"
-                for name in ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl")
-            )
-            + ("./fake-gpu",),
+            (
+                "k8s.io/kubernetes/cmd/kube-apiserver",
+                "k8s.io/kubernetes/cmd/kube-controller-manager",
+                "k8s.io/kubernetes/cmd/kube-scheduler",
+                "k8s.io/kubernetes/cmd/kubelet",
+                "k8s.io/kubernetes/cmd/kube-proxy",
+                "k8s.io/kubernetes/cmd/kubectl",
+                "./fake-gpu",
+            ),
         ),
         Component("etcd", ("go.etcd.io/etcd/server/v3",)),
         Component("coredns", (".",)),
         Component("helm", ("helm.sh/helm/v3/cmd/helm",)),
         # Without the tags every cloud's service discovery would be built in.
-        Component("prometheus", ("github.com/prometheus/prometheus/cmd/prometheus",), "remove_all_sd,enable_kubernetes_sd"),
+        Component(
+            "prometheus", ("github.com/prometheus/prometheus/cmd/prometheus",), "remove_all_sd,enable_kubernetes_sd"
+        ),
         Component("kwok", ("sigs.k8s.io/kwok/cmd/kwok",)),
     )
 }
@@ -85,11 +91,12 @@ def build(names: tuple[str, ...], say: Callable[[str], None]) -> None:
         started = time.monotonic()
         partial = target.with_name(f"{target.name}.{os.getpid()}")
         partial.mkdir(parents=True)
+        tags = ["-tags", component.tags] if component.tags else []
+        linker_flags = " ".join(["-s", "-w", *_version_flags(component)])
         try:
             for packages, out in _outputs(component, partial):
                 subprocess.run(
-                    ["go", "build", *STATIC_FLAGS, *(["-tags", component.tags] if component.tags else [])]
-                    + ["-ldflags", " ".join(["-s", "-w", *_version_flags(component)]), "-o", out, *packages],
+                    ["go", "build", *STATIC_FLAGS, *tags, "-ldflags", linker_flags, "-o", out, *packages],
                     cwd=MODULES / name,
                     # GOWORK and GOFLAGS of the person who runs this must not change what is built.
                     env=os.environ | {"CGO_ENABLED": "0", "GOWORK": "off", "GOFLAGS": "-mod=readonly"},
@@ -103,7 +110,7 @@ def build(names: tuple[str, ...], say: Callable[[str], None]) -> None:
 
 def _outputs(component: Component, target: Path) -> list[tuple[list[str], str]]:
     # Go names a program after its package's last element, which says nothing for a module's root ("v3", ".").
-    odd = [p for p in component.packages if _program(p, component.name) == component.name and not p.endswith(component.name)]
+    odd = [p for p in component.packages if _program(p, component.name) != p.rpartition("/")[2]]
     rest = [p for p in component.packages if p not in odd]
     outputs = [([package], str(target / component.name)) for package in odd]
     return outputs + ([(rest, f"{target}/")] if rest else [])
