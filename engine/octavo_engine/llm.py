@@ -1,0 +1,256 @@
+"""The engine in this process: `LLM(model).generate(prompts, SamplingParams(...))`, as vLLM has it.
+
+The same scheduler, runner and text as behind the server, without the two processes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from octavo_engine.api.chat_template import ChatTemplate
+from octavo_engine.api.detokenizer import TextStream
+from octavo_engine.api.engine_client import one_sequence
+from octavo_engine.api.find_model import ModelFolder, download, local_folder
+from octavo_engine.api.tokenizer import Tokenizer, generation_defaults
+from octavo_engine.config import ConfigError, EngineConfig
+from octavo_engine.core.messages import FinishReason, Submit, TokenEvent
+from octavo_engine.outputs import CompletionOutput, RequestOutput
+from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.status import Effective
+
+Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+Message: TypeAlias = Mapping[str, Any]
+
+
+class LLM:
+    """A loaded model. Takes the fields of EngineConfig as keyword arguments, under vLLM's names.
+
+    Raises ValueError for a setting that is outside its range, TypeError for one that does not exist, FatalError
+    (octavo_engine.status) when the model cannot be loaded.
+    """
+
+    def __init__(
+        self, model: str, *, tokenizer: str | None = None, chat_template: str | None = None, **settings: Any
+    ) -> None:
+        self._config = _config(model, tokenizer, settings)
+        # As in the engine process: waiting threads must not starve each other. Too late once torch is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from octavo_engine.core.engine import Engine
+        from octavo_engine.core.scheduler import Scheduler, SchedulerConfig
+        from octavo_engine.runner.model_runner import ModelRunner
+
+        found = _find(model, self._config)
+        texts = found.path if tokenizer is None else _find(tokenizer, self._config, weights=False).path
+        try:
+            runner = ModelRunner(self._config)
+            loaded = runner.load(found.path, lambda stage, done, total: None, found.resolved_revision)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        self.effective: Effective = loaded.effective
+        self._tokenizer = Tokenizer.load(texts)
+        self._template = ChatTemplate.load(
+            texts, self._tokenizer.special_tokens, Path(chat_template) if chat_template else None
+        )
+        self._defaults = generation_defaults(found.path)
+        scheduler = Scheduler(
+            SchedulerConfig(
+                max_num_seqs=self._config.max_num_seqs,
+                max_num_batched_tokens=self._config.max_num_batched_tokens,
+                max_model_len=loaded.plan.max_model_len,
+                block_size=self._config.block_size,
+                enable_prefix_caching=self._config.enable_prefix_caching,
+                enable_chunked_prefill=self._config.enable_chunked_prefill,
+            ),
+            loaded.plan.num_blocks,
+        )
+        self._engine = Engine(scheduler, runner, time.monotonic, self._config.seed)
+        self._num_requests = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """One RequestOutput for each prompt, in order; all of them are computed together.
+
+        sampling_params: one for all prompts, or one for each; None takes the model's defaults.
+        Raises ValueError for a prompt that is empty, too long or holds ids outside the vocabulary.
+        """
+        listed = [prompts] if _is_one_prompt(prompts) else list(prompts)  # type: ignore[arg-type]
+        encoded = [self._encode(prompt) for prompt in listed]
+        return self._run(encoded, self._sampling(sampling_params, len(encoded)), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation ([{"role": …, "content": …}, …]) or a list of them."""
+        if self._template is None:
+            raise ValueError(f"{self._config.model} has no chat template; use generate, or give chat_template")
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Sequence[Sequence[Message]] = [messages] if one else messages  # type: ignore[list-item,assignment]
+        texts = [self._template.render(c, add_generation_prompt=add_generation_prompt) for c in conversations]
+        encoded = [(text, self._checked(self._tokenizer.encode(text, add_special_tokens=False))) for text in texts]
+        return self._run(encoded, self._sampling(sampling_params, len(encoded)), use_tqdm)
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """SamplingParams with what the model's generation_config.json says."""
+        d = self._defaults
+        given = {
+            "temperature": d.temperature, "top_p": d.top_p, "top_k": d.top_k, "min_p": d.min_p,
+            "repetition_penalty": d.repetition_penalty,
+        }  # fmt: skip
+        known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return SamplingParams(**known)
+
+    def _run(
+        self, prompts: list[tuple[str | None, list[int]]], sampling: list[SamplingParams], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        limit = self.effective.max_model_len
+        outputs, answers = [], {}
+        for (text, ids), params in zip(prompts, sampling, strict=True):
+            output = RequestOutput(str(self._num_requests), text, ids)
+            self._num_requests += 1
+            outputs.append(output)
+            for index in range(params.n):
+                room = limit - len(ids)
+                each = one_sequence(params, index, min(params.max_tokens or room, room))
+                text = TextStream(self._tokenizer, each) if params.detokenize else None
+                answer = _Answer(output, index, text, frozenset(params.stop_token_ids))
+                answers[f"{output.request_id}-{index}"] = answer
+                self._engine.submit(Submit(f"{output.request_id}-{index}", ids, each, self._tokenizer.eos_token_ids))
+        try:
+            self._drain(answers, use_tqdm)
+        finally:
+            # An interrupt in the middle (Ctrl-C in a notebook) must not leave requests behind for the next call.
+            self._engine.abort(list(answers))
+            while self._engine.has_work:
+                self._engine.step()
+        return outputs
+
+    def _drain(self, answers: dict[str, _Answer], use_tqdm: bool) -> None:
+        from tqdm import tqdm
+
+        with tqdm(total=len(answers), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            num_tokens, started = 0, time.monotonic()
+            while self._engine.has_work:
+                for event in self._engine.step().events:
+                    answer = answers[event.request_id]
+                    num_tokens += len(event.token_ids)
+                    if answer.take(event):
+                        self._engine.abort([event.request_id])
+                    if event.finish_reason is not None:
+                        bar.update()
+                        bar.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.0f} output tokens/s")
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            ids = prompt.get("prompt_token_ids")
+            if ids is None and "prompt" not in prompt:
+                raise ValueError(f'a prompt needs "prompt" or "prompt_token_ids", got the keys {sorted(prompt)}')
+            prompt = prompt["prompt"] if ids is None else ids
+        if isinstance(prompt, str):
+            return prompt, self._checked(self._tokenizer.encode(prompt))
+        return None, self._checked(list(prompt))
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        limit = self.effective.max_model_len
+        if not 0 < len(ids) < limit:
+            raise ValueError(f"a prompt must have 1 to {limit - 1} tokens (max_model_len {limit}), got {len(ids)}")
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < self._tokenizer.vocab_size:
+                raise ValueError(f"token id {token} is outside the vocabulary of {self._tokenizer.vocab_size}")
+        return ids
+
+    def _sampling(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise ValueError(f"{count} prompts and {len(params)} sampling_params: give one, or one for each prompt")
+        return list(params)
+
+
+@dataclass
+class _Answer:
+    """One sequence on its way into its RequestOutput."""
+
+    output: RequestOutput
+    index: int
+    text: TextStream | None
+    stop_token_ids: frozenset[int]
+
+    def __post_init__(self) -> None:
+        self.completion = CompletionOutput(self.index, "", [])
+        self.output.outputs.append(self.completion)
+        self._stopped = False
+
+    def take(self, event: TokenEvent) -> bool:
+        """Add what an event brings; True when a stop string ended the answer and the engine should be told."""
+        if event.num_cached_tokens is not None:
+            self.output.num_cached_tokens = event.num_cached_tokens
+        if self._stopped:
+            return False
+        done = self.completion
+        num_tokens, stop = len(event.token_ids), None
+        if self.text is not None:
+            delta = self.text.push(
+                event.token_ids, last=event.finish_reason is not None, stop_token_id=event.stop_token_id
+            )
+            done.text += delta.text
+            num_tokens, stop = delta.num_tokens, delta.stop
+        done.token_ids += event.token_ids[:num_tokens]
+        if stop is not None:
+            self._stopped = True
+            done.finish_reason, done.stop_reason = FinishReason.STOP.value, stop
+            return event.finish_reason is None
+        if event.finish_reason is not None:
+            done.finish_reason = event.finish_reason.value
+            if event.stop_token_id in self.stop_token_ids:
+                done.stop_reason = event.stop_token_id
+        return False
+
+
+def _config(model: str, tokenizer: str | None, settings: dict[str, Any]) -> EngineConfig:
+    known = {f.name for f in fields(EngineConfig)}
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            raise TypeError(f"LLM has no setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        config = EngineConfig(model=model, tokenizer=tokenizer, **settings)
+        config.check()
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return config
+
+
+def _find(name: str, config: EngineConfig, weights: bool = True) -> ModelFolder:
+    folder = local_folder(name)
+    if folder is not None:
+        return folder
+    revision = config.revision if weights else None
+    return download(name, revision, config.download_dir, lambda done, total: None, weights=weights)
+
+
+def _is_one_prompt(prompts: Any) -> bool:
+    if isinstance(prompts, (str, Mapping)):
+        return True
+    return bool(prompts) and isinstance(prompts[0], int)
