@@ -59,8 +59,12 @@ class Tokenizer:
         self._add_bos_token = add_bos_token
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Raises FatalError(MODEL_INVALID) when a file is missing or is not what its name says."""
+    def load(cls, folder: Path, model_folder: Path | None = None) -> Tokenizer:
+        """model_folder: the checkpoint, when the tokenizer comes from another folder.
+
+        Raises FatalError(MODEL_INVALID) when a file is missing or is not what its name says.
+        """
+        model_folder = model_folder or folder
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise _invalid(
@@ -76,10 +80,10 @@ class Tokenizer:
         core.no_padding()
         settings = read_json(folder / "tokenizer_config.json")
         special = _special_tokens(settings, read_json(folder / "special_tokens_map.json"))
-        config = read_json(folder / "config.json")
+        config = read_json(model_folder / "config.json")
         text_config = config.get("text_config")
         config = {**config, **(text_config if isinstance(text_config, dict) else {})}
-        generation = read_json(folder / "generation_config.json")
+        generation = read_json(model_folder / "generation_config.json")
         eos = {*_ids(config.get("eos_token_id")), *_ids(generation.get("eos_token_id"))}
         if (name := special.get("eos_token")) and (id := core.token_to_id(name)) is not None:
             eos.add(id)

@@ -1,0 +1,87 @@
+"""One request's answer while it is generated: tokens in, text pieces and usage out. Shared by all routes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from octavo_engine.api.detokenizer import TextStream
+from octavo_engine.api.engine_client import Output, Stream
+from octavo_engine.api.errors import internal
+from octavo_engine.api.tokenizer import Tokenizer
+from octavo_engine.core.messages import FinishReason
+from octavo_engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of one choice; may be empty. first: nothing came of this choice before. num_tokens: so far.
+
+    finish_reason is set on a choice's last piece; stop_reason is then the stop string or token id that ended it.
+    """
+
+    index: int
+    text: str
+    first: bool
+    num_tokens: int
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+class _Choice:
+    __slots__ = ("num_tokens", "started", "text")
+
+    def __init__(self, text: TextStream) -> None:
+        self.text = text
+        self.num_tokens = 0
+        self.started = False
+
+
+class Answer:
+    """All choices of one request. Read with next() until finished; close() whatever happens."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, stream: Stream, sampling: SamplingParams, num_choices: int, prompt_tokens: int
+    ) -> None:
+        self._stream = stream
+        self._stop_token_ids = frozenset(sampling.stop_token_ids)
+        self._choices = [_Choice(TextStream(tokenizer, sampling)) for _ in range(num_choices)]
+        self._prompt_tokens = prompt_tokens
+
+    @property
+    def finished(self) -> bool:
+        return self._stream.finished
+
+    async def next(self) -> list[Piece]:
+        """What arrived since the last call. Raises ApiError when the engine failed on any choice."""
+        return [self._piece(output) for output in await self._stream.next()]
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def usage(self, completion_tokens: int | None = None) -> dict[str, Any]:
+        """So far; completion_tokens for the figure of a single choice."""
+        if completion_tokens is None:
+            completion_tokens = sum(choice.num_tokens for choice in self._choices)
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "total_tokens": self._prompt_tokens + completion_tokens,
+            "completion_tokens": completion_tokens,
+        }
+
+    def _piece(self, output: Output) -> Piece:
+        if output.finish_reason is FinishReason.ERROR:
+            raise internal(f"The engine could not finish this request: {output.error or 'no reason given'}")
+        choice = self._choices[output.index]
+        first, choice.started = not choice.started, True
+        ended = output.finish_reason is not None
+        delta = choice.text.push(output.token_ids, last=ended, stop_token_id=output.stop_token_id)
+        choice.num_tokens += delta.num_tokens
+        if delta.stop is not None:
+            self._stream.end(output.index, choice.num_tokens)
+            return Piece(output.index, delta.text, first, choice.num_tokens, "stop", delta.stop)
+        if not ended:
+            return Piece(output.index, delta.text, first, choice.num_tokens)
+        # The model's own end of text is not a reason worth naming; a token that the client chose is.
+        named = output.stop_token_id if output.stop_token_id in self._stop_token_ids else None
+        return Piece(output.index, delta.text, first, choice.num_tokens, str(output.finish_reason), named)

@@ -1,0 +1,413 @@
+"""The OpenAI API on port 8000: routes, and what surrounds every one of them (keys, ids, errors, counting).
+
+One road for every generating route: parse → refuse → prompt off the event loop → submit → pieces → bytes. Every
+accepted request ends in exactly one final event, one error, or the client's own hanging up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from octavo_engine import __version__
+from octavo_engine.api import sse
+from octavo_engine.api.answer import Answer, Piece
+from octavo_engine.api.auth import OPEN_PATHS, Keys
+from octavo_engine.api.board import Board
+from octavo_engine.api.engine_client import EngineClient, EngineGoneError, Prompt, QueueFullError, one_sequence
+from octavo_engine.api.errors import ApiError, bad_request, internal, malformed, overloaded, unauthorized, unavailable
+from octavo_engine.api.metrics import CONTENT_TYPE, Metrics
+from octavo_engine.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Generation,
+    TokenizeRequest,
+    chat_generation,
+    check_messages,
+    check_template_variables,
+    completion_generation,
+    parse_body,
+)
+from octavo_engine.api.served_model import ServedModel, prompts_of
+from octavo_engine.config import ServerConfig
+from octavo_engine.status import Stage
+
+log = logging.getLogger(__name__)
+
+TEXT_THREADS = 4
+"""Threads for templates and encoding. More than one, so that one slow template does not hold up the others."""
+SMALL_BODY_BYTES = 16 * 1024
+"""Bodies up to this size are parsed on the event loop: a thread would cost more than the parsing."""
+MAX_REQUEST_ID_CHARS = 128
+
+REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+_UNSAFE = re.compile(r"[^A-Za-z0-9._:-]")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+T = TypeVar("T")
+
+
+@dataclass
+class Api:
+    """What the routes share. model is None until the engine is ready."""
+
+    board: Board
+    client: EngineClient
+    metrics: Metrics
+    keys: Keys
+    config: ServerConfig
+    model: ServedModel | None = None
+    active: int = 0
+    """Generating requests that have been accepted and not answered to their end."""
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    pool: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+    )
+
+    def __post_init__(self) -> None:
+        self.idle.set()
+
+    # ---- the application
+
+    def application(self) -> web.Application:
+        app = web.Application(middlewares=[self._edge], client_max_size=self.config.max_request_bytes)
+        app.on_response_prepare.append(_name_response)
+        app.add_routes(
+            [
+                web.get("/v1/models", self.models),
+                web.get("/v1/models/{model:.+}", self.model_card),
+                web.post("/v1/chat/completions", self.chat_completions),
+                web.post("/v1/completions", self.completions),
+                web.post("/tokenize", self.tokenize),
+                web.post("/detokenize", self.detokenize),
+                web.get("/health", self.health),
+                web.get("/ping", self.health),
+                web.post("/ping", self.health),
+                web.get("/version", self.version),
+                web.get("/load", self.load),
+            ]
+        )
+        if self.config.enable_metrics:
+            app.add_routes([web.get("/metrics", self.prometheus)])
+        return app
+
+    @property
+    def _edge(self) -> Middleware:
+        """The outermost layer of every request."""
+
+        @web.middleware
+        async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
+            resource = request.match_info.route.resource
+            # The matched route decides, never the path as sent: two parsers of a path have been two truths before.
+            route = resource.canonical if resource is not None else "none"
+            request[REQUEST_ID] = request_id(request.headers.get("X-Request-Id"))
+            try:
+                if route not in OPEN_PATHS and not self.keys.admits(request.headers.get("Authorization")):
+                    raise unauthorized()
+                response = await handler(request)
+            except ApiError as error:
+                response = _error_response(error)
+            except web.HTTPException as error:
+                response = _error_response(_from_http(error, request))
+            except ConnectionError:
+                raise  # the client has gone: nobody to tell
+            except Exception:
+                log.exception("request failed id=%s route=%s", request[REQUEST_ID], route)
+                response = _error_response(internal())
+            if route not in OPEN_PATHS:
+                method = request.method if request.method in _METHODS else "other"
+                self.metrics.http[route, method, f"{response.status // 100}xx"] += 1
+            return response
+
+        return edge
+
+    # ---- generating
+
+    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
+        model = self._serving()
+        body = await self._parse(ChatRequest, request)
+        model.check_name(body.model)
+        generation = chat_generation(body, model.defaults)
+        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        with self._accepted():
+            prompt = await self._in_thread(model.chat_prompt, body)
+            writer = sse.ChatWriter(
+                f"chatcmpl-{self._base_id(request, generation)}",
+                int(time.time()),
+                body.model or model.name,
+                body.messages[-1].role if body.continue_final_message else "assistant",
+            )
+            return await self._generate(request, model, generation, [prompt], writer, name)
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        model = self._serving()
+        body = await self._parse(CompletionRequest, request)
+        model.check_name(body.model)
+        generation = completion_generation(body, model.defaults)
+        self._check_fan_out(len(prompts_of(body)), generation.sampling.n)
+        with self._accepted():
+            prompts = await self._in_thread(model.completion_prompts, body)
+            prefixes: list[str] = []
+            if generation.echo:
+                n = generation.sampling.n
+                texts = [p if isinstance(p, str) else model.tokenizer.decode(p) for p in prompts_of(body)]
+                prefixes = [text for text in texts for _ in range(n)]
+            writer = sse.CompletionWriter(
+                f"cmpl-{self._base_id(request, generation)}", int(time.time()), body.model or model.name, prefixes
+            )
+            return await self._generate(request, model, generation, prompts, writer, "max_tokens")
+
+    async def _generate(
+        self,
+        request: web.Request,
+        model: ServedModel,
+        generation: Generation,
+        prompts: list[list[int]],
+        writer: sse.Writer,
+        max_tokens_param: str,
+    ) -> web.StreamResponse:
+        n = generation.sampling.n
+        sequences = []
+        for prompt in prompts:
+            max_tokens = model.max_tokens(generation.max_tokens, len(prompt), max_tokens_param)
+            sequences += [Prompt(prompt, one_sequence(generation.sampling, i, max_tokens)) for i in range(n)]
+        try:
+            stream = self.client.submit(
+                sequences, n=n, eos_token_ids=model.tokenizer.eos_token_ids, cache_salt=generation.cache_salt
+            )
+        except QueueFullError as error:
+            raise overloaded(f"The server is busy: {error}. Please retry.", error.retry_after_s) from None
+        except EngineGoneError:
+            raise self._not_serving() from None
+        answer = Answer(model.tokenizer, stream, generation.sampling, len(sequences), sum(map(len, prompts)))
+        try:
+            if generation.stream:
+                return await _stream(request, generation, answer, writer)
+            return await _whole(answer, writer, len(sequences))
+        finally:
+            # Also on a client's hanging up, which cancels this task: the engine stops working for nobody.
+            answer.close()
+
+    def _check_fan_out(self, num_prompts: int, n: int) -> None:
+        most = self.client.limits.most_sequences
+        if num_prompts * n > most:
+            raise bad_request(
+                f"{num_prompts} prompts with n={n} are {num_prompts * n} sequences; at most {most} are taken at once.",
+                "prompt" if num_prompts > 1 else "n",
+            )
+
+    # ---- text
+
+    async def tokenize(self, request: web.Request) -> web.StreamResponse:
+        model = self._serving()
+        body = await self._parse(TokenizeRequest, request)
+        model.check_name(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise bad_request("Give either prompt or messages.", "prompt")
+        if body.messages is not None:
+            check_messages(body.messages)
+            check_template_variables(body.chat_template_kwargs)
+            tokens = await self._in_thread(model.chat_prompt, body)
+        else:
+            special = True if body.add_special_tokens is None else body.add_special_tokens
+            encode = functools.partial(model.text_prompt, add_special_tokens=special)
+            tokens = await self._in_thread(encode, body.prompt or "")
+        strings = [model.tokenizer.token(token) for token in tokens] if body.return_token_strs else None
+        return web.json_response(
+            {
+                "count": len(tokens),
+                "max_model_len": model.max_model_len,
+                "tokens": tokens,
+                "token_strs": strings,
+            }
+        )
+
+    async def detokenize(self, request: web.Request) -> web.StreamResponse:
+        model = self._serving()
+        body = await self._parse(DetokenizeRequest, request)
+        model.check_name(body.model)
+        if body.tokens and max(body.tokens) >= model.tokenizer.vocab_size:
+            raise bad_request(f"Token id {max(body.tokens)} is out of vocabulary.", "tokens")
+        decode = functools.partial(model.tokenizer.decode, skip_special_tokens=False)
+        return web.json_response({"prompt": await self._in_thread(decode, body.tokens)})
+
+    # ---- about the server
+
+    async def models(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(self._serving().card())
+
+    async def model_card(self, request: web.Request) -> web.StreamResponse:
+        model = self._serving()
+        name = request.match_info["model"]
+        model.check_name(name)
+        return web.json_response(next(card for card in model.card()["data"] if card["id"] == name))
+
+    async def health(self, request: web.Request) -> web.StreamResponse:
+        if self.model is not None and self.board.stage is Stage.READY:
+            return web.Response()
+        statusz = self.board.statusz()
+        return web.json_response(
+            {
+                "status": str(statusz.stage),
+                "stage": str(statusz.stage),
+                "percent": statusz.progress.percent,
+                "eta_s": statusz.progress.eta_s,
+                "message": self._not_serving().message,
+            },
+            status=503,
+            headers={"Retry-After": str(self.board.retry_after_s())},
+        )
+
+    async def version(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"version": __version__})
+
+    async def load(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"server_load": self.active})
+
+    async def prometheus(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(body=await self._in_thread(self.metrics.render), headers={"Content-Type": CONTENT_TYPE})
+
+    # ---- what routes are made of
+
+    def _serving(self) -> ServedModel:
+        """The model, when new requests are welcome. Raises ApiError: 503."""
+        if self.model is None or self.board.stage is not Stage.READY:
+            raise self._not_serving()
+        return self.model
+
+    def _not_serving(self) -> ApiError:
+        statusz = self.board.statusz()
+        retry = self.board.retry_after_s()
+        if statusz.failure is not None:
+            return unavailable(f"The engine has failed: {statusz.failure.message}", retry)
+        if statusz.stage is Stage.DRAINING:
+            return unavailable("The server is shutting down and takes no new requests.", retry)
+        percent = f", {statusz.progress.percent:.0f}%" if statusz.progress.total_bytes else ""
+        return unavailable(
+            f"The model is not ready yet (stage {statusz.stage}{percent}). Retry in {retry} seconds.", retry
+        )
+
+    async def _parse(self, kind: type[Any], request: web.Request) -> Any:
+        if request.content_type != "application/json":
+            raise malformed("Unsupported Media Type: only application/json is allowed.", "body")
+        body = await request.read()
+        if len(body) <= SMALL_BODY_BYTES:
+            return parse_body(kind, body)
+        return await self._in_thread(functools.partial(parse_body, kind), body)
+
+    async def _in_thread(self, work: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.pool, work, *args)
+
+    def _accepted(self) -> _Accepted:
+        """Raises ApiError when draining began while the body was read: what is accepted now would not be waited for."""
+        self._serving()
+        return _Accepted(self)
+
+    def _base_id(self, request: web.Request, generation: Generation) -> str:
+        return request_id(generation.base_id) if generation.base_id else request[REQUEST_ID]
+
+
+class _Accepted:
+    """Counts a request while it is answered, so that a drain can wait for it."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+
+    def __enter__(self) -> None:
+        self._api.active += 1
+        self._api.idle.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._api.active -= 1
+        if self._api.active == 0:
+            self._api.idle.set()
+
+
+async def _whole(answer: Answer, writer: sse.Writer, num_choices: int) -> web.StreamResponse:
+    texts: list[list[str]] = [[] for _ in range(num_choices)]
+    last: dict[int, Piece] = {}
+    while not answer.finished:
+        for piece in await answer.next():
+            texts[piece.index].append(piece.text)
+            last[piece.index] = piece
+    choices = [
+        Piece(i, "".join(texts[i]), True, last[i].num_tokens, last[i].finish_reason, last[i].stop_reason)
+        for i in range(num_choices)
+    ]
+    return web.Response(body=writer.body(choices, answer.usage()), content_type="application/json")
+
+
+async def _stream(
+    request: web.Request, generation: Generation, answer: Answer, writer: sse.Writer
+) -> web.StreamResponse:
+    # Headers go out with the first output: until then a failure can still be told with its own status code.
+    pieces = await answer.next()
+    response = web.StreamResponse(headers=sse.HEADERS)
+    await response.prepare(request)
+    try:
+        while True:
+            chunks = b"".join(
+                [
+                    writer.chunk(piece, answer.usage(piece.num_tokens) if generation.continuous_usage else None)
+                    for piece in pieces
+                ]
+            )
+            if chunks:
+                await response.write(chunks)
+            if answer.finished:
+                break
+            pieces = await answer.next()
+        end = writer.usage_chunk(answer.usage()) if generation.include_usage else b""
+    except ApiError as error:
+        end = sse.error_event(error)
+    except ConnectionError:
+        return response
+    except Exception:
+        log.exception("stream failed id=%s", request[REQUEST_ID])
+        end = sse.error_event(internal())
+    try:
+        await response.write(end + sse.DONE)
+        await response.write_eof()
+    except ConnectionError:
+        pass  # hung up after the last token
+    return response
+
+
+def request_id(given: str | None) -> str:
+    """A client's own id made safe for headers and logs, or a new one."""
+    safe = _UNSAFE.sub("", given or "")[:MAX_REQUEST_ID_CHARS]
+    return safe or secrets.token_hex(16)
+
+
+async def _name_response(request: web.Request, response: web.StreamResponse) -> None:
+    if REQUEST_ID in request:
+        response.headers["X-Request-Id"] = request[REQUEST_ID]
+
+
+def _error_response(error: ApiError) -> web.Response:
+    return web.Response(
+        status=error.status, body=error.body_bytes(), content_type="application/json", headers=error.headers()
+    )
+
+
+def _from_http(error: web.HTTPException, request: web.Request) -> ApiError:
+    """aiohttp's own refusals (unknown route, wrong method, too large a body) in the OpenAI shape."""
+    message = {
+        404: f"There is no route {json.dumps(request.path[:200])}.",
+        405: f"{request.method[:20]} is not allowed on this route.",
+        413: "The request body is too large.",
+    }.get(error.status, error.reason)
+    return ApiError(error.status, error.reason, message)

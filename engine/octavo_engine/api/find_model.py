@@ -1,0 +1,154 @@
+"""Find a model's files: a local folder, or a download from the Hugging Face Hub with visible progress.
+
+Called by the API process, in a thread: the Hub's client is synchronous and may hang, so who waits also watches for
+stalls. The engine is told the folder and never touches the network.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from octavo_engine.status import Failure, FailureCode, FatalError
+
+ATTEMPTS = 3
+PAUSE_S = 2.0
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TEXT_FILES = ("*.json", "*.jinja", "*.txt")
+WEIGHT_FILES = ("*.safetensors",)
+
+Report = Callable[[int, int], None]
+"""(done_bytes, total_bytes) so far; called from any thread."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checkpoint that is complete on disk."""
+
+    path: Path
+    resolved_revision: str | None = None
+
+
+def local_folder(name: str) -> ModelFolder | None:
+    """The folder when `name` is one, None when it names a model on the Hub. Raises FatalError: neither."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FatalError(
+                Failure(
+                    FailureCode.MODEL_INVALID,
+                    f"{path} has no config.json, so it is not a model's folder.",
+                    "name the folder that holds config.json, tokenizer.json and the safetensors files",
+                )
+            )
+        return ModelFolder(path.resolve())
+    if HUB_NAME.fullmatch(hub_id(name)) and not name.startswith((".", "/", "~")):
+        return None
+    raise FatalError(
+        Failure(
+            FailureCode.MODEL_NOT_FOUND,
+            f"{name} is neither a folder nor a Hugging Face id.",
+            "check the path, or write an id like Qwen/Qwen3-8B",
+        )
+    )
+
+
+def hub_id(name: str) -> str:
+    return name.removeprefix("hf://")
+
+
+def download(
+    name: str, revision: str | None, download_dir: str | None, report: Report, *, weights: bool = True
+) -> ModelFolder:
+    """Blocks until the model is complete in the cache. weights False: only config and tokenizer. Raises FatalError."""
+    import huggingface_hub  # here and not above: half a second that local folders need not wait for
+
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            folder = huggingface_hub.snapshot_download(
+                hub_id(name),
+                revision=revision,
+                cache_dir=download_dir,
+                allow_patterns=[*TEXT_FILES, *(WEIGHT_FILES if weights else ())],
+                tqdm_class=_bar_class(report),
+            )
+        except Exception as error:
+            failure = explain(name, revision, error)
+            if attempt == ATTEMPTS or failure.code is not FailureCode.DOWNLOAD_FAILED:
+                raise FatalError(failure) from error
+            time.sleep(PAUSE_S * attempt)
+        else:
+            path = Path(folder)
+            # The cache names a snapshot's folder after its commit.
+            commit = path.name if re.fullmatch(r"[0-9a-f]{40}", path.name) else revision
+            return ModelFolder(path, commit)
+    raise AssertionError("unreachable")
+
+
+def explain(name: str, revision: str | None, error: Exception) -> Failure:
+    """What a failed download means to the person who asked for it."""
+    kind, detail = {base.__name__ for base in type(error).__mro__}, str(error)[:800]
+    where = hub_id(name) + (f" at revision {revision}" if revision else "")
+    if "GatedRepoError" in kind:
+        return Failure(
+            FailureCode.MODEL_GATED,
+            f"{where} is gated: its owner grants access on request.",
+            f"accept its terms at https://huggingface.co/{hub_id(name)} and set HF_TOKEN to a token of that account",
+            detail=detail,
+        )
+    if kind & {"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"}:
+        return Failure(
+            FailureCode.MODEL_NOT_FOUND,
+            f"{where} was not found on the Hugging Face Hub.",
+            "check the spelling and --revision; a private model needs HF_TOKEN",
+            detail=detail,
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return Failure(
+            FailureCode.DOWNLOAD_FAILED,
+            f"The disk is full: {where} could not be stored.",
+            "give the cache more space, or point --download-dir (or HF_HOME) to a larger disk",
+            detail=detail,
+        )
+    return Failure(
+        FailureCode.DOWNLOAD_FAILED,
+        f"{where} could not be downloaded from the Hugging Face Hub.",
+        "check the network and proxy settings (HTTPS_PROXY, HF_ENDPOINT), or name a local folder",
+        detail=f"{type(error).__name__}: {detail}",
+    )
+
+
+def stalled(name: str, seconds: float) -> Failure:
+    return Failure(
+        FailureCode.DOWNLOAD_STALLED,
+        f"The download of {hub_id(name)} received nothing for {seconds:.0f} s.",
+        "check the network; what was downloaded is kept, a restart goes on from there",
+    )
+
+
+def _bar_class(report: Report) -> type[Any]:
+    """A progress bar that draws nothing and reports: the Hub client's only way to tell how far it is."""
+    from tqdm.std import tqdm
+
+    class Bar(tqdm[Any]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)
+            self._bytes = options.get("unit") == "B"
+            super().__init__(*args, **{**options, "file": io.StringIO(), "disable": False})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            moved: bool | None = super().update(n)
+            if self._bytes:
+                report(int(self.n), int(self.total or 0))
+            return moved
+
+        def display(self, *args: Any, **options: Any) -> None:
+            """Nothing is drawn; the screen has a bar of its own."""
+
+    return Bar

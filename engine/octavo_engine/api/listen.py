@@ -1,0 +1,67 @@
+"""Bind the process's two ports before anything else happens."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from octavo_engine.status import Failure, FailureCode, FatalError
+
+BACKLOG = 2048
+"""Connections that may wait for the event loop, which comes up a second after the port."""
+
+
+def listen(host: str, port: int, flag: str) -> socket.socket:
+    """A listening TCP socket. Raises FatalError: PORT_IN_USE, or INVALID_CONFIG for an address that is not ours.
+
+    flag: the flag that sets the port, for the error message.
+    """
+    address_flag = "--host"
+    try:
+        found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise _bad_host(address_flag, host, error) from error
+    # "localhost" often resolves to ::1 first, but 127.0.0.1 is what clients are told to use.
+    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # Without it a restart within a minute would find the last process's closed connections in the way.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise FatalError(
+                Failure(
+                    FailureCode.PORT_IN_USE,
+                    f"Port {port} of {host} is in use by another process.",
+                    f"end that process (`ss -ltnp 'sport = :{port}'` names it) or choose another port with {flag}",
+                )
+            ) from error
+        if error.errno == errno.EACCES:
+            raise FatalError(
+                Failure(
+                    FailureCode.INVALID_CONFIG,
+                    f"Port {port} of {host} may not be bound by this user.",
+                    f"choose a port above 1023 with {flag}",
+                )
+            ) from error
+        raise _bad_host(address_flag, host, error) from error
+    return sock
+
+
+def port_of(sock: socket.socket) -> int:
+    port: int = sock.getsockname()[1]
+    return port
+
+
+def _bad_host(flag: str, host: str, error: OSError) -> FatalError:
+    return FatalError(
+        Failure(
+            FailureCode.INVALID_CONFIG,
+            f"{flag}: {host!r} is not an address of this machine.",
+            "use localhost, 0.0.0.0 for all addresses, or one of this machine's own",
+            detail=str(error),
+        )
+    )

@@ -1,0 +1,372 @@
+"""Request bodies: parsed once, at the edge, into values that later code trusts.
+
+Every field that OpenAI or vLLM know is honoured or refused by name: a client never gets an answer that silently
+left out what it asked for. Fields that nobody knows are accepted, as vLLM accepts them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from octavo_engine.api.chat_template import RESERVED_NAMES
+from octavo_engine.api.errors import ApiError, bad_request, malformed
+from octavo_engine.api.tokenizer import GenerationDefaults
+from octavo_engine.sampling_params import SamplingError, SamplingParams
+
+log = logging.getLogger(__name__)
+
+DEFAULT_COMPLETION_TOKENS = 16
+MAX_STOP_CHARS = 1024
+"""Longest stop string: each one is looked for after every token."""
+MAX_MESSAGES = 4096
+MAX_SALT_CHARS = 512
+_INT64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: str | None = None
+
+
+class _Sampled(_Body):
+    """What chat and plain completions have in common."""
+
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    n: int | None = None
+    seed: _INT64 | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    request_id: str | None = None
+    cache_salt: str | None = None
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+
+class ChatRequest(_Sampled):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+
+
+TokenIds = list[Annotated[int, Field(strict=True, ge=0)]]
+
+
+class CompletionRequest(_Sampled):
+    prompt: str | TokenIds | list[str] | list[TokenIds] | None = None
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
+
+
+class TokenizeRequest(_Body):
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(_Body):
+    tokens: TokenIds
+
+
+B = TypeVar("B", bound=_Body)
+
+
+def parse_body(kind: type[B], body: bytes) -> B:
+    """Raises ApiError: 400 with the field at fault."""
+    try:
+        request = kind.model_validate_json(body)
+    except pydantic.ValidationError as error:
+        raise _malformed(error) from None
+    except RecursionError:
+        raise malformed("The body is nested too deeply.", "body") from None
+    _refuse_unsupported(kind, request.model_extra or {})
+    return request
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What every generating route comes to: how to sample, how to answer.
+
+    max_tokens None: as many as fit. base_id: the client's own request id, or None.
+    """
+
+    sampling: SamplingParams
+    max_tokens: int | None
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+    cache_salt: str | None
+    base_id: str | None
+    echo: bool = False
+
+
+def chat_generation(request: ChatRequest, defaults: GenerationDefaults) -> Generation:
+    """Raises ApiError."""
+    for index, message in enumerate(request.messages):
+        _check_content(index, message)
+    if request.continue_final_message and request.add_generation_prompt:
+        raise bad_request(
+            "Cannot set both `continue_final_message` and `add_generation_prompt` to True.", "continue_final_message"
+        )
+    check_template_variables(request.chat_template_kwargs)
+    name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    return _generation(request, defaults, getattr(request, name), name)
+
+
+def completion_generation(request: CompletionRequest, defaults: GenerationDefaults) -> Generation:
+    """Raises ApiError."""
+    max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    return replace(_generation(request, defaults, max_tokens, "max_tokens"), echo=bool(request.echo))
+
+
+def messages_for_template(messages: list[Message]) -> list[dict[str, Any]]:
+    """The messages as templates read them; a list of text parts becomes one text."""
+    plain = []
+    for message in messages:
+        document = message.model_dump(exclude_unset=True)
+        if isinstance(message.content, list):
+            document["content"] = "\n".join(str((part.model_extra or {}).get("text")) for part in message.content)
+        plain.append(document)
+    return plain
+
+
+def check_template_variables(variables: Mapping[str, Any] | None) -> None:
+    if taken := RESERVED_NAMES & set(variables or ()):
+        raise bad_request(f"chat_template_kwargs may not set {', '.join(sorted(taken))}.", "chat_template_kwargs")
+
+
+def check_messages(messages: list[Message]) -> None:
+    for index, message in enumerate(messages):
+        _check_content(index, message)
+
+
+# ---- from the wire to SamplingParams
+
+
+def _generation(
+    request: _Sampled, defaults: GenerationDefaults, max_tokens: int | None, max_tokens_name: str
+) -> Generation:
+    if request.stream_options is not None and not request.stream:
+        raise bad_request("Stream options can only be defined when `stream=True`.", "stream_options")
+    if request.cache_salt is not None and not 0 < len(request.cache_salt) <= MAX_SALT_CHARS:
+        raise bad_request(f"cache_salt must be a string of 1 to {MAX_SALT_CHARS} characters.", "cache_salt")
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    if any(len(text) > MAX_STOP_CHARS for text in stop):
+        raise bad_request(f"stop strings may have at most {MAX_STOP_CHARS} characters.", "stop")
+    try:
+        sampling = SamplingParams(
+            n=_or(request.n, 1),
+            presence_penalty=_or(request.presence_penalty, 0.0),
+            frequency_penalty=_or(request.frequency_penalty, 0.0),
+            repetition_penalty=_or(request.repetition_penalty, defaults.repetition_penalty, 1.0),
+            temperature=_or(request.temperature, defaults.temperature, 1.0),
+            top_p=_or(request.top_p, defaults.top_p, 1.0),
+            top_k=_or(request.top_k, defaults.top_k, 0),
+            min_p=_or(request.min_p, defaults.min_p, 0.0),
+            seed=request.seed,
+            stop=tuple(stop),
+            stop_token_ids=tuple(request.stop_token_ids or ()),
+            ignore_eos=bool(request.ignore_eos),
+            max_tokens=max_tokens,
+            min_tokens=_or(request.min_tokens, 0),
+            include_stop_str_in_output=bool(request.include_stop_str_in_output),
+            skip_special_tokens=_or(request.skip_special_tokens, True),
+        )
+    except SamplingError as error:
+        param = max_tokens_name if error.param == "max_tokens" else error.param
+        raise bad_request(str(error), param) from None
+    options = request.stream_options or StreamOptions()
+    if defaults.max_tokens is not None:
+        max_tokens = defaults.max_tokens if max_tokens is None else min(max_tokens, defaults.max_tokens)
+    return Generation(
+        sampling=sampling,
+        max_tokens=max_tokens,
+        stream=bool(request.stream),
+        include_usage=bool(options.include_usage),
+        continuous_usage=bool(options.include_usage and options.continuous_usage_stats),
+        cache_salt=request.cache_salt,
+        base_id=request.request_id,
+    )
+
+
+def _or(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _check_content(index: int, message: Message) -> None:
+    param = f"messages.{index}.content"
+    if isinstance(message.content, list):
+        for part in message.content:
+            text = (part.model_extra or {}).get("text")
+            if part.type not in ("text", "input_text"):
+                raise bad_request(
+                    f"{param}: parts of type {part.type!r} are not supported; this model reads text.", param
+                )
+            if not isinstance(text, str):
+                raise bad_request(f"{param}: a text part needs a string `text`.", param)
+    extra = message.model_extra or {}
+    for name in ("tool_calls", "function_call"):
+        if extra.get(name):
+            raise bad_request(f"messages.{index}.{name}: tools are not supported yet.", f"messages.{index}.{name}")
+
+
+# ---- what this version does not do
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A known field that is refused unless its value asks for nothing."""
+
+    harmless: Callable[[Any], bool]
+    reason: str = "is not supported yet"
+
+
+def _only(*values: Any) -> Callable[[Any], bool]:
+    # 0 == False in Python; a client that sends `logprobs: 0` to completions does ask for something.
+    return lambda value: any(value is v or (type(value) is type(v) and value == v) for v in values)
+
+
+def _empty(value: Any) -> bool:
+    return value in (None, {}, [])
+
+
+def _text_format(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and value.get("type") == "text")
+
+
+_NOTHING = _Refusal(_only(None))
+_NOTHING_OR_FALSE = _Refusal(_only(None, False))
+_NOTHING_OR_EMPTY = _Refusal(_empty)
+
+_REFUSED_EVERYWHERE: dict[str, _Refusal] = {
+    "logit_bias": _NOTHING_OR_EMPTY,
+    "use_beam_search": _NOTHING_OR_FALSE,
+    "length_penalty": _Refusal(_only(None, 1, 1.0), "belongs to beam search, which is not supported"),
+    "early_stopping": _NOTHING_OR_FALSE,
+    "truncate_prompt_tokens": _NOTHING,
+    "truncation_side": _NOTHING,
+    "prompt_logprobs": _NOTHING,
+    "allowed_token_ids": _NOTHING,
+    "bad_words": _NOTHING_OR_EMPTY,
+    "thinking_token_budget": _NOTHING,
+    "response_format": _Refusal(_text_format, "other than text is not supported yet"),
+    "structured_outputs": _NOTHING,
+    "guided_json": _NOTHING,
+    "guided_regex": _NOTHING,
+    "guided_choice": _NOTHING,
+    "guided_grammar": _NOTHING,
+    "priority": _Refusal(_only(None, 0), "is not supported yet: requests are served in order of arrival"),
+    "return_tokens_as_token_ids": _NOTHING_OR_FALSE,
+    "return_token_ids": _NOTHING_OR_FALSE,
+    "return_prompt_text": _NOTHING_OR_FALSE,
+    "kv_transfer_params": _NOTHING_OR_EMPTY,
+    "vllm_xargs": _NOTHING_OR_EMPTY,
+    "repetition_detection": _NOTHING,
+    "service_tier": _Refusal(_only(None, "auto", "default"), "other than auto and default does not exist here"),
+}
+
+_REFUSED: dict[type[_Body], dict[str, _Refusal]] = {
+    ChatRequest: {
+        **_REFUSED_EVERYWHERE,
+        "logprobs": _NOTHING_OR_FALSE,
+        "top_logprobs": _Refusal(_only(None, 0)),
+        # An empty list is refused by OpenAI and vLLM too: it is a client's mistake.
+        "tools": _NOTHING,
+        "tool_choice": _Refusal(_only(None, "none"), "needs tools, which are not supported yet"),
+        "functions": _NOTHING,
+        "function_call": _Refusal(_only(None, "none")),
+        "echo": _NOTHING_OR_FALSE,
+        "include_reasoning": _Refusal(_only(None, True)),
+        "chat_template": _Refusal(_only(None), "is not taken from requests; the server has --chat-template"),
+        "media_io_kwargs": _NOTHING_OR_EMPTY,
+        "mm_processor_kwargs": _NOTHING_OR_EMPTY,
+        "modalities": _Refusal(_only(None, ["text"]), "other than text are not supported"),
+        "audio": _NOTHING,
+        "prediction": _NOTHING,
+        "web_search_options": _NOTHING,
+    },
+    CompletionRequest: {
+        **_REFUSED_EVERYWHERE,
+        "logprobs": _NOTHING,
+        "suffix": _Refusal(_only(None, ""), "is not currently supported"),
+        "best_of": _Refusal(_only(None, 1), "is not supported"),
+        "prompt_embeds": _NOTHING,
+    },
+    TokenizeRequest: {"tools": _NOTHING, "chat_template": _NOTHING},
+    DetokenizeRequest: {},
+}
+
+_HARMLESS = frozenset(
+    {
+        "user", "store", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity",
+        "parallel_tool_calls", "spaces_between_special_tokens",
+    }
+)  # fmt: skip
+"""Known fields whose every value leaves the answer as it is."""
+
+
+def _refuse_unsupported(kind: type[_Body], extra: Mapping[str, Any]) -> None:
+    refused = _REFUSED[kind]
+    for name, value in extra.items():
+        refusal = refused.get(name)
+        if refusal is not None and not refusal.harmless(value):
+            raise bad_request(f"{name} {refusal.reason}.", name)
+        if refusal is None and name not in _HARMLESS:
+            log.debug("unknown request field is ignored field=%.100s", name)
+
+
+def _malformed(error: pydantic.ValidationError) -> ApiError:
+    details = error.errors(include_url=False, include_context=False, include_input=False)
+    detail = details[0]
+    # Unions and validators put names of their own into the location; the request's are keys and indices.
+    location = [str(part) for part in detail["loc"] if not (isinstance(part, str) and not part.isidentifier())]
+    for branch in ("str", "function-after"):
+        if location and location[-1] == branch:
+            location.pop()
+    param = ".".join(["body", *location])
+    message = "the body is not valid JSON" if detail["type"] == "json_invalid" else detail["msg"]
+    return malformed(f"{param}: {message}.", param)

@@ -1,0 +1,110 @@
+"""The life of the API process, from its first line to its exit status.
+
+1. Bind both ports and answer probes: within 300 ms of the process's start, so nothing heavy is imported here.
+2. Start the engine process, which imports torch while we go on.
+3. Import the rest (aiohttp, tokenizers: a second), find the model, serve until drained or until the engine is gone.
+4. Say why: death certificate, exit status.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import types
+from typing import NoReturn
+
+from octavo_engine.api.auth import Keys
+from octavo_engine.api.board import Board, Limits
+from octavo_engine.api.certificate import write_certificate
+from octavo_engine.api.engine_process import EngineProcess
+from octavo_engine.api.find_model import local_folder
+from octavo_engine.api.listen import listen
+from octavo_engine.api.management import ManagementServer
+from octavo_engine.config import EngineConfig, ServerConfig
+from octavo_engine.status import ExitStatus, Failure, FatalError
+
+log = logging.getLogger("octavo")
+
+
+def serve(engine_config: EngineConfig, config: ServerConfig) -> NoReturn:
+    """Ends the process with its exit status."""
+    started = time.monotonic()
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        level=config.log_level.upper(),
+        stream=sys.stderr,
+    )
+    try:
+        failure = _serve(engine_config, config, started)
+    except FatalError as error:
+        failure = error.failure
+    if failure is not None:
+        leave(failure, config.termination_log)
+    _exit(ExitStatus.OK)
+
+
+def leave(failure: Failure, termination_log: str) -> NoReturn:
+    """End the process for this reason: one line for people, the certificate for the operator, the status for all."""
+    print(f"octavo: {failure.code}: {failure}", file=sys.stderr)
+    if failure.detail:
+        print(f"  {failure.detail}", file=sys.stderr)
+    write_certificate(failure, termination_log)
+    _exit(failure.code.exit_status)
+
+
+def _serve(engine_config: EngineConfig, config: ServerConfig, started: float) -> Failure | None:
+    management_socket = listen(config.host, config.management_port, "--management-port")
+    api_socket = listen(config.host, config.port, "--port")
+    board = Board(
+        Limits(
+            startup_stall_s=config.startup_stall_s,
+            liveness_stall_s=config.liveness_stall_s,
+            max_num_queued_reqs=engine_config.max_num_queued_reqs,
+            max_num_queued_tokens=engine_config.max_num_queued_tokens,
+        )
+    )
+    management = ManagementServer(management_socket, board, config.drain_timeout_s)
+    management.start()
+    # Until the event loop takes them over. As process 1 of a container, signals without a handler are ignored.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _EarlySignal(board))
+    try:
+        # What can be refused is refused before an engine is started for it.
+        keys = Keys.from_config(config, os.environ)
+        local_folder(engine_config.model)
+        engine = EngineProcess.start(engine_config)
+        # Here and not above: aiohttp and tokenizers take a second to import, and probes are answered meanwhile.
+        from octavo_engine.api.server import run
+
+        failure = run(engine_config, config, board, management, engine, keys, api_socket, started)
+    except FatalError as error:
+        board.fail(error.failure)
+        failure = error.failure
+    board.drained()
+    management.stop()
+    return failure
+
+
+class _EarlySignal:
+    """The first signal asks for an end as soon as the loop runs, the second ends at once."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+
+    def __call__(self, number: int, frame: types.FrameType | None) -> None:
+        if self._board.draining:
+            _exit(ExitStatus.OK)
+        # Not from the handler itself: it may have interrupted the holder of the board's lock.
+        threading.Thread(target=self._board.drain, daemon=True).start()
+
+
+def _exit(status: int) -> NoReturn:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: it joins every thread, and a hung download or template must not hold up the end.
+    os._exit(status)

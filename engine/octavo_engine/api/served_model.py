@@ -1,0 +1,155 @@
+"""The model as requests see it: its names, its text side and its limits. Made once it is ready; never changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from octavo_engine.api.chat_template import ChatTemplate, TemplateRefusedError
+from octavo_engine.api.errors import ApiError, bad_request, unknown_model
+from octavo_engine.api.protocol import ChatRequest, CompletionRequest, TokenizeRequest, messages_for_template
+from octavo_engine.api.tokenizer import GenerationDefaults, Tokenizer
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """names: what clients may call it; the first is the one reported. root: what was asked to be served."""
+
+    names: tuple[str, ...]
+    root: str
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    defaults: GenerationDefaults
+    max_model_len: int
+    created: int
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    def check_name(self, name: str | None) -> None:
+        if name is not None and name not in self.names:
+            raise unknown_model(name)
+
+    def card(self) -> dict[str, Any]:
+        """GET /v1/models."""
+        return {
+            "object": "list",
+            "data": [
+                {
+                    "id": name,
+                    "object": "model",
+                    "created": self.created,
+                    "owned_by": "octavo",
+                    "root": self.root,
+                    "parent": None,
+                    "max_model_len": self.max_model_len,
+                    "permission": [],
+                }
+                for name in self.names
+            ],
+        }
+
+    # ---- prompts; slow for long texts, so called off the event loop
+
+    def chat_prompt(self, request: ChatRequest | TokenizeRequest) -> list[int]:
+        """The messages as token ids, within the context. Raises ApiError."""
+        if self.template is None:
+            raise bad_request(
+                "This model has no chat template: use /v1/completions, or start the server with --chat-template FILE.",
+                "messages",
+            )
+        assert request.messages is not None
+        proceed = bool(request.continue_final_message)
+        variables = dict(request.chat_template_kwargs or {})
+        documents = None
+        if isinstance(request, ChatRequest):
+            documents = request.documents
+            if request.reasoning_effort is not None:
+                variables["reasoning_effort"] = request.reasoning_effort
+        messages = messages_for_template(request.messages)
+        self._check_chars(sum(len(str(message.get("content") or "")) for message in messages), "messages")
+        add_prompt = request.add_generation_prompt
+        try:
+            text = self.template.render(
+                messages,
+                add_generation_prompt=not proceed if add_prompt is None else add_prompt,
+                continue_final_message=proceed,
+                documents=documents,
+                variables=variables,
+            )
+        except TemplateRefusedError as error:
+            raise bad_request(str(error), "messages") from error
+        # The template writes the special tokens itself.
+        return self._encode(text, bool(request.add_special_tokens), "messages")
+
+    def completion_prompts(self, request: CompletionRequest) -> list[list[int]]:
+        """Every prompt as token ids, within the context. Raises ApiError."""
+        special = True if request.add_special_tokens is None else request.add_special_tokens
+        prompts: list[list[int]] = []
+        for prompt in prompts_of(request):
+            if isinstance(prompt, str):
+                prompts.append(self._encode(prompt, special, "prompt"))
+            else:
+                self._check_ids(prompt)
+                prompts.append(self._fitting(prompt, "prompt"))
+        return prompts
+
+    def text_prompt(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """For /tokenize: any length that could be tokenized for generating."""
+        self._check_chars(len(text), "prompt")
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        self._check_chars(len(text), param)
+        return self._fitting(self.tokenizer.encode(text, add_special_tokens=add_special_tokens), param)
+
+    def _check_chars(self, num_chars: int, param: str) -> None:
+        """Refuse without encoding what cannot fit: no token stands for more than max_token_chars characters."""
+        least = num_chars // self.tokenizer.max_token_chars
+        if least >= self.max_model_len:
+            raise self._too_long(f"at least {least}", param)
+
+    def _fitting(self, token_ids: list[int], param: str) -> list[int]:
+        if not token_ids:
+            raise _empty_prompt()
+        if len(token_ids) >= self.max_model_len:
+            raise self._too_long(str(len(token_ids)), param)
+        return token_ids
+
+    def _too_long(self, count: str, param: str) -> ApiError:
+        return bad_request(
+            f"This model's maximum context length is {self.max_model_len} tokens. However, you requested {count} "
+            f"tokens in the {param}, which leaves no room for output. Please reduce the length of the {param}.",
+            param,
+        )
+
+    def _check_ids(self, token_ids: list[int]) -> None:
+        if token_ids and max(token_ids) >= self.tokenizer.vocab_size:
+            raise bad_request(
+                f"Token id {max(token_ids)} is out of vocabulary: ids are 0 to {self.tokenizer.vocab_size - 1}.",
+                "prompt",
+            )
+
+    def max_tokens(self, asked: int | None, prompt_tokens: int, param: str) -> int:
+        """How many tokens an answer may have: what was asked for, within the room that the prompt leaves."""
+        if asked is not None and asked > self.max_model_len:
+            raise bad_request(f"{param}={asked} cannot be greater than max_model_len={self.max_model_len}.", param)
+        room = self.max_model_len - prompt_tokens
+        return room if asked is None else min(asked, room)
+
+
+def prompts_of(request: CompletionRequest) -> list[str] | list[list[int]]:
+    """The prompts as a list, whichever of the four forms they came in. Raises ApiError."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise _empty_prompt()
+    if isinstance(prompt[0], int):
+        return cast("list[list[int]]", [prompt])
+    return prompt
+
+
+def _empty_prompt() -> ApiError:
+    return bad_request("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")

@@ -1,0 +1,282 @@
+"""The event loop's part of the API process: start-up, serving, draining, and noticing that the engine has died."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import uvloop
+from aiohttp import web
+
+from octavo_engine.api import find_model
+from octavo_engine.api.admission import QueueLimits
+from octavo_engine.api.app import Api
+from octavo_engine.api.auth import Keys
+from octavo_engine.api.board import Board
+from octavo_engine.api.chat_template import ChatTemplate
+from octavo_engine.api.engine_client import EngineClient
+from octavo_engine.api.engine_process import EngineProcess, died
+from octavo_engine.api.find_model import ModelFolder
+from octavo_engine.api.listen import port_of
+from octavo_engine.api.management import ManagementServer
+from octavo_engine.api.metrics import CONTENT_TYPE, Metrics
+from octavo_engine.api.screen import Screen
+from octavo_engine.api.served_model import ServedModel
+from octavo_engine.api.tokenizer import GenerationDefaults, Tokenizer, generation_defaults
+from octavo_engine.config import EngineConfig, ServerConfig
+from octavo_engine.core.messages import Shutdown, Start
+from octavo_engine.status import Failure, FatalError, Stage
+
+log = logging.getLogger("octavo")
+
+BEAT_S = 1.0
+SCREEN_S = 0.2
+LAST_WORDS_S = 5.0
+"""How long the last events may take to reach their clients once nothing more will be generated."""
+
+
+def run(
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    board: Board,
+    management: ManagementServer,
+    engine: EngineProcess,
+    keys: Keys,
+    listener: socket.socket,
+    started: float,
+) -> Failure | None:
+    """Serve until drained (None) or until something fatal, which is returned."""
+
+    async def main() -> Failure | None:
+        server = _Server(engine_config, config, board, management, engine, keys, listener, started)
+        return await server.run()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main())
+
+
+class _Server:
+    def __init__(
+        self,
+        engine_config: EngineConfig,
+        config: ServerConfig,
+        board: Board,
+        management: ManagementServer,
+        engine: EngineProcess,
+        keys: Keys,
+        listener: socket.socket,
+        started: float,
+    ) -> None:
+        self._engine_config, self._config, self._board = engine_config, config, board
+        self._management, self._engine, self._listener = management, engine, listener
+        self._loop = asyncio.get_running_loop()
+        self._names = config.served_model_name or (engine_config.model,)
+        self._metrics = Metrics(board, engine_config, self._names[0])
+        limits = QueueLimits(
+            engine_config.max_num_seqs, engine_config.max_num_queued_reqs, engine_config.max_num_queued_tokens
+        )
+        self._client = EngineClient(board, self._metrics, limits)
+        self._api = Api(board, self._client, self._metrics, keys, config)
+        self._screen = Screen(board, sys.stderr, started)
+        self._drain = asyncio.Event()
+        self._hurry = asyncio.Event()  # a second signal: end running requests now
+
+    async def run(self) -> Failure | None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._on_signal)
+        self._board.on_drain(self._drain_from_any_thread)
+        if self._config.enable_metrics:
+            self._management.provide_metrics(self._metrics.render, CONTENT_TYPE)
+        runner = web.AppRunner(
+            self._api.application(), handler_cancellation=True, access_log=None, shutdown_timeout=LAST_WORDS_S
+        )
+        await runner.setup()
+        await web.SockSite(runner, self._listener).start()
+        await self._client.connect(self._engine.sock)
+        self._screen.hello(self._engine_config.model, self._url, f"http://{self._host}:{self._management.port}")
+        background = [self._loop.create_task(self._beat()), self._loop.create_task(self._draw())]
+        try:
+            return await self._live()
+        finally:
+            for task in background:
+                task.cancel()
+            self._screen.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(runner.cleanup(), LAST_WORDS_S)
+
+    async def _live(self) -> Failure | None:
+        start_up = self._loop.create_task(self._start_up())
+        drain = self._loop.create_task(self._drain.wait())
+        waiting: set[asyncio.Future[object]] = {start_up, drain, self._client.gone}  # type: ignore[arg-type]
+        while True:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if self._client.gone in done:
+                start_up.cancel()
+                return await self._engine_gone()
+            if start_up in done:
+                waiting.discard(start_up)
+                if (error := start_up.exception()) is not None:
+                    if not isinstance(error, FatalError):
+                        raise error
+                    self._board.fail(error.failure)
+                    await self._end_engine()
+                    return error.failure
+            if drain in done:
+                start_up.cancel()
+                return await self._drain_and_end()
+
+    # ---- start-up
+
+    async def _start_up(self) -> None:
+        folder = await self._find(self._engine_config.model, self._engine_config.revision, weights=True)
+        # The engine loads weights while we read the tokenizer.
+        self._client.send(Start(str(folder.path), folder.resolved_revision))
+        text_folder = folder
+        if self._engine_config.tokenizer is not None:
+            text_folder = await self._find(self._engine_config.tokenizer, None, weights=False)
+        override = Path(self._config.chat_template) if self._config.chat_template else None
+        tokenizer, template, defaults = await asyncio.to_thread(_load_text, folder.path, text_folder.path, override)
+        effective = await self._client.ready
+        self._api.model = ServedModel(
+            names=self._names,
+            root=self._engine_config.model,
+            tokenizer=tokenizer,
+            template=template,
+            defaults=defaults,
+            max_model_len=effective.max_model_len,
+            created=int(time.time()),
+        )
+        self._board.ready(effective)
+        self._screen.clear()
+        self._screen.ready(effective, self._url, self._names[0], self._api.keys.required)
+
+    async def _find(self, name: str, revision: str | None, *, weights: bool) -> ModelFolder:
+        if (folder := find_model.local_folder(name)) is not None:
+            return folder
+        self._board.enter(Stage.DOWNLOADING)
+        moved_at = time.monotonic()
+
+        def report(done: int, total: int) -> None:
+            nonlocal moved_at
+            moved_at = time.monotonic()
+            self._board.enter(Stage.DOWNLOADING, done, total)
+
+        weights = weights and self._engine_config.load_format != "dummy"
+        download = _in_daemon_thread(
+            self._loop,
+            lambda: find_model.download(name, revision, self._engine_config.download_dir, report, weights=weights),
+        )
+        while not (await asyncio.wait([download], timeout=1.0))[0]:
+            if (idle := time.monotonic() - moved_at) > self._config.startup_stall_s:
+                raise FatalError(find_model.stalled(name, idle))
+        return download.result()
+
+    # ---- the end
+
+    def _on_signal(self) -> None:
+        if self._drain.is_set():
+            self._hurry.set()
+        else:
+            log.info("draining running=%d timeout_s=%g", self._api.active, self._config.drain_timeout_s)
+            self._board.drain()
+
+    def _drain_from_any_thread(self) -> None:
+        self._loop.call_soon_threadsafe(self._drain.set)
+
+    async def _drain_and_end(self) -> Failure | None:
+        """Running requests go on to their end, up to the deadline; then the rest is ended; then the engine."""
+        idle = self._loop.create_task(self._api.idle.wait())
+        hurry = self._loop.create_task(self._hurry.wait())
+        try:
+            await self._first_of(idle, hurry, timeout=self._config.drain_timeout_s)
+            if not self._api.idle.is_set() and not self._client.gone.done():
+                log.warning("ending requests that are still running count=%d", self._api.active)
+                self._client.abort_all()
+                await self._first_of(idle, timeout=LAST_WORDS_S)
+            if self._client.gone.done():
+                return await self._engine_gone()
+            await self._end_engine()
+            return None
+        finally:
+            idle.cancel()
+            hurry.cancel()
+
+    async def _first_of(self, *tasks: asyncio.Task[object], timeout: float) -> None:
+        await asyncio.wait({*tasks, self._client.gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
+
+    async def _end_engine(self) -> None:
+        self._client.send(Shutdown())
+        await asyncio.to_thread(self._engine.end)
+
+    async def _engine_gone(self) -> Failure:
+        status = await asyncio.to_thread(self._engine.end)
+        failure = self._client.gone.result() or died(status)
+        self._board.fail(failure)
+        log.error("the engine has ended code=%s active_requests=%d", failure.code, self._api.active)
+        # Every stream has its final error event by now; let it reach its client.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._api.idle.wait(), LAST_WORDS_S)
+        return failure
+
+    # ---- background
+
+    async def _beat(self) -> None:
+        while True:
+            self._board.beat()
+            now = time.monotonic()
+            self._metrics.tick(now)
+            self._screen.load(self._metrics, now)
+            await asyncio.sleep(BEAT_S)
+
+    async def _draw(self) -> None:
+        while self._api.model is None:
+            self._screen.tick(time.monotonic())
+            await asyncio.sleep(SCREEN_S)
+
+    @property
+    def _host(self) -> str:
+        host = self._config.host
+        return "localhost" if host in ("", "0.0.0.0", "::") else host
+
+    @property
+    def _url(self) -> str:
+        return f"http://{self._host}:{port_of(self._listener)}"
+
+
+def _load_text(
+    folder: Path, text_folder: Path, override: Path | None
+) -> tuple[Tokenizer, ChatTemplate | None, GenerationDefaults]:
+    tokenizer = Tokenizer.load(text_folder, model_folder=folder)
+    return tokenizer, ChatTemplate.load(text_folder, tokenizer.special_tokens, override), generation_defaults(folder)
+
+
+def _in_daemon_thread(loop: asyncio.AbstractEventLoop, work: Callable[[], ModelFolder]) -> asyncio.Future[ModelFolder]:
+    """The result of blocking work that may hang for ever, in a thread that does not outlive the process's end."""
+    future: asyncio.Future[ModelFolder] = loop.create_future()
+
+    def finish(result: ModelFolder | None, error: Exception | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        elif result is not None:
+            future.set_result(result)
+
+    def body() -> None:
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to who waits for the result
+            loop.call_soon_threadsafe(finish, None, error)
+        else:
+            loop.call_soon_threadsafe(finish, result, None)
+
+    threading.Thread(target=body, name="download", daemon=True).start()
+    return future

@@ -1,0 +1,166 @@
+"""Bytes of answers: server-sent events while streaming, one JSON body otherwise.
+
+The hot path: a chunk's constant parts are made once per request, and only the new text is encoded per chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import msgspec
+
+from octavo_engine import __version__
+from octavo_engine.api.answer import Piece
+from octavo_engine.api.errors import ApiError
+
+FINGERPRINT = f"octavo-{__version__}"
+DONE = b"data: [DONE]\n\n"
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    # nginx and its ingress would otherwise collect tokens into larger pieces.
+    "X-Accel-Buffering": "no",
+}
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Writer(Protocol):
+    """How one kind of answer is written. usage is given when every chunk carries it."""
+
+    def chunk(self, piece: Piece, usage: dict[str, Any] | None) -> bytes:
+        """The event or events for a piece; b"" when it has nothing to tell."""
+
+    def usage_chunk(self, usage: dict[str, Any]) -> bytes:
+        """The event before [DONE] that carries the usage of the whole request."""
+
+    def body(self, choices: list[Piece], usage: dict[str, Any]) -> bytes:
+        """The whole answer; each choice's pieces joined into one."""
+
+
+class ChatWriter:
+    def __init__(self, request_id: str, created: int, model: str, role: str = "assistant") -> None:
+        self._id, self._created, self._model, self._role = request_id, created, model, role
+        self._head = _head(request_id, "chat.completion.chunk", created, model)
+        self._role_delta = (
+            b',"delta":{"role":' + _encode(role) + b',"content":""},"logprobs":null,"finish_reason":null}'
+        )
+
+    def chunk(self, piece: Piece, usage: dict[str, Any] | None) -> bytes:
+        index = str(piece.index).encode()
+        tail = b"]}\n\n" if usage is None else b'],"usage":' + _encode(usage) + b"}\n\n"
+        events = []
+        if piece.first:
+            first_usage = {**usage, "completion_tokens": 0, "total_tokens": usage["prompt_tokens"]} if usage else None
+            first_tail = tail if first_usage is None else b'],"usage":' + _encode(first_usage) + b"}\n\n"
+            events.append(self._head + index + self._role_delta + first_tail)
+        if piece.finish_reason is not None:
+            delta = b'{"content":' + _encode(piece.text) + b"}" if piece.text else b"{}"
+            fields = {"logprobs": None, "finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+            end = b',"system_fingerprint":' + _encode(FINGERPRINT)
+            # b'{"logprobs":…}' continues the choice's object in place of its opening brace.
+            events.append(
+                self._head + index + b',"delta":' + delta + b"," + _encode(fields)[1:] + b"]" + end + tail[1:]
+            )
+        elif piece.text:
+            content = b',"delta":{"content":' + _encode(piece.text) + b'},"logprobs":null,"finish_reason":null}'
+            events.append(self._head + index + content + tail)
+        return b"".join(events)
+
+    def usage_chunk(self, usage: dict[str, Any]) -> bytes:
+        return _usage_chunk(self._id, "chat.completion.chunk", self._created, self._model, usage)
+
+    def body(self, choices: list[Piece], usage: dict[str, Any]) -> bytes:
+        return _encode(
+            {
+                "id": self._id,
+                "object": "chat.completion",
+                "created": self._created,
+                "model": self._model,
+                "choices": [
+                    {
+                        "index": piece.index,
+                        "message": {
+                            "role": self._role,
+                            "content": piece.text,
+                            "refusal": None,
+                            "annotations": [],
+                        },
+                        "logprobs": None,
+                        "finish_reason": piece.finish_reason,
+                        "stop_reason": piece.stop_reason,
+                    }
+                    for piece in choices
+                ],
+                "usage": usage,
+                "system_fingerprint": FINGERPRINT,
+            }
+        )
+
+
+class CompletionWriter:
+    """prefixes: the prompts' texts, one for each choice, when they are to be echoed; else empty."""
+
+    def __init__(self, request_id: str, created: int, model: str, prefixes: list[str]) -> None:
+        self._id, self._created, self._model, self._prefixes = request_id, created, model, prefixes
+        self._head = _head(request_id, "text_completion", created, model)
+
+    def chunk(self, piece: Piece, usage: dict[str, Any] | None) -> bytes:
+        text = self._prefixes[piece.index] + piece.text if piece.first and self._prefixes else piece.text
+        tail = b"]}\n\n" if usage is None else b'],"usage":' + _encode(usage) + b"}\n\n"
+        head = self._head + str(piece.index).encode() + b',"text":' + _encode(text)
+        if piece.finish_reason is not None:
+            fields = {"logprobs": None, "finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+            end = b'],"system_fingerprint":' + _encode(FINGERPRINT)
+            return head + b"," + _encode(fields)[1:] + end + tail[1:]
+        if not text:
+            return b""
+        return head + b',"logprobs":null,"finish_reason":null,"stop_reason":null}' + tail
+
+    def usage_chunk(self, usage: dict[str, Any]) -> bytes:
+        return _usage_chunk(self._id, "text_completion", self._created, self._model, usage)
+
+    def body(self, choices: list[Piece], usage: dict[str, Any]) -> bytes:
+        return _encode(
+            {
+                "id": self._id,
+                "object": "text_completion",
+                "created": self._created,
+                "model": self._model,
+                "choices": [
+                    {
+                        "index": piece.index,
+                        "text": (self._prefixes[piece.index] if self._prefixes else "") + piece.text,
+                        "logprobs": None,
+                        "finish_reason": piece.finish_reason,
+                        "stop_reason": piece.stop_reason,
+                    }
+                    for piece in choices
+                ],
+                "usage": usage,
+                "system_fingerprint": FINGERPRINT,
+            }
+        )
+
+
+def error_event(error: ApiError) -> bytes:
+    return b"data: " + error.body_bytes() + b"\n\n"
+
+
+def _head(request_id: str, object: str, created: int, model: str) -> bytes:
+    """Everything of a chunk up to the choice's index."""
+    fields = {"id": request_id, "object": object, "created": created, "model": model}
+    return b"data: " + _encode(fields)[:-1] + b',"choices":[{"index":'
+
+
+def _usage_chunk(request_id: str, object: str, created: int, model: str, usage: dict[str, Any]) -> bytes:
+    fields = {
+        "id": request_id,
+        "object": object,
+        "created": created,
+        "model": model,
+        "choices": [],
+        "usage": usage,
+        "system_fingerprint": FINGERPRINT,
+    }
+    return b"data: " + _encode(fields) + b"\n\n"

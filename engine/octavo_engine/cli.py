@@ -1,0 +1,135 @@
+"""The command `octavo`: serve, drain. Import-light: what a subcommand needs is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from octavo_engine import __version__
+from octavo_engine.config import (
+    ArgumentParser,
+    ConfigError,
+    EngineConfig,
+    ServerConfig,
+    UsageError,
+    add_arguments,
+    from_namespace,
+)
+from octavo_engine.status import DEFAULT_TERMINATION_LOG, MANAGEMENT_PORT, ExitStatus, Failure, FailureCode
+
+EPILOG = "Flags of vLLM are understood in both spellings (--max-model-len, --max_model_len)."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except (UsageError, ConfigError) as error:
+        refuse(str(error), _termination_log(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    parser, commands = _parsers()
+    if not arguments:
+        parser.print_help()
+        return ExitStatus.OK
+    name = arguments[0]
+    if name not in commands:
+        if not name.startswith("-"):
+            near = difflib.get_close_matches(name, commands, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
+            raise UsageError(f"octavo: unknown command {name!r}: {hint}")
+        parser.parse_args(arguments)  # --help, --version
+        return ExitStatus.OK
+    # By the command's own parser, so that an unknown flag is compared with that command's flags.
+    command, run = commands[name]
+    return run(command.parse_args(arguments[1:]))
+
+
+def _parsers() -> tuple[ArgumentParser, dict[str, tuple[ArgumentParser, Callable[[argparse.Namespace], int]]]]:
+    parser = ArgumentParser(prog="octavo", description="Serves large language models with the OpenAI API.")
+    parser.add_argument("--version", action="version", version=f"octavo {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=ArgumentParser)
+    serve = commands.add_parser(
+        "serve", help="serve a model", description="Serve a model with the OpenAI API.", epilog=EPILOG
+    )
+    _add_model(serve)
+    add_arguments(serve, [EngineConfig, ServerConfig])
+    drain = commands.add_parser(
+        "drain",
+        help="let the server on this machine finish its requests, and end it",
+        description="Ask the server on this machine to take no new requests, and wait until the running ones are "
+        "done. For a container's preStop hook.",
+    )
+    drain.add_argument("--host", default="127.0.0.1", help="Address of the server. Default: %(default)s.")
+    drain.add_argument(
+        "--management-port", type=int, default=MANAGEMENT_PORT, help="Its management port. Default: %(default)s."
+    )
+    return parser, {"serve": (serve, _serve), "drain": (drain, _drain)}
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model_positional", metavar="MODEL", nargs="?", help="Hugging Face id (org/name) or a folder; also --model."
+    )
+
+
+def _serve(namespace: argparse.Namespace) -> int:
+    engine_config, server_config = _engine_config(namespace), from_namespace(ServerConfig, namespace)
+    engine_config.check()
+    from octavo_engine.api.serve import serve
+
+    serve(engine_config, server_config)
+
+
+def _drain(namespace: argparse.Namespace) -> int:
+    import http.client
+
+    connection = http.client.HTTPConnection(namespace.host, namespace.management_port)
+    try:
+        connection.request("POST", "/drain?wait=true")
+        response = connection.getresponse()
+        print(response.read().decode().strip())
+    except OSError as error:
+        print(f"octavo drain: no server on {namespace.host}:{namespace.management_port}: {error}", file=sys.stderr)
+        return 1
+    return ExitStatus.OK if response.status == 200 else 1
+
+
+def _engine_config(namespace: argparse.Namespace) -> EngineConfig:
+    positional = namespace.model_positional
+    if positional is not None:
+        if getattr(namespace, "model", positional) != positional:
+            raise UsageError(f"octavo: the model is given twice: {positional!r} and --model {namespace.model!r}")
+        namespace.model = positional
+    return from_namespace(EngineConfig, namespace)
+
+
+def refuse(message: str, termination_log: str) -> NoReturn:
+    """Bad usage: one line, the certificate, exit status 2."""
+    from octavo_engine.api.certificate import write_certificate
+
+    print(message if message.startswith("octavo") else f"octavo: {message}", file=sys.stderr)
+    write_certificate(Failure(FailureCode.INVALID_CONFIG, message, "see `octavo serve --help`"), termination_log)
+    sys.stderr.flush()
+    os._exit(ExitStatus.INVALID_CONFIG)
+
+
+def _termination_log(arguments: Sequence[str]) -> str:
+    """--termination-log from a command line that could not be parsed."""
+    for index, argument in enumerate(arguments):
+        name, separator, value = argument.partition("=")
+        if name.replace("_", "-") == "--termination-log":
+            if separator:
+                return value
+            if index + 1 < len(arguments):
+                return arguments[index + 1]
+    return DEFAULT_TERMINATION_LOG
+
+
+if __name__ == "__main__":
+    sys.exit(main())
