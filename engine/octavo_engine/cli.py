@@ -1,4 +1,4 @@
-"""The command `octavo`: serve, drain. Import-light: what a subcommand needs is imported when it runs."""
+"""The command `octavo`: serve, plan, drain. Import-light: what a subcommand needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from octavo_engine.config import (
     UsageError,
     add_arguments,
     from_namespace,
+    parse_count,
 )
-from octavo_engine.status import DEFAULT_TERMINATION_LOG, MANAGEMENT_PORT, ExitStatus, Failure, FailureCode
+from octavo_engine.status import DEFAULT_TERMINATION_LOG, MANAGEMENT_PORT, ExitStatus, Failure, FailureCode, FatalError
 
 EPILOG = "Flags of vLLM are understood in both spellings (--max-model-len, --max_model_len)."
 
@@ -69,7 +70,21 @@ def _parsers() -> tuple[ArgumentParser, dict[str, tuple[ArgumentParser, Callable
     drain.add_argument(
         "--management-port", type=int, default=MANAGEMENT_PORT, help="Its management port. Default: %(default)s."
     )
-    return parser, {"serve": (serve, _serve), "drain": (drain, _drain)}
+    plan = commands.add_parser(
+        "plan",
+        help="tell how much memory a model needs and what fits",
+        description="Compute, without a GPU and without the weights, what the engine would allocate. Exit status 0 "
+        "when it fits, the failure's own when it does not.",
+    )
+    _add_model(plan)
+    plan.add_argument(
+        "--memory",
+        type=parse_count,
+        metavar="BYTES",
+        help="Memory of the GPU to plan for (24G = 24 GiB). Default: plan for this machine's CPU.",
+    )
+    add_arguments(plan, [EngineConfig])
+    return parser, {"serve": (serve, _serve), "drain": (drain, _drain), "plan": (plan, _plan)}
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +99,34 @@ def _serve(namespace: argparse.Namespace) -> int:
     from octavo_engine.api.serve import serve
 
     serve(engine_config, server_config)
+
+
+def _plan(namespace: argparse.Namespace) -> int:
+    config = _engine_config(namespace)
+    config.check()
+    from octavo_engine.api.find_model import download, local_folder
+    from octavo_engine.host import host_memory
+    from octavo_engine.models.config import load_config
+    from octavo_engine.plan import DeviceMemory, choose_dtype, describe, make_plan
+
+    if namespace.memory is not None:
+        memory = DeviceMemory(
+            "cuda", f"a GPU of {namespace.memory / 2**30:.1f} GiB", namespace.memory, namespace.memory
+        )
+    else:
+        free, total = host_memory()
+        memory = DeviceMemory("cpu", "this machine's CPU", total, free)
+    try:
+        folder = local_folder(config.model) or download(
+            config.model, config.revision, config.download_dir, lambda done, total: None, weights=False
+        )
+        model = load_config(folder.path)
+        plan = make_plan(config, model, choose_dtype(config, model.dtype, memory.kind), memory)
+    except FatalError as error:
+        print(f"octavo plan: {error.failure}", file=sys.stderr)
+        return error.failure.code.exit_status
+    print(describe(plan, model, memory))
+    return ExitStatus.OK
 
 
 def _drain(namespace: argparse.Namespace) -> int:

@@ -35,7 +35,7 @@ class ConfigError(Exception):
 
 
 def parse_count(text: str) -> int:
-    """'4096', '16k' (thousands), '16K' (1,024s), '1.5M': an amount as people write it. Raises ValueError."""
+    """'4096', '16k' (thousands), '16K' (1,024s), '1.5G' (2**30s): an amount as people write it. Raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", text.strip())
     if not match:
         raise ValueError(f"not a count: {text!r}")

@@ -26,6 +26,7 @@ from octavo_engine.status import Effective
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+_Encoded: TypeAlias = tuple[str | None, list[int]]
 Message: TypeAlias = Mapping[str, Any]
 
 
@@ -103,7 +104,9 @@ class LLM:
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Sequence[Message]] = [messages] if one else messages  # type: ignore[list-item,assignment]
         texts = [self._template.render(c, add_generation_prompt=add_generation_prompt) for c in conversations]
-        encoded = [(text, self._checked(self._tokenizer.encode(text, add_special_tokens=False))) for text in texts]
+        encoded: list[_Encoded] = [
+            (text, self._checked(self._tokenizer.encode(text, add_special_tokens=False))) for text in texts
+        ]
         return self._run(encoded, self._sampling(sampling_params, len(encoded)), use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:
@@ -119,9 +122,7 @@ class LLM:
         known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(**known)
 
-    def _run(
-        self, prompts: list[tuple[str | None, list[int]]], sampling: list[SamplingParams], use_tqdm: bool
-    ) -> list[RequestOutput]:
+    def _run(self, prompts: list[_Encoded], sampling: list[SamplingParams], use_tqdm: bool) -> list[RequestOutput]:
         limit = self.effective.max_model_len
         outputs, answers = [], {}
         for (text, ids), params in zip(prompts, sampling, strict=True):
@@ -131,8 +132,8 @@ class LLM:
             for index in range(params.n):
                 room = limit - len(ids)
                 each = one_sequence(params, index, min(params.max_tokens or room, room))
-                text = TextStream(self._tokenizer, each) if params.detokenize else None
-                answer = _Answer(output, index, text, frozenset(params.stop_token_ids))
+                stream = TextStream(self._tokenizer, each) if params.detokenize else None
+                answer = _Answer(output, index, stream, frozenset(params.stop_token_ids))
                 answers[f"{output.request_id}-{index}"] = answer
                 self._engine.submit(Submit(f"{output.request_id}-{index}", ids, each, self._tokenizer.eos_token_ids))
         try:
@@ -159,12 +160,12 @@ class LLM:
                         bar.update()
                         bar.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.0f} output tokens/s")
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _encode(self, prompt: Prompt) -> _Encoded:
         if isinstance(prompt, Mapping):
             ids = prompt.get("prompt_token_ids")
             if ids is None and "prompt" not in prompt:
                 raise ValueError(f'a prompt needs "prompt" or "prompt_token_ids", got the keys {sorted(prompt)}')
-            prompt = prompt["prompt"] if ids is None else ids
+            return self._encode(prompt["prompt"] if ids is None else ids)
         if isinstance(prompt, str):
             return prompt, self._checked(self._tokenizer.encode(prompt))
         return None, self._checked(list(prompt))

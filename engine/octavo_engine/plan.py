@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from octavo_engine.config import ConfigError, EngineConfig
+from octavo_engine.host import computes_bfloat16
 from octavo_engine.models.config import DTYPE_BYTES, DecoderConfig
 from octavo_engine.status import Failure, FailureCode, FatalError
 
 GIB = 2**30
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 ATTENTION_SCRATCH_BYTES = 256 * 2**20
 """Bound on the keys and values that reference attention gathers at once."""
 CPU_KV_CACHE_LIMIT_BYTES = 4 * GIB
@@ -64,6 +66,16 @@ class Plan:
     def max_concurrency(self) -> float:
         """Requests of the full length that fit at once."""
         return self.kv_tokens / self.max_model_len
+
+
+def choose_dtype(config: EngineConfig, checkpoint_dtype: str, kind: str) -> str:
+    """float32, float16 or bfloat16, for a device of this kind (cpu, cuda)."""
+    if config.dtype != "auto":
+        return DTYPE_ALIASES.get(config.dtype, config.dtype)
+    native = checkpoint_dtype == "float32" or (checkpoint_dtype == "bfloat16" and computes_bfloat16())
+    if kind == "cpu" and not native:  # float16 products are emulated on nearly every CPU
+        return "float32"
+    return checkpoint_dtype
 
 
 def make_plan(config: EngineConfig, model: DecoderConfig, dtype: str, memory: DeviceMemory) -> Plan:

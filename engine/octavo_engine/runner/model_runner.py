@@ -16,6 +16,7 @@ import torch
 from octavo_engine import __version__
 from octavo_engine.config import EngineConfig
 from octavo_engine.core.step import Admission, StepItem, StepPlan
+from octavo_engine.host import available_cpus
 from octavo_engine.kernels import sampling
 from octavo_engine.kernels.paged_attention import plan_gathers
 from octavo_engine.kernels.sampling import SampleRow
@@ -23,8 +24,8 @@ from octavo_engine.layers import rotary
 from octavo_engine.loader import weights
 from octavo_engine.models.config import DecoderConfig, load_config
 from octavo_engine.models.decoder import Batch, Decoder
-from octavo_engine.plan import ATTENTION_SCRATCH_BYTES, Plan, make_plan
-from octavo_engine.runner.device import TORCH_DTYPES, available_cpus, choose_device, choose_dtype, memory_of
+from octavo_engine.plan import ATTENTION_SCRATCH_BYTES, Plan, choose_dtype, make_plan
+from octavo_engine.runner.device import TORCH_DTYPES, choose_device, memory_of
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.status import Effective, Failure, FailureCode, FatalError, Stage
 
@@ -53,7 +54,7 @@ class ModelRunner:
         device = choose_device(config)
         if device.type == "cpu":
             torch.set_num_threads(config.cpu_threads or available_cpus())
-        dtype_name = choose_dtype(config, model.dtype, device)
+        dtype_name = choose_dtype(config, model.dtype, device.type)
         memory = memory_of(device)
         plan = make_plan(config, model, dtype_name, memory)
         dtype = TORCH_DTYPES[dtype_name]
