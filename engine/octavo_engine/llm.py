@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from octavo_engine.api.chat_template import ChatTemplate
 from octavo_engine.api.detokenizer import TextStream
@@ -86,7 +86,7 @@ class LLM:
         sampling_params: one for all prompts, or one for each; None takes the model's defaults.
         Raises ValueError for a prompt that is empty, too long or holds ids outside the vocabulary.
         """
-        listed = [prompts] if _is_one_prompt(prompts) else list(prompts)  # type: ignore[arg-type]
+        listed = cast(list[Prompt], [prompts] if _is_one_prompt(prompts) else list(prompts))
         encoded = [self._encode(prompt) for prompt in listed]
         return self._run(encoded, self._sampling(sampling_params, len(encoded)), use_tqdm)
 
