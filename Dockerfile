@@ -87,10 +87,11 @@ CMD ["run"]
 
 FROM tools AS torch
 COPY --from=requirements /torch.txt /
-# Its C++ headers and tools are for extensions that we do not build.
+# Its C++ headers and tools are for extensions that we do not build; it asks for one helper of its own by name.
 RUN pip install --prefix=/torch -r /torch.txt \
     && cd /torch/lib/python3.12/site-packages \
-    && rm -rf torch/include torch/bin torch/share triton/FileCheck triton/backends/amd/lib nvidia/*/include nvidia/*/lib/*.a \
+    && rm -rf torch/include torch/share triton/FileCheck triton/backends/amd/lib nvidia/*/include nvidia/*/lib/*.a \
+    && find torch/bin -type f ! -name torch_shm_manager -delete \
     && python3 -m compileall -q -j 0 -s /torch -p /usr/local --invalidation-mode unchecked-hash .
 
 FROM torch AS engine-packages
@@ -121,7 +122,8 @@ COPY --from=torch /torch /usr/local
 COPY --from=engine-packages /packages /usr/local
 COPY --from=source /engine /usr/local
 ENV PATH=/usr/local/bin:/usr/bin:/usr/sbin HOME=/home/octavo LANG=C.UTF-8 PYTHONUNBUFFERED=1 \
-    TRITON_CACHE_DIR=/var/cache/octavo/triton NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    TRITON_CACHE_DIR=/var/cache/octavo/triton NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    PYTHONWARNINGS="ignore:Failed to initialize NumPy:UserWarning"
 USER 10001:10001
 WORKDIR /home/octavo
 EXPOSE 8000 8001

@@ -7,7 +7,7 @@ A `Cluster` has a name; its life is
    and PID namespaces of their own (node/start.sh). About five seconds. A crashed earlier run is cleaned up first.
 2. Use: `run` a command inside, or use `kubeconfig` from outside; `load` images (images.py).
 3. `down`: one SIGKILL ends the PID namespace and all in it; mounts and network go with it, cgroups are removed.
-   containerd's store stays in the cache, so images need not be imported again.
+   A folder of images stays in the cache for the next cluster, so images need not be imported again.
 
 Two names are two clusters, which may run side by side.
 """
@@ -37,6 +37,7 @@ HERE = Path(__file__).resolve().parent
 NODE = HERE / "node"
 API_SERVER = "10.250.0.1:6443"
 PKI = Path("/etc/kubernetes/pki")
+STORES = 8
 UP_TIMEOUT_S = 120.0
 DOWN_TIMEOUT_S = 20.0
 # Go's caches grow by this while everything is built; and two images with torch in three forms (build store, layout,
@@ -55,7 +56,6 @@ class Cluster:
             raise ClusterError(f"a cluster's name has 1 to 32 lower-case letters, digits and dashes, got {name!r}")
         self.name = name
         self.state = machine.cache_dir() / "clusters" / name
-        self.store = machine.cache_dir() / "stores" / name
         self.cgroup = f"octavo-{name}"
         self.logs = self.state / "logs"
         self.kubeconfig = self.state / "kubeconfig"
@@ -167,7 +167,7 @@ class Cluster:
 
     def load(self, image: str, say: Callable[[str], None]) -> None:
         """Bring a built image into the node's store, moving only what is not there yet."""
-        images.load(image, self.inside, self.store, say)
+        images.load(image, self.inside, Path((self.state / "store").read_text()), say)
 
     def save_logs(self, target: Path) -> None:
         """Keep what explains a failure: every program's and pod's log, events, and all objects."""
@@ -186,19 +186,19 @@ class Cluster:
     def leftovers(self) -> list[str]:
         """What is still on the machine of a cluster that should be gone. Empty is the promise of `down`."""
         found = [f"process {pid} ({_comm(pid)})" for pid in self._processes()]
-        ours = (str(self.state), str(self.store))
-        found += [f"mount {line.split()[4]}" for line in _mounts() if any(path in line for path in ours)]
+        found += [f"mount {line.split()[4]}" for line in _mounts() if str(self.state) in line]
         found += [f"cgroup {path}" for path in self._cgroups()]
         found += [f"interface {name}" for name in ("node0", "cni0") if Path("/sys/class/net", name).exists()]
         return found + ([f"folder {self.state}"] if self.state.exists() else [])
 
     def _start(self, gpus: int) -> None:
-        (self.state / "logs").mkdir(parents=True)
-        self.store.mkdir(parents=True, exist_ok=True)
+        self.logs.mkdir(parents=True)
+        store, store_lock = _take_store()
+        (self.state / "store").write_text(str(store))
         environment = os.environ | {
             "HERE": str(NODE),
             "STATE": str(self.state),
-            "STORE": str(self.store),
+            "STORE": str(store),
             "CGROUP": self.cgroup,
             "PROGRAMS": programs.search_path(),
             "PAUSE": str(images.pause_archive(NODE / "pause.c")),
@@ -207,7 +207,8 @@ class Cluster:
             "OCTAVO_CLUSTER": str(self.state),
         }
         unshare = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        with (self.logs / "start.log").open("wb") as log:
+        with store_lock, (self.logs / "start.log").open("wb") as log:
+            os.set_inheritable(store_lock.fileno(), True)
             process = self._spawn([*unshare, "bash", str(NODE / "start.sh")], log, environment)
         (self.state / "unshare").write_text(f"{process[0]} {process[1]}")
         deadline = time.monotonic() + UP_TIMEOUT_S
@@ -291,6 +292,25 @@ class Cluster:
         with Path(f"{self.state}.lock").open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+
+
+def _take_store() -> tuple[Path, IO[str]]:
+    """A folder for containerd's images that no running cluster has, and the lock that keeps others out.
+
+    Images stay in it from one cluster to the next, whatever their names, as unpacking torch takes a minute. The lock is
+    handed down to the cluster's processes, so it ends with the last of them and never before.
+    """
+    folder = machine.cache_dir() / "stores"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(STORES):
+        lock = (folder / f"{number}.lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+        else:
+            return folder / str(number), lock
+    raise ClusterError(f"{STORES} clusters run on this machine already")
 
 
 def footprint() -> set[str]:

@@ -4,10 +4,10 @@ An image goes through three stores:
 
 1. the builder's (buildah's, under the cache; or a Docker engine's where there is one and no buildah);
 2. an OCI layout under the cache: a folder of blobs named by their digest, not compressed. A push adds only new blobs;
-3. containerd's, by an archive that leaves out every blob that containerd has. The engine's layers hold gigabytes of
-   torch, and a change of our source is a layer of a megabyte, so this is what makes a reload a matter of seconds.
+3. containerd's content store: a blob that it lacks is hard-linked into it, so that it is neither copied nor kept twice.
 
-After an import the layout's blobs become hard links to containerd's: the same bytes need not lie on the disk twice.
+The engine's layers hold gigabytes of torch, and a change of our source is a layer of a megabyte. With an ordinary
+archive each change would cost two minutes; this way it costs the seconds that buildah takes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -120,12 +119,41 @@ def load(image: str, inside: Inside, store: Path, say: Say) -> None:
             layout, manifest = _push_to_layout(image)
             if manifest == _digests_in_containerd(inside).get(image):
                 return
-            blobs = _blobs(layout, manifest)
-            have = set(_ctr(inside, "content", "ls", "-q").split())
-            missing = [digest for digest in blobs if digest not in have]
-            _import(image, layout, manifest, missing, inside)
-            _share_blobs(layout, missing, store)
+            # containerd's garbage collection may take a blob between its arrival and the image that names it.
+            for attempt in (1, 2):
+                have = set(_ctr(inside, "content", "ls", "-q").split())
+                for digest in _blobs(layout, manifest):
+                    if digest not in have:
+                        _ingest(_blob(layout, digest), digest, store, inside)
+                done = _import(image, layout, manifest, inside)
+                if done.returncode == 0:
+                    break
+                if attempt == 2:
+                    raise ImageError(f"containerd does not take {image}: {done.stderr.decode(errors='replace')}")
     say(f"loaded {image} in {time.monotonic() - started:.1f} s")
+
+
+def push(image: str, registry: str) -> str:
+    """Push to a registry that the user may write to. Returns the name there, which changes with the content."""
+    identity = _image_id(image) if shutil.which("buildah") else _docker_id(image)
+    target = f"{registry}/{image.removeprefix('localhost/').partition(':')[0]}:{identity.removeprefix('sha256:')[:12]}"
+    if shutil.which("buildah"):
+        subprocess.run([*_buildah(), "push", "-q", image, f"docker://{target}"], check=True)
+    else:
+        subprocess.run(["docker", "tag", image, target], check=True)
+        subprocess.run(["docker", "push", "-q", target], check=True)
+    return target
+
+
+def hand_over(image: str, command: Sequence[str]) -> None:
+    """Give an image to a tool that takes an archive's path as its last argument (kind, minikube)."""
+    with tempfile.TemporaryDirectory(dir=_folder()) as scratch:
+        archive = Path(scratch) / "image.tar"
+        if shutil.which("buildah"):
+            subprocess.run([*_buildah(), "push", "-q", image, f"docker-archive:{archive}:{image}"], check=True)
+        else:
+            subprocess.run(["docker", "save", "-o", str(archive), image], check=True)
+        subprocess.run([*command, str(archive)], check=True)
 
 
 def pause_archive(source: Path) -> Path:
@@ -205,6 +233,11 @@ def _image_id(image: str) -> str:
     return found.stdout.strip() if found.returncode == 0 else ""
 
 
+def _docker_id(image: str) -> str:
+    inspect = ["docker", "image", "inspect", "--format", "{{.Id}}", image]
+    return subprocess.run(inspect, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def _push_to_layout(image: str) -> tuple[Path, str]:
     """Write the image into the OCI layout unless it is there. Returns the layout and the manifest's digest."""
     layout = _folder() / "layout"
@@ -258,7 +291,21 @@ def _digests_in_containerd(inside: Inside) -> dict[str, str]:
     return {row[0]: row[2] for row in rows}  # REF TYPE DIGEST …
 
 
-def _import(image: str, layout: Path, manifest: str, missing: Sequence[str], inside: Inside) -> None:
+def _ingest(blob: Path, digest: str, store: Path, inside: Inside) -> None:
+    """Make a blob known to containerd. A hard link at its place there leaves nothing to copy."""
+    content = store / "io.containerd.content.v1.content/blobs" / digest.replace(":", "/")
+    with contextlib.suppress(OSError):  # another file system, say: then ctr copies it
+        os.link(blob, content)
+    size = str(blob.stat().st_size)
+    ingest = inside(
+        ["ctr", "-n", "k8s.io", "content", "ingest", "--expected-digest", digest, "--expected-size", size, digest]
+    )
+    with blob.open("rb") as source:
+        subprocess.run(ingest, stdin=source, check=True, capture_output=True)
+
+
+def _import(image: str, layout: Path, manifest: str, inside: Inside) -> subprocess.CompletedProcess[bytes]:
+    """Have containerd name and unpack the image whose blobs it has: an archive of the index and nothing else."""
     entry = {
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "digest": manifest,
@@ -266,32 +313,8 @@ def _import(image: str, layout: Path, manifest: str, missing: Sequence[str], ins
         "annotations": {"io.containerd.image.name": image},
     }
     index = json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode()
-    command = inside(["ctr", "-n", "k8s.io", "images", "import", "-"])
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert process.stdin
-    assert process.stdout
-    output: list[bytes] = []
-    reader = threading.Thread(target=lambda pipe: output.append(pipe.read()), args=(process.stdout,))
-    reader.start()
-    # When ctr gives up early, its own words say more than our broken pipe.
-    with contextlib.suppress(BrokenPipeError), process.stdin as pipe, tarfile.open(fileobj=pipe, mode="w|") as archive:
-        _add(archive, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
-        _add(archive, "index.json", index)
-        for digest in missing:
-            archive.add(_blob(layout, digest), f"blobs/{digest.replace(':', '/')}")
-    reader.join()
-    if process.wait() != 0:
-        raise ImageError(f"containerd does not take {image}: {output[0].decode(errors='replace')}")
-
-
-def _share_blobs(layout: Path, digests: Sequence[str], store: Path) -> None:
-    content = store / "io.containerd.content.v1.content/blobs"
-    for digest in digests:
-        ours, theirs = _blob(layout, digest), content / digest.replace(":", "/")
-        link = ours.with_suffix(".link")
-        with contextlib.suppress(OSError):  # another file system: then there are two copies
-            os.link(theirs, link)
-            link.rename(ours)
+    archive = _tar({"oci-layout": b'{"imageLayoutVersion":"1.0.0"}', "index.json": index})
+    return subprocess.run(inside(["ctr", "-n", "k8s.io", "images", "import", "-"]), input=archive, capture_output=True)
 
 
 def _load_from_docker(image: str, inside: Inside) -> None:
