@@ -1,0 +1,297 @@
+"""The whole road on a real node: helm install, an LLMServer, an answer, scale, a rollout, a failure, removal.
+
+The tests of this file share one server and run in the order in which they stand, as a user's day would.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import demo
+import pytest
+import yaml
+
+import models
+from cluster import Cluster
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVER = "smollm2"
+URL = f"http://{SERVER}.default.svc.cluster.local"
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def installed(cluster: Cluster, loaded_images: dict[str, str]) -> Iterator[Cluster]:
+    """The chart on the cluster, and the model on a volume."""
+    volume = cluster.state / "volumes" / "e2e"
+    (volume / models.NAME).parent.mkdir(parents=True, exist_ok=True)
+    cluster.run(["cp", "-r", str(models.smollm2()), str(volume)])
+    cluster.kubectl("apply", "-f", "-", stdin=json.dumps(demo.claim(host_path=str(volume))))
+    cluster.run(
+        [
+            *("helm", "upgrade", "--install", "octavo", str(ROOT / "helm/octavo"), "-n", "octavo-system"),
+            *("--create-namespace", "--wait", "--timeout=120s"),
+            f"--set=operator.image={loaded_images['operator']}",
+            f"--set=engine.image={loaded_images['engine']}",
+        ],
+        timeout_s=180,
+    )
+    yield cluster
+    cluster.run(["kubectl", "delete", "llm", "--all", "--wait=true", "--timeout=60s"], check=False)
+    cluster.run(["helm", "uninstall", "octavo", "-n", "octavo-system", "--wait"], check=False)
+
+
+def server(cluster: Cluster, name: str = SERVER) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(cluster.kubectl("get", "llm", name, "-o", "json"))
+    return found
+
+
+def condition(document: dict[str, Any], kind: str) -> dict[str, Any]:
+    found = [c for c in document.get("status", {}).get("conditions", []) if c["type"] == kind]
+    return found[0] if found else {"status": "Missing"}
+
+
+def pods(cluster: Cluster, name: str = SERVER) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = json.loads(
+        cluster.kubectl("get", "pods", "-l", f"octavo.dev/server={name}", "-o", "json")
+    )["items"]
+    return items
+
+
+def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 120, every_s: float = 0.2) -> T:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if found := look():
+            return found
+        time.sleep(every_s)
+    raise AssertionError(f"not within {timeout_s:g} s: {what}")
+
+
+def ready_with(cluster: Cluster, replicas: int) -> dict[str, Any] | None:
+    document = server(cluster)
+    status = document.get("status", {})
+    settled = status.get("observedGeneration") == document["metadata"]["generation"]
+    if settled and condition(document, "Ready")["status"] == "True" and status.get("readyReplicas") == replicas:
+        running = [pod for pod in pods(cluster) if not pod["metadata"].get("deletionTimestamp")]
+        return document if len(running) == replicas else None
+    return None
+
+
+def ask(cluster: Cluster, path: str, body: dict[str, Any]) -> str:
+    """POST from the node, through the Service's address, with the real curl."""
+    address = cluster.kubectl("get", "service", SERVER, "-o", "jsonpath={.spec.clusterIP}:{.spec.ports[0].port}")
+    command = ["curl", "-sSN", "--max-time", "60", f"http://{address}{path}", "-H", "Content-Type: application/json"]
+    return cluster.run([*command, "-d", json.dumps(body)]).stdout
+
+
+QUESTION = {
+    "model": SERVER,
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "max_tokens": 24,
+    "temperature": 0,
+}
+
+
+def test_an_applied_server_becomes_ready_and_tells_its_stages(installed):
+    manifest = next(yaml.safe_load_all((ROOT / "examples/smollm2.yaml").read_text()))
+    assert manifest["metadata"]["name"] == SERVER
+    applied = time.monotonic()
+    installed.kubectl("apply", "-f", str(ROOT / "examples/smollm2.yaml"))
+
+    wait_for(lambda: pods(installed), "a pod", 10, every_s=0.05)
+    until_pod_s = time.monotonic() - applied
+    seen: list[str] = []
+
+    def watch() -> dict[str, Any] | None:
+        document = server(installed)
+        for pod in document.get("status", {}).get("pods", []):
+            if not seen or seen[-1] != pod["stage"]:
+                seen.append(pod["stage"])
+        return ready_with(installed, 1)
+
+    document = wait_for(watch, "the server to be Ready", 180)
+
+    # kubectl itself takes a good part of this; tests/operator measures the operator's own share.
+    assert until_pod_s < 5
+    assert seen[-1] == "ready"
+    assert len(seen) >= 2, f"the status never showed a stage before ready: {seen}"
+    engine = document["status"]["engine"]
+    assert engine["maxModelLen"] > 0
+    assert document["status"]["url"].startswith(f"http://{SERVER}.default")
+    assert condition(document, "Fits")["status"] == "True"
+
+
+def test_the_service_answers_a_question(installed):
+    answer = json.loads(ask(installed, "/v1/chat/completions", QUESTION))
+
+    assert "Paris" in answer["choices"][0]["message"]["content"]
+    assert answer["model"] == SERVER
+
+
+def test_the_answer_streams(installed):
+    lines = ask(installed, "/v1/chat/completions", {**QUESTION, "stream": True}).splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+
+    assert lines[-2:] == ["data: [DONE]", ""] or lines[-1] == "data: [DONE]"
+    assert len(chunks) > 3
+    text = "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"])
+    assert "Paris" in text
+
+
+def test_a_pod_finds_the_service_by_its_name(installed, loaded_images):
+    code = f"from urllib.request import urlopen; print(urlopen('{URL}/v1/models', timeout=10).read().decode())"
+    overrides = {
+        "spec": {
+            "containers": [
+                {
+                    "name": "ask",
+                    "image": loaded_images["engine"],
+                    "imagePullPolicy": "IfNotPresent",
+                    "command": ["python3", "-c", code],
+                }
+                | demo.hardened()
+            ],
+            "restartPolicy": "Never",
+        }
+    }
+    installed.kubectl("run", "ask", f"--image={loaded_images['engine']}", f"--overrides={json.dumps(overrides)}")
+    try:
+        installed.kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/ask", "--timeout=60s")
+        models_answer = json.loads(installed.kubectl("logs", "ask"))
+    finally:
+        installed.kubectl("delete", "pod", "ask", "--wait=false")
+
+    assert [card["id"] for card in models_answer["data"]] == [SERVER]
+
+
+def test_prometheus_scrapes_what_the_operator_wired(installed):
+    url = installed.start_prometheus()
+    import urllib.parse
+    import urllib.request
+
+    def sample() -> list[Any] | None:
+        query = urllib.parse.urlencode({"query": 'vllm:generation_tokens_total{model_name="smollm2"}'})
+        with urllib.request.urlopen(f"{url}/api/v1/query?{query}", timeout=10) as answer:
+            return json.load(answer)["data"]["result"] or None
+
+    found = wait_for(sample, "Prometheus to have a sample of the engine", 60)
+
+    assert float(found[0]["value"][1]) > 0
+    assert found[0]["metric"]["namespace"] == "default"
+
+
+def test_describe_tells_what_runs_and_what_happened(installed):
+    text = installed.kubectl("describe", "llm", SERVER)
+
+    for word in ("Max Model Len", "Kv Tokens", "Ready", "Events", "Stage"):
+        assert word.lower() in text.lower(), f"{word} is missing in:\n{text}"
+
+
+def test_scaling_to_two_gives_two_ready_replicas(installed):
+    installed.kubectl("scale", "llm", SERVER, "--replicas=2")
+
+    document = wait_for(lambda: ready_with(installed, 2), "two ready replicas", 180)
+
+    assert document["status"]["replicas"] == 2
+    installed.kubectl("scale", "llm", SERVER, "--replicas=1")
+    wait_for(lambda: ready_with(installed, 1), "one replica again", 90)
+
+
+def test_a_change_of_the_context_rolls_without_a_failed_request(installed):
+    # Asked from the node in a loop while the pod is replaced: each answer must be whole.
+    address = installed.kubectl("get", "service", SERVER, "-o", "jsonpath={.spec.clusterIP}:{.spec.ports[0].port}")
+    body = json.dumps({**QUESTION, "max_tokens": 4})
+    curl = f"curl -sS -o /dev/null -w '%{{http_code}}\\n' --max-time 60 http://{address}/v1/chat/completions"
+    curl += f" -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    stop = installed.state / "stop-asking"
+    answers = installed.state / "answers"
+    loop = f"while [ ! -e {stop} ]; do {curl} >> {answers} 2>&1; sleep 0.05; done"
+    installed.start_program("asking", ["bash", "-c", loop])
+    patch = {"spec": {"engine": {"maxModelLen": 2048}}}
+    try:
+        installed.kubectl("patch", "llm", SERVER, "--type=merge", "-p", json.dumps(patch))
+
+        def changed() -> dict[str, Any] | None:
+            document = ready_with(installed, 1)
+            return document if document and document["status"]["engine"]["maxModelLen"] == 2048 else None
+
+        wait_for(changed, "the new context to be in effect", 180)
+    finally:
+        stop.touch()
+    codes = answers.read_text().split()
+
+    assert len(codes) > 5
+    assert set(codes) == {"200"}, {code: codes.count(code) for code in set(codes)}
+
+
+def test_a_killed_engine_is_reported_and_comes_back(installed):
+    pod = next(p for p in pods(installed) if not p["metadata"].get("deletionTimestamp"))
+    # From the node: the engine process by its command line, inside this cluster's PID namespace.
+    installed.run(["pkill", "-9", "-f", "octavo_engine.core.process"])
+
+    def restarted() -> dict[str, Any] | None:
+        document = server(installed)
+        failure = document.get("status", {}).get("lastFailure") or {}
+        return document if failure.get("code") == "ENGINE_DIED" else None
+
+    document = wait_for(restarted, "the failure on the resource", 60)
+    wait_for(lambda: ready_with(installed, 1), "the server to be Ready again", 120)
+
+    assert document["status"]["lastFailure"]["pod"] == pod["metadata"]["name"]
+    assert document["status"]["lastFailure"]["message"]
+
+
+def test_a_bad_model_name_is_seen_on_the_resource_with_its_fix(installed):
+    manifest = yaml.safe_load((ROOT / "examples/smollm2.yaml").read_text())
+    manifest["metadata"]["name"] = "wrong"
+    manifest["spec"]["model"]["source"] = f"pvc://{demo.CLAIM}/no-such-model"
+    installed.kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
+
+    def failed() -> dict[str, Any] | None:
+        document = server(installed, "wrong")
+        return document if (document.get("status", {}).get("lastFailure") or {}).get("code") else None
+
+    failure = wait_for(failed, "the failure on the resource", 90)["status"]["lastFailure"]
+    installed.kubectl("delete", "llm", "wrong", "--timeout=60s")
+
+    assert failure["code"] in ("MODEL_NOT_FOUND", "MODEL_INVALID")
+    assert "no-such-model" in failure["message"]
+    assert failure["fix"]
+
+
+def test_the_operator_killed_in_the_middle_ends_the_same(installed):
+    installed.kubectl("patch", "llm", SERVER, "--type=merge", "-p", '{"spec":{"engine":{"maxModelLen":1024}}}')
+    installed.run(["pkill", "-9", "-f", "octavo-operator"])
+
+    def changed() -> dict[str, Any] | None:
+        document = ready_with(installed, 1)
+        return document if document and document["status"]["engine"]["maxModelLen"] == 1024 else None
+
+    wait_for(changed, "the change to be in effect", 180)
+
+
+def test_a_field_outside_its_range_is_refused_by_name(installed):
+    patch = {"spec": {"engine": {"blockSize": 17}}}
+    done = installed.run(["kubectl", "patch", "llm", SERVER, "--type=merge", "-p", json.dumps(patch)], check=False)
+
+    assert done.returncode != 0
+    assert "blockSize" in done.stderr
+    assert "16" in done.stderr
+
+
+def test_deletion_leaves_nothing(installed):
+    installed.kubectl("delete", "llm", SERVER, "--timeout=60s")
+
+    def gone() -> bool | None:
+        kinds = "pods,deployments,replicasets,services,poddisruptionbudgets"
+        left = installed.kubectl("get", kinds, "-l", f"octavo.dev/server={SERVER}", "-o", "name")
+        return True if not left.strip() else None
+
+    wait_for(gone, "every child to be gone", 90)
