@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 export OCTAVO_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/octavo
-# A Python 3.11 to 3.13; the newest that is found. Set BASE_PYTHON to choose another.
+# A Python 3.11 to 3.13; the first that is found. Set BASE_PYTHON to choose another.
 BASE_PYTHON ?= $(shell tests/find-python)
 VENV   ?= $(OCTAVO_CACHE)/venv-$(shell $(BASE_PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 PYTHON  = $(VENV)/bin/python
