@@ -393,6 +393,7 @@ def request_id(given: str | None) -> str:
 
 
 async def _name_response(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = "octavo"  # and not the versions of what it is made of
     if REQUEST_ID in request:
         response.headers["X-Request-Id"] = request[REQUEST_ID]
 

@@ -187,6 +187,11 @@ class EngineClient(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(encode(message))
 
+    def close(self) -> None:
+        """Hang up: an engine whose API process is gone ends at once."""
+        if self._transport is not None:
+            self._transport.close()
+
     def submit(
         self, prompts: Sequence[Prompt], *, n: int, eos_token_ids: tuple[int, ...], cache_salt: str | None
     ) -> Stream:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class EngineProcess:
     sock: socket.socket
 
     @classmethod
-    def start(cls, config: EngineConfig, command: tuple[str, ...] = ENGINE_COMMAND) -> EngineProcess:
+    def start(cls, config: EngineConfig, command: Sequence[str] = ENGINE_COMMAND) -> EngineProcess:
         ours, theirs = socket.socketpair()
         environ = {name: value for name, value in os.environ.items() if name not in KEY_VARIABLES}
         # The same package again, also when it was found through sys.path and not installed.

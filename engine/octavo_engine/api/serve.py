@@ -15,12 +15,13 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Sequence
 from typing import NoReturn
 
 from octavo_engine.api.auth import Keys
 from octavo_engine.api.board import Board, Limits
 from octavo_engine.api.certificate import write_certificate
-from octavo_engine.api.engine_process import EngineProcess
+from octavo_engine.api.engine_process import ENGINE_COMMAND, EngineProcess
 from octavo_engine.api.find_model import local_folder
 from octavo_engine.api.listen import listen
 from octavo_engine.api.management import ManagementServer
@@ -30,8 +31,10 @@ from octavo_engine.status import ExitStatus, Failure, FatalError
 log = logging.getLogger("octavo")
 
 
-def serve(engine_config: EngineConfig, config: ServerConfig) -> NoReturn:
-    """Ends the process with its exit status."""
+def serve(
+    engine_config: EngineConfig, config: ServerConfig, engine_command: Sequence[str] = ENGINE_COMMAND
+) -> NoReturn:
+    """Ends the process with its exit status. engine_command: what speaks the channel; its flags are appended."""
     started = time.monotonic()
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -39,7 +42,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> NoReturn:
         stream=sys.stderr,
     )
     try:
-        failure = _serve(engine_config, config, started)
+        failure = _serve(engine_config, config, engine_command, started)
     except FatalError as error:
         failure = error.failure
     if failure is not None:
@@ -56,7 +59,9 @@ def leave(failure: Failure, termination_log: str) -> NoReturn:
     _exit(failure.code.exit_status)
 
 
-def _serve(engine_config: EngineConfig, config: ServerConfig, started: float) -> Failure | None:
+def _serve(
+    engine_config: EngineConfig, config: ServerConfig, engine_command: Sequence[str], started: float
+) -> Failure | None:
     management_socket = listen(config.host, config.management_port, "--management-port")
     api_socket = listen(config.host, config.port, "--port")
     board = Board(
@@ -76,7 +81,7 @@ def _serve(engine_config: EngineConfig, config: ServerConfig, started: float) ->
         # What can be refused is refused before an engine is started for it.
         keys = Keys.from_config(config, os.environ)
         local_folder(engine_config.model)
-        engine = EngineProcess.start(engine_config)
+        engine = EngineProcess.start(engine_config, engine_command)
         # Here and not above: aiohttp and tokenizers take a second to import, and probes are answered meanwhile.
         from octavo_engine.api.server import run
 

@@ -213,7 +213,11 @@ class _Server:
         await asyncio.wait({*tasks, self._client.gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
 
     async def _end_engine(self) -> None:
-        self._client.send(Shutdown())
+        if self._client.ready.done():
+            self._client.send(Shutdown())
+        else:
+            # While it loads it takes no messages, but it ends by itself when our end of the socket closes.
+            self._client.close()
         await asyncio.to_thread(self._engine.end)
 
     async def _engine_gone(self) -> Failure:
