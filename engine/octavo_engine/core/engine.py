@@ -5,8 +5,9 @@ Commands are taken between steps and never during one, so there is one road for 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from octavo_engine.core.cost import StepCost
 from octavo_engine.core.messages import FinishReason, StepOutput, StepStats, Submit, TokenEvent
@@ -17,10 +18,17 @@ from octavo_engine.status import Load
 
 
 class Runner(Protocol):
-    """Computes a step on a device."""
+    """Computes steps on a device, in the order in which they are launched."""
 
-    def execute(self, plan: StepPlan) -> list[int]:
-        """The next token of each item that samples, in the order of the items; -1 where logits were not finite."""
+    @property
+    def depth(self) -> int:
+        """Steps that may be under way when the next is launched: 1 lets planning and computing overlap, 0 does not."""
+
+    def launch(self, plan: StepPlan) -> Any:
+        """Start a step; what it returns is handed to `collect` once, oldest first."""
+
+    def collect(self, launched: Any) -> list[int]:
+        """Wait for a step: the next token of each item that samples, in order; -1 where logits were not finite."""
 
 
 class Clock(Protocol):
@@ -41,11 +49,13 @@ class Engine:
         self._last_step_s: float | None = None
         self._pending: list[TokenEvent] = []
         self._live: set[str] = set()
+        self._launched: deque[tuple[StepPlan, Any, float]] = deque()
+        """Steps under way, oldest first, with the time of their launch."""
         self.cost = StepCost()
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._pending)
+        return self.scheduler.has_work or bool(self._pending) or bool(self._launched)
 
     def submit(self, submit: Submit) -> None:
         """Queue a request. What can never run ends at once, with an error event at the next step."""
@@ -65,18 +75,29 @@ class Engine:
             self._pending.append(TokenEvent(request.id, [], finish_reason=FinishReason.ABORT))
 
     def step(self) -> StepOutput:
-        """Run one step if anything can run; the output carries every event since the last call."""
+        """Launch one step if anything can run, take the results that are due; the output carries every event since.
+
+        With a runner of depth 1 the results are those of the step before the one that was launched.
+        """
         started = self._clock()
         plan = self.scheduler.schedule(started)
         events, self._pending = self._pending, []
         if plan.items:
-            tokens = self._runner.execute(plan)
-            now = self._clock()
-            events += [_event(c) for c in self._commit(plan, tokens, now)]
-            self.cost.observe(plan.num_tokens, now - started)
-            self._num_steps += 1
-            self._last_step_s = now
+            self._launched.append((plan, self._runner.launch(plan), started))
+        if self._launched and (len(self._launched) > self._runner.depth or not plan.items):
+            events += self._collect()
         return StepOutput(events, self.load(), self._stats(plan, self._clock() - started))
+
+    def _collect(self) -> list[TokenEvent]:
+        plan, launched, started = self._launched.popleft()
+        tokens = self._runner.collect(launched)
+        now = self._clock()
+        # A step that waited for the one before it took as long as lies between their ends.
+        began = started if self._last_step_s is None else max(started, self._last_step_s)
+        self.cost.observe(plan.num_tokens, now - began)
+        self._num_steps += 1
+        self._last_step_s = now
+        return [_event(c) for c in self._commit(plan, tokens, now)]
 
     def load(self) -> Load:
         scheduler = self.scheduler

@@ -18,7 +18,7 @@ from octavo_engine.sampling_params import SamplingParams
 
 @dataclass(eq=False)
 class Request:
-    """tokens: prompt and output. num_computed: how many of them have their keys and values in the cache."""
+    """tokens: prompt and output, as far as known. num_computed: those with keys and values in the cache."""
 
     id: str
     tokens: list[int]
@@ -34,6 +34,9 @@ class Request:
     seed: int
 
     num_computed: int = 0
+    """Tokens of the steps that were planned so far: a step that still runs counts, as later ones run after it."""
+    num_pending: int = 0
+    """Tokens that planned steps sample and whose ids are not known here yet."""
     blocks: list[BlockId] = field(default_factory=list)
     hashes: list[BlockHash] = field(default_factory=list)
     """Of the full blocks of `tokens`; may be longer than the cached part of `blocks`, never longer than tokens."""
@@ -60,16 +63,18 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.tokens)
+        """Known tokens and pending ones."""
+        return len(self.tokens) + self.num_pending
 
     @property
     def num_output(self) -> int:
+        """Known tokens of the output."""
         return len(self.tokens) - self.num_prompt
 
     @property
     def num_remaining(self) -> int:
         """Tokens to compute before the next one can be sampled; 1 while decoding."""
-        return len(self.tokens) - self.num_computed
+        return self.num_tokens - self.num_computed
 
     @property
     def order(self) -> tuple[int, int]:
@@ -79,6 +84,7 @@ class Request:
     def check(self) -> None:
         """Assert what holds between steps."""
         assert 0 <= self.num_computed <= self.num_tokens, (self.id, self.num_computed, self.num_tokens)
+        assert self.num_pending >= 0, (self.id, self.num_pending)
         if self.row is None:
             assert not self.blocks, f"{self.id} holds blocks without a row"
             assert self.num_computed == 0, f"{self.id} has computed tokens without blocks"

@@ -3,11 +3,16 @@
 The one idea: a request has `num_tokens` and `num_computed`, and a step hands out a budget of tokens to let the
 second catch up with the first. Prefill, chunked prefill, decode, prefix hits and recomputing after preemption are
 the same arithmetic; there are no phases.
+
+A step may be planned before the tokens of the one before it are known: its requests then have a pending token, whose
+id the device puts in by itself. Plans are computed in the order in which they were made, so a block that one plan
+gives up can be handed out by the next without waiting.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -61,6 +66,8 @@ class Scheduler:
         self.prefix_queries = 0
         self.prefix_hits = 0
         self._rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._planned: deque[tuple[StepPlan, list[Request]]] = deque()
+        """Plans whose results are outstanding, oldest first, with the request of each item."""
 
     def add(self, request: Request) -> None:
         assert 0 < request.num_tokens < self.config.max_model_len
@@ -93,6 +100,8 @@ class Scheduler:
         for request in sorted(self.running, key=lambda r: (r.num_remaining > 1, r.order)):
             if request.row is None:  # preempted for one that came before it in this very loop
                 continue
+            if self._ends_with_pending(request):
+                continue
             count = self._chunk(request.num_remaining, budget)
             if count == 0:
                 continue
@@ -114,6 +123,8 @@ class Scheduler:
 
         # A step that had to preempt admits nobody: the blocks would be taken back at once.
         while not preempted and self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            if self.waiting[0].num_pending:  # preempted while its token was under way: known after the next commit
+                break
             admitted = self._admit(self.waiting[0], budget, now)
             if admitted is None:
                 break
@@ -122,6 +133,15 @@ class Scheduler:
             budget -= admitted.count
 
         return self._plan(grants)
+
+    def _ends_with_pending(self, request: Request) -> bool:
+        """Whether the pending token is the last one that its length allows, so that there is nothing to compute."""
+        return request.num_pending > 0 and self._is_full(request, request.num_tokens)
+
+    def _is_full(self, request: Request, num_tokens: int) -> bool:
+        limit = request.sampling.max_tokens
+        too_many = limit is not None and num_tokens - request.num_prompt >= limit
+        return too_many or num_tokens >= self.config.max_model_len
 
     def _chunk(self, remaining: int, budget: int) -> int:
         if self.config.enable_chunked_prefill or remaining <= budget:
@@ -164,7 +184,7 @@ class Scheduler:
         return _Grant(request, count, list(request.blocks))
 
     def _plan(self, grants: dict[Request, _Grant]) -> StepPlan:
-        items = []
+        items, requests = [], []
         for grant in sorted(grants.values(), key=lambda g: g.count > 1):
             request = grant.request
             assert request.row is not None
@@ -175,44 +195,52 @@ class Scheduler:
                     tokens=list(request.tokens), num_prompt=request.num_prompt, sampling=request.sampling,
                     min_tokens_ids=tuple(sorted(request.end_token_ids)), seed=request.seed,
                 )  # fmt: skip
+            samples = request.num_computed + grant.count == request.num_tokens
             items.append(
                 StepItem(
                     row=request.row,
                     start=request.num_computed,
                     count=grant.count,
                     new_blocks=grant.new_blocks,
-                    samples=request.num_computed + grant.count == request.num_tokens,
+                    samples=samples,
                     admission=admission,
                 )
             )
-        return StepPlan(items)
+            requests.append(request)
+            request.num_computed += grant.count
+            request.num_pending += samples
+        plan = StepPlan(items)
+        if items:
+            self._planned.append((plan, requests))
+        return plan
 
     # ---- results
 
     def commit(self, plan: StepPlan, tokens: list[int], now: float) -> list[Commit]:
-        """Take a step's result: `tokens` holds one id for each item that samples, in order.
+        """Take the result of the oldest plan: `tokens` holds one id for each item that samples, in order.
 
-        A negative id says that the request's logits were not finite: it ends with ERROR, the others go on.
+        A negative id says that the request's logits were not finite: it ends with ERROR, the others go on. What a
+        plan computed for a request that has ended since is dropped.
         """
-        by_row = {request.row: request for request in self.running}
+        oldest, requests = self._planned.popleft()
+        assert oldest is plan, "results must come in the order of the plans"
         sampled = iter(tokens)
         commits = []
-        for item in plan.items:
+        for item, request in zip(plan.items, requests, strict=True):
             token = next(sampled) if item.samples else None
-            request = by_row.get(item.row)
-            assert request is not None, "a row was freed during the step"
-            assert request.num_computed == item.start
-            request.num_computed += item.count
+            if request.finish_reason is not None:
+                continue
+            if token is not None:
+                request.num_pending -= 1
+                if token < 0:
+                    self._finish(request, FinishReason.ERROR)
+                    commits.append(Commit(request, None, FinishReason.ERROR))
+                    continue
+                request.tokens.append(token)
+            self._offer_blocks(request)
             if token is None:
-                self._offer_blocks(request)
                 commits.append(Commit(request, None, None))
                 continue
-            if token < 0:
-                self._finish(request, FinishReason.ERROR)
-                commits.append(Commit(request, None, FinishReason.ERROR))
-                continue
-            self._offer_blocks(request)
-            request.tokens.append(token)
             if request.first_token_s is None:
                 request.first_token_s = now
             reason, stop_token_id = self._end_of(request, token)
@@ -256,10 +284,10 @@ class Scheduler:
 
     def _offer_blocks(self, request: Request) -> None:
         """Let others find the blocks that are full now."""
-        if not self.config.enable_prefix_caching:
+        if not self.config.enable_prefix_caching or request.row is None:
             return
         size = self.config.block_size
-        num_full = request.num_computed // size
+        num_full = min(request.num_computed, len(request.tokens)) // size
         if num_full > request.num_hashed:
             extend_hashes(request.hashes, request.tokens, size, request.cache_salt)
             for index in range(request.num_hashed, num_full):
@@ -270,8 +298,7 @@ class Scheduler:
         sampling = request.sampling
         if request.num_output > sampling.min_tokens and token in request.end_token_ids:
             return FinishReason.STOP, token
-        full = request.num_tokens >= self.config.max_model_len
-        if full or (sampling.max_tokens is not None and request.num_output >= sampling.max_tokens):
+        if self._is_full(request, len(request.tokens)):
             return FinishReason.LENGTH, None
         return None, None
 

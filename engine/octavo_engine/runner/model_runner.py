@@ -88,6 +88,15 @@ class ModelRunner:
         )  # fmt: skip
         return Loaded(model, plan, effective)
 
+    depth = 0
+    """Results are there when launch returns, so nothing can overlap."""
+
+    def launch(self, plan: StepPlan) -> list[int]:
+        return self.execute(plan)
+
+    def collect(self, launched: list[int]) -> list[int]:
+        return launched
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[int]:
         """The next token of each item that samples, in order; -1 where the logits were not finite."""
