@@ -1,0 +1,29 @@
+"""Pure builders: a parsed LLMServer in, the objects that should exist out. One file per object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from octavo_operator.desired.deployment import deployment
+from octavo_operator.desired.disruption import disruption_budget
+from octavo_operator.desired.monitoring import pod_monitor, wants_pod_monitor
+from octavo_operator.desired.service import service
+from octavo_operator.settings import EngineDefaults
+from octavo_operator.spec import Server
+
+Object = dict[str, Any]
+
+
+def objects(server: Server, defaults: EngineDefaults, *, pod_monitors_known: bool) -> list[Object]:
+    """All children of the server, in the order in which they are applied.
+
+    pod_monitors_known: whether the cluster has the PodMonitor kind of the Prometheus operator.
+    """
+    children = [
+        deployment(server, defaults),
+        service(server),
+        disruption_budget(server),
+    ]
+    if wants_pod_monitor(server, pod_monitors_known=pod_monitors_known):
+        children.append(pod_monitor(server))
+    return children

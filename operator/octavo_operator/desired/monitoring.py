@@ -1,0 +1,47 @@
+"""How Prometheus finds a server's metrics: a PodMonitor, or annotations on the pods.
+
+The annotations are not part of the Deployment's template: whether they are wanted depends on what is installed in the
+cluster, and installing the Prometheus operator must not restart engines. They are applied to the pods themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from octavo_engine.status import MANAGEMENT_PORT
+from octavo_operator import names
+from octavo_operator.desired import common
+from octavo_operator.spec import Server
+
+POD_MONITOR_API = "monitoring.coreos.com/v1"
+SCRAPE_ANNOTATIONS = {
+    "prometheus.io/scrape": "true",
+    "prometheus.io/port": str(MANAGEMENT_PORT),
+    "prometheus.io/path": "/metrics",
+}
+
+
+def wants_pod_monitor(server: Server, *, pod_monitors_known: bool) -> bool:
+    return pod_monitors_known and server.spec.observability.pod_monitor != "Disabled"
+
+
+def pod_annotations(server: Server, *, pod_monitors_known: bool) -> dict[str, str]:
+    """What the server's pods should be annotated with, and nothing where a PodMonitor does the work."""
+    if server.spec.observability.pod_monitor == "Auto" and not pod_monitors_known:
+        return dict(SCRAPE_ANNOTATIONS)
+    return {}
+
+
+def pod_monitor(server: Server) -> dict[str, Any]:
+    metadata = common.metadata(server)
+    metadata["labels"] = {**(server.spec.observability.labels or {}), **metadata["labels"]}
+    return {
+        "apiVersion": POD_MONITOR_API,
+        "kind": "PodMonitor",
+        "metadata": metadata,
+        "spec": {
+            "selector": {"matchLabels": common.selector(server)},
+            "podMetricsEndpoints": [{"port": names.MANAGEMENT_PORT_NAME, "path": "/metrics"}],
+            "podTargetLabels": [names.SERVER_LABEL],
+        },
+    }

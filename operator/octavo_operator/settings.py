@@ -1,0 +1,105 @@
+"""The operator's own settings, read once from the environment by cli.py and passed on as a value."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from octavo_engine import __version__
+
+SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+PULL_POLICIES = ("IfNotPresent", "Always", "Never")
+
+
+class SettingsError(Exception):
+    """A setting outside its range; the text names the variable, the value and what would be right."""
+
+
+@dataclass(frozen=True)
+class EngineDefaults:
+    """What goes into every engine pod. A change here changes pod templates, and with that restarts engines."""
+
+    image: str = f"octavo/octavo-engine:{__version__}"
+    pull_policy: str = "IfNotPresent"
+    pull_secrets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    engine: EngineDefaults = field(default_factory=EngineDefaults)
+    watch_namespaces: tuple[str, ...] = ()
+    """Namespaces to serve; none means all of them."""
+    namespace: str = "default"
+    """Where the operator itself lives: its Lease is there."""
+    identity: str = "octavo-operator"
+    """The holder's name in the Lease. A pod's name: a restarted container takes over its own Lease at once."""
+    listen_host: str = "0.0.0.0"
+    listen_port: int = 8080
+    log_level: str = "info"
+    lease_seconds: int = 15
+    """How long a dead operator's Lease keeps the others waiting."""
+    loading_poll_s: float = 1.0
+    """Between looks at a server that is not settled; the status is at most this, and a request, behind the engine."""
+    settled_poll_s: float = 20.0
+    """Between looks at a server where nothing is expected to change but its load."""
+    resync_s: float = 60.0
+    """Between full lists of the servers, which find what a watch may have lost."""
+    statusz_timeout_s: float = 1.0
+    """Longest wait for an engine's /statusz."""
+
+
+def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Raises SettingsError. Every variable is named in helm/octavo/templates/deployment.yaml."""
+    default = Settings()
+    return Settings(
+        engine=EngineDefaults(
+            image=environ.get("OCTAVO_ENGINE_IMAGE") or default.engine.image,
+            pull_policy=_choice(environ, "OCTAVO_ENGINE_IMAGE_PULL_POLICY", PULL_POLICIES, default.engine.pull_policy),
+            pull_secrets=_words(environ, "OCTAVO_ENGINE_IMAGE_PULL_SECRETS"),
+        ),
+        watch_namespaces=_words(environ, "OCTAVO_WATCH_NAMESPACES"),
+        namespace=environ.get("OCTAVO_NAMESPACE") or _own_namespace(),
+        identity=environ.get("OCTAVO_IDENTITY") or f"{socket.gethostname()}-{os.getpid()}",
+        listen_host=environ.get("OCTAVO_LISTEN_HOST") or default.listen_host,
+        listen_port=int(_number(environ, "OCTAVO_LISTEN_PORT", default.listen_port, 0, 65535)),
+        log_level=_choice(environ, "OCTAVO_LOG_LEVEL", LOG_LEVELS, default.log_level),
+        lease_seconds=int(_number(environ, "OCTAVO_LEASE_SECONDS", default.lease_seconds, 3, 3600)),
+        loading_poll_s=_number(environ, "OCTAVO_LOADING_POLL_SECONDS", default.loading_poll_s, 0.1, 60),
+        settled_poll_s=_number(environ, "OCTAVO_SETTLED_POLL_SECONDS", default.settled_poll_s, 1, 3600),
+        resync_s=_number(environ, "OCTAVO_RESYNC_SECONDS", default.resync_s, 1, 3600),
+    )
+
+
+def _words(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in environ.get(name, "").split(",") if word.strip())
+
+
+def _choice(environ: Mapping[str, str], name: str, choices: tuple[str, ...], default: str) -> str:
+    value = environ.get(name) or default
+    if value not in choices:
+        raise SettingsError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
+    return value
+
+
+def _number(environ: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
+    text = environ.get(name)
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        raise SettingsError(f"{name}: got {text!r}, expected a number from {low:g} to {high:g}") from None
+    if not low <= value <= high:
+        raise SettingsError(f"{name}: got {text!r}, expected {low:g} to {high:g}")
+    return value
+
+
+def _own_namespace() -> str:
+    try:
+        return SERVICE_ACCOUNT_NAMESPACE.read_text().strip()
+    except OSError:
+        return Settings.namespace

@@ -1,0 +1,716 @@
+"""The LLMServer resource as people write it: fields, defaults, bounds and rules. Parsed here, once.
+
+crd.py generates the schema of the CustomResourceDefinition from these models, so that the API server refuses what
+`parse` would refuse, also while the operator is down. A rule between fields stands here twice, in CEL for the API
+server and below it as a validator for `parse`, which also reads manifests that no API server has seen; one table of
+tests holds both to the same answers. Bounds of the engine's settings are taken from EngineConfig.
+Nothing here is accepted and ignored: every field ends up in a child object or in a flag of the engine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
+from pydantic_core import ErrorDetails
+
+from octavo_engine.config import (
+    BLOCK_SIZES,
+    DTYPES,
+    ConfigError,
+    EngineConfig,
+    ServerConfig,
+    flag_of,
+    to_args,
+)
+from octavo_engine.status import API_PORT, MANAGEMENT_PORT
+from octavo_operator.quantity import parse_quantity
+
+NAME_MAX = 45
+"""Children and their pods add up to 18 characters to a server's name, and a label's value has at most 63."""
+SERVER_SIDE_DEFAULT = "x-octavo-default"
+"""Marks a default that the API server writes into the object. Only replicas has one: without it /scale would say 0, and
+autoscalers would stand still. Other defaults stay out of the object, so that it holds what its owner wrote."""
+MODELS_PATH = "/models"
+API_KEYS_PATH = "/etc/octavo/api-keys"
+API_KEYS_FILE = "keys"
+
+QUANTITY = r"^[0-9]+(\.[0-9]+)?([MGTPE]i?|Ki|k|m)?$"
+DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+DNS_SUBDOMAIN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+SECRET_KEY = r"^[-._a-zA-Z0-9]+$"
+HF_SOURCE = "^hf://[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+PVC_SOURCE = "^pvc://[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$"
+ARG = "^--[a-z][a-z0-9_-]*(=.*)?$"
+RESERVED_LABELS = "^(octavo\\\\.dev|app\\\\.kubernetes\\\\.io)/.*"
+
+
+def _rule(expression: str, message: str, *, field_path: str | None = None) -> dict[str, JsonValue]:
+    """One CEL rule. `message` is CEL too: a string expression, so that it can quote the value."""
+    rule: dict[str, JsonValue] = {"rule": expression, "messageExpression": message}
+    return rule | ({"fieldPath": field_path} if field_path else {})
+
+
+def _low(name: str) -> int | None:
+    """Lowest value of an engine setting that the engine takes, so that resource and flag cannot disagree."""
+    return _bound(name, "low")
+
+
+def _high(name: str) -> int | None:
+    return _bound(name, "high")
+
+
+def _bound(name: str, which: str) -> int | None:
+    bound = next(f for f in fields(EngineConfig) if f.name == name).metadata[which]
+    return None if bound is None else int(bound)
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True)
+
+
+def _rules(*rules: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    return {"x-kubernetes-validations": [*rules]}
+
+
+def _config(*rules: dict[str, JsonValue]) -> ConfigDict:
+    return ConfigDict(json_schema_extra=_rules(*rules))
+
+
+def _quantity(value: str | int) -> str | int:
+    parse_quantity(value)
+    return value
+
+
+Quantity = Annotated[
+    str | int,
+    Field(json_schema_extra={"x-kubernetes-int-or-string": True, "pattern": QUANTITY, "maxLength": 32}),
+    AfterValidator(_quantity),
+]
+"""An amount as Kubernetes writes it: 4Gi, 500m, 2."""
+Text = Annotated[str, Field(max_length=256)]
+
+
+class SecretRef(_Model):
+    """Names only: the kubelet resolves them in the server's namespace, the operator never reads a secret."""
+
+    name: str = Field(
+        pattern=DNS_SUBDOMAIN, max_length=253, description="Name of a Secret in the same namespace as the LLMServer."
+    )
+
+
+class TokenSecretRef(SecretRef):
+    key: str = Field("token", pattern=SECRET_KEY, max_length=253, description="Key in the Secret. Default: token.")
+
+
+class ApiKeysSecretRef(SecretRef):
+    key: str = Field(
+        "keys",
+        pattern=SECRET_KEY,
+        max_length=253,
+        description="Key in the Secret whose value has one API key a line. Default: keys.",
+    )
+
+
+class Model(_Model):
+    """What is served."""
+
+    model_config = _config(
+        _rule(
+            f"self.source.matches('{HF_SOURCE}') || self.source.matches('{PVC_SOURCE}')",
+            '"model.source is \'" + self.source + "\', expected hf://org/name (a model on Hugging Face) or '
+            'pvc://claim/path (a folder on a PersistentVolumeClaim)"',
+            field_path=".source",
+        ),
+        _rule(
+            "!has(self.revision) || self.source.startsWith('hf://')",
+            '"model.revision is \'" + self.revision + "\', but only hf:// sources have revisions: remove it, or put '
+            "the revision's folder into the path of the pvc:// source\"",
+            field_path=".revision",
+        ),
+        _rule(
+            "!has(self.tokenSecretRef) || self.source.startsWith('hf://')",
+            '"model.tokenSecretRef names \'" + self.tokenSecretRef.name + "\', but only hf:// sources take a token: '
+            'remove it"',
+            field_path=".tokenSecretRef",
+        ),
+    )
+
+    source: str = Field(
+        max_length=512,
+        description="Where the model is: hf://org/name on Hugging Face, or pvc://claim/path for a folder with "
+        "config.json and safetensors files on a PersistentVolumeClaim, which is mounted read-only.",
+    )
+    revision: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$",
+        max_length=256,
+        description="Branch, tag or commit of an hf:// model; a commit makes restarts repeatable. Default: main.",
+    )
+    served_names: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", max_length=128)]] | None = Field(
+        None,
+        min_length=1,
+        max_length=16,
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+        description="Names by which clients ask for the model; the first one is reported. Default: the LLMServer's "
+        "own name.",
+    )
+    token_secret_ref: TokenSecretRef | None = Field(
+        None, description="Secret with a Hugging Face token, for gated and private models."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not re.fullmatch(HF_SOURCE, self.source) and not re.fullmatch(PVC_SOURCE, self.source):
+            raise ValueError(
+                f"model.source is '{self.source}', expected hf://org/name (a model on Hugging Face) or "
+                "pvc://claim/path (a folder on a PersistentVolumeClaim)"
+            )
+        if self.revision is not None and not self.source.startswith("hf://"):
+            raise ValueError(f"model.revision is '{self.revision}', but only hf:// sources have revisions: remove it")
+        if self.token_secret_ref is not None and not self.source.startswith("hf://"):
+            raise ValueError(
+                f"model.tokenSecretRef names '{self.token_secret_ref.name}', but only hf:// sources take a token: "
+                "remove it"
+            )
+        return self
+
+    @property
+    def claim(self) -> str | None:
+        """The PersistentVolumeClaim of a pvc:// source."""
+        return self.source.removeprefix("pvc://").partition("/")[0] if self.source.startswith("pvc://") else None
+
+    @property
+    def location(self) -> str:
+        """What the engine is told: an id, or a folder inside the container."""
+        if self.claim is None:
+            return self.source.removeprefix("hf://")
+        path = self.source.removeprefix("pvc://").partition("/")[2]
+        return f"{MODELS_PATH}/{path}" if path else MODELS_PATH
+
+
+# What the operator sets itself, or has a field for. A second road to the same setting would let args win over the
+# field silently; and addresses, ports, keys and life cycle are what probes, Service and drain are wired to.
+_RESOURCE_FLAGS = {
+    *("model", "revision", "dtype", "max_model_len", "gpu_memory_utilization", "kv_cache_memory_bytes"),
+    *("block_size", "tensor_parallel_size", "pipeline_parallel_size", "max_num_seqs", "max_num_batched_tokens"),
+    *("enable_prefix_caching", "enable_chunked_prefill", "served_model_name"),
+    *("device", "download_dir", "host", "port", "management_port", "api_key", "api_key_file", "enable_metrics"),
+    *("drain_timeout_s", "startup_stall_s", "termination_log"),
+}
+TAKEN_FLAGS: tuple[str, ...] = tuple(
+    sorted(
+        spelling for name in _RESOURCE_FLAGS for spelling in (flag_of(name), flag_of(name).replace("--", "--no-", 1))
+    )
+)
+"""Flags that spec.engine.args may not hold."""
+
+
+class Engine(_Model):
+    """How the engine runs. What is left out is for the engine to decide."""
+
+    model_config = _config(
+        _rule(
+            "!has(self.maxNumBatchedTokens) || !has(self.maxNumSeqs) || self.maxNumBatchedTokens >= self.maxNumSeqs",
+            "'engine.maxNumBatchedTokens must be at least engine.maxNumSeqs, one token for each running request: raise "
+            "the first or lower the second'",
+            field_path=".maxNumBatchedTokens",
+        ),
+    )
+
+    image: str | None = Field(
+        None,
+        min_length=1,
+        max_length=512,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$",
+        description="Image of the engine. Default: the one that the operator was installed with.",
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=_low("max_model_len"),
+        le=_high("max_model_len"),
+        description="Longest prompt plus output, in tokens. Default: the model's own limit, or what fits in memory "
+        "where that is less.",
+    )
+    dtype: str | None = Field(
+        None,
+        json_schema_extra={"enum": list(DTYPES)},
+        description="Type of weights and activations. Default: auto, the checkpoint's own type.",
+    )
+    gpu_memory_utilization: str | None = Field(
+        None,
+        max_length=8,
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                _rule(
+                    r"self.matches('^(0\\.[0-9]{1,4}|1(\\.0{1,4})?)$') && double(self) >= 0.01",
+                    "\"engine.gpuMemoryUtilization is '\" + self + \"', expected a share from '0.01' to '1.0', "
+                    'as text in quotes"',
+                )
+            ]
+        },
+        description='Share of the GPU\'s memory that the engine may use in all, as text: "0.90". Default: "0.9".',
+    )
+    max_num_seqs: int | None = Field(
+        None,
+        ge=_low("max_num_seqs"),
+        le=_high("max_num_seqs"),
+        description="Requests computed together in one step. Default: 256.",
+    )
+    max_num_batched_tokens: int | None = Field(
+        None,
+        ge=_low("max_num_batched_tokens"),
+        le=_high("max_num_batched_tokens"),
+        description="Tokens computed in one step: the bound on a prompt's chunk. Default: 2048.",
+    )
+    block_size: int | None = Field(
+        None,
+        json_schema_extra={"enum": list(BLOCK_SIZES)},
+        description="Tokens in one block of the KV cache. Default: 64.",
+    )
+    enable_prefix_caching: bool | None = Field(
+        None, description="Keep finished blocks and reuse them for prompts with the same beginning. Default: true."
+    )
+    enable_chunked_prefill: bool | None = Field(
+        None, description="Split long prompts over several steps, so that running requests go on. Default: true."
+    )
+    kv_cache_memory: Quantity | None = Field(
+        None,
+        description="Size of the KV cache (4Gi), instead of what gpuMemoryUtilization leaves for it.",
+    )
+    tensor_parallel: int | None = Field(
+        None,
+        ge=_low("tensor_parallel_size"),
+        le=_high("tensor_parallel_size"),
+        description="GPUs that share each layer. Default: hardware.gpus divided by pipelineParallel.",
+    )
+    pipeline_parallel: int | None = Field(
+        None,
+        ge=_low("pipeline_parallel_size"),
+        le=_high("pipeline_parallel_size"),
+        description="Groups of GPUs that share the layers in sequence. Default: 1.",
+    )
+    args: list[Annotated[str, Field(max_length=1024)]] | None = Field(
+        None,
+        max_length=32,
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                _rule(
+                    f"self.all(a, a.matches('{ARG}'))",
+                    f"\"engine.args has '\" + self.filter(a, !a.matches('{ARG}'))[0] + \"', "
+                    'expected one word per setting, as in --seed=7"',
+                ),
+                _rule(
+                    f"!self.exists(a, a.split('=')[0].replace('_', '-') in {list(TAKEN_FLAGS)})",
+                    "\"engine.args has '\" + self.filter(a, a.split('=')[0].replace('_', '-') in "
+                    f"{list(TAKEN_FLAGS)})[0] + \"', which has a field of its own in the LLMServer or is set by the "
+                    'operator: remove it from args"',
+                ),
+            ]
+        },
+        description="More flags for `octavo serve`, one word each (--seed=7). Refused: flags with a field of their own "
+        "here, addresses, ports and keys.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for arg in self.args or ():
+            if not re.fullmatch(ARG, arg):
+                raise ValueError(f"engine.args has '{arg}', expected one word per setting, as in --seed=7")
+            if arg.partition("=")[0].replace("_", "-") in TAKEN_FLAGS:
+                raise ValueError(
+                    f"engine.args has '{arg}', which has a field of its own in the LLMServer or is set by the "
+                    "operator: remove it from args"
+                )
+        tokens, requests = self.max_num_batched_tokens, self.max_num_seqs
+        if tokens is not None and requests is not None and tokens < requests:
+            raise ValueError(
+                "engine.maxNumBatchedTokens must be at least engine.maxNumSeqs, one token for each running request: "
+                "raise the first or lower the second"
+            )
+        return self
+
+
+class Toleration(_Model):
+    key: Text | None = Field(None, description="Taint that is tolerated; none with operator Exists means every taint.")
+    operator: Literal["Equal", "Exists"] | None = Field(None, description="Default: Equal.")
+    value: Text | None = Field(None, description="The taint's value, with operator Equal.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        None, description="Effect that is tolerated. Default: all of them."
+    )
+    toleration_seconds: int | None = Field(None, description="How long NoExecute is tolerated. Default: for ever.")
+
+
+class Resources(_Model):
+    requests: dict[str, Quantity] | None = Field(
+        None, max_length=16, description="What the scheduler sets aside for each pod, beside the GPUs."
+    )
+    limits: dict[str, Quantity] | None = Field(
+        None, max_length=16, description="What each pod may use at most, beside the GPUs."
+    )
+
+
+class Hardware(_Model):
+    """What each engine pod needs of a node."""
+
+    model_config = _config(
+        _rule(
+            "!has(self.resources) || ((!has(self.resources.requests) || !self.resources.requests.exists(r, r == "
+            "(has(self.resourceName) ? self.resourceName : 'nvidia.com/gpu'))) && (!has(self.resources.limits) || "
+            "!self.resources.limits.exists(r, r == (has(self.resourceName) ? self.resourceName : 'nvidia.com/gpu'))))",
+            "'hardware.resources asks for ' + (has(self.resourceName) ? self.resourceName : 'nvidia.com/gpu') + "
+            "', which hardware.gpus sets: remove it from resources'",
+            field_path=".resources",
+        ),
+    )
+
+    gpus: int = Field(1, ge=0, le=64, description="GPUs of each pod; 0 computes on the CPU. Default: 1.")
+    resource_name: str = Field(
+        "nvidia.com/gpu",
+        pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$",
+        max_length=128,
+        description="Name by which nodes offer the GPUs. Default: nvidia.com/gpu.",
+    )
+    resources: Resources | None = Field(
+        None, description="CPU, memory and ephemeral storage of each pod. Default: none, which is best effort."
+    )
+    node_selector: dict[str, Text] | None = Field(None, max_length=32, description="Labels that a node must have.")
+    tolerations: list[Toleration] | None = Field(
+        None,
+        max_length=32,
+        description="Taints that the pods tolerate, beside the one named like the GPU resource.",
+    )
+    shared_memory: Quantity | None = Field(
+        None,
+        description='Size of /dev/shm (8Gi), which counts as memory of the pod; "0" leaves the runtime\'s 64 MiB. '
+        "Default: 8Gi with several GPUs, else 0.",
+    )
+    priority_class_name: str | None = Field(
+        None, pattern=DNS_SUBDOMAIN, max_length=253, description="PriorityClass of the pods."
+    )
+    runtime_class_name: str | None = Field(
+        None, pattern=DNS_SUBDOMAIN, max_length=253, description="RuntimeClass of the pods, such as nvidia."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = self.resources or Resources()
+        if self.resource_name in {**(given.requests or {}), **(given.limits or {})}:
+            raise ValueError(
+                f"hardware.resources asks for {self.resource_name}, which hardware.gpus sets: remove it from resources"
+            )
+        return self
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        if self.shared_memory is None:
+            # NCCL moves data between the GPUs of a pod through it and hangs or fails with 64 MiB.
+            return 8 * 2**30 if self.gpus > 1 else 0
+        return int(parse_quantity(self.shared_memory))
+
+
+class Lifecycle(_Model):
+    """How long starting and ending may take."""
+
+    drain_timeout_seconds: int = Field(
+        120,
+        ge=0,
+        le=86400,
+        description="Longest wait for running requests when a pod ends. Default: 120.",
+    )
+    startup_stall_seconds: int = Field(
+        300,
+        ge=1,
+        le=86400,
+        description="Start-up fails when it made no progress for this long, however long it takes in all. "
+        "Default: 300.",
+    )
+
+
+class Service(_Model):
+    port: int = Field(80, ge=1, le=65535, description="Port of the Service. Default: 80.")
+    type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field(
+        "ClusterIP",
+        description="Type of the Service. Set apiKeysSecretRef before choosing another. Default: ClusterIP.",
+    )
+
+
+class Expose(_Model):
+    """How clients reach the API."""
+
+    service: Service = Field(Service(), description="The Service in front of the pods.")
+    api_keys_secret_ref: ApiKeysSecretRef | None = Field(
+        None,
+        description="Secret with the API keys that clients must send one of. It is mounted as a file, which the engine "
+        "reads again when it changes. Default: no key is asked for.",
+    )
+
+
+class Observability(_Model):
+    """How Prometheus finds the metrics."""
+
+    pod_monitor: Literal["Auto", "Enabled", "Disabled"] = Field(
+        "Auto",
+        description="Auto: a PodMonitor where the cluster knows them, else prometheus.io/scrape annotations on the "
+        "pods. Enabled: a PodMonitor, and a condition that says so where there can be none. Disabled: neither. "
+        "Default: Auto.",
+    )
+    labels: dict[str, Text] | None = Field(
+        None,
+        max_length=32,
+        description="Labels of the PodMonitor, by which a Prometheus selects it (release: kube-prometheus-stack).",
+    )
+
+
+class Rollout(_Model):
+    """How pods are replaced when their template changes."""
+
+    strategy: Literal["Surge", "InPlace", "Recreate"] | None = Field(
+        None,
+        description="Surge starts the new pod first and needs room for it. InPlace ends an old pod first, one at a "
+        "time. Recreate ends all of them first. Default: InPlace with GPUs, as a spare one is rare, else Surge.",
+    )
+
+
+class PodMetadata(_Model):
+    model_config = _config(
+        _rule(
+            f"!has(self.labels) || !self.labels.exists(k, k.matches('{RESERVED_LABELS}'))",
+            '"podTemplate.metadata.labels has \'" + '
+            f"self.labels.map(k, k).filter(k, k.matches('{RESERVED_LABELS}'))[0]"
+            ' + "\', which the operator sets: choose another name"',
+            field_path=".labels",
+        ),
+    )
+    labels: dict[str, Annotated[str, Field(max_length=63)]] | None = Field(
+        None, max_length=32, description="More labels of the pods."
+    )
+    annotations: dict[str, Annotated[str, Field(max_length=4096)]] | None = Field(
+        None, max_length=32, description="More annotations of the pods."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.labels or ():
+            if name.startswith(("octavo.dev/", "app.kubernetes.io/")):
+                raise ValueError(
+                    f"podTemplate.metadata.labels has '{name}', which the operator sets: choose another name"
+                )
+        return self
+
+
+class PodTemplate(_Model):
+    """What is added to the engine pods."""
+
+    metadata: PodMetadata = Field(PodMetadata(), description="Labels and annotations.")
+
+
+class Spec(_Model):
+    """What the user wants."""
+
+    model_config = _config(
+        _rule(
+            "!has(self.engine) || !(has(self.engine.tensorParallel) || has(self.engine.pipelineParallel)) || "
+            "(has(self.engine.tensorParallel) ? self.engine.tensorParallel : 1) * "
+            "(has(self.engine.pipelineParallel) ? self.engine.pipelineParallel : 1) == "
+            "(has(self.hardware) && has(self.hardware.gpus) ? [self.hardware.gpus, 1].max() : 1)",
+            "'engine.tensorParallel times engine.pipelineParallel must be hardware.gpus: leave them out, or set them "
+            "to numbers whose product it is'",
+        ),
+        _rule(
+            "!has(self.engine) || !has(self.engine.gpuMemoryUtilization) || !has(self.hardware) || "
+            "!has(self.hardware.gpus) || self.hardware.gpus > 0",
+            '"engine.gpuMemoryUtilization is \'" + self.engine.gpuMemoryUtilization + "\', but hardware.gpus is 0: '
+            'set engine.kvCacheMemory to size the cache on a CPU"',
+        ),
+    )
+
+    model: Model = Field(description="What is served.")
+    engine: Engine = Field(Engine(), description="How the engine runs. What is left out is for the engine to decide.")
+    hardware: Hardware = Field(Hardware(), description="What each engine pod needs of a node.")
+    replicas: int = Field(
+        1,
+        ge=0,
+        le=1000,
+        json_schema_extra={SERVER_SIDE_DEFAULT: 1},
+        description="Engine pods. The operator never writes it, so `kubectl scale` and autoscalers own it. Default: 1.",
+    )
+    suspend: bool = Field(False, description="No pods, while replicas keeps its value for later. Default: false.")
+    lifecycle: Lifecycle = Field(Lifecycle(), description="How long starting and ending may take.")
+    expose: Expose = Field(Expose(), description="How clients reach the API.")
+    observability: Observability = Field(Observability(), description="How Prometheus finds the metrics.")
+    rollout: Rollout = Field(Rollout(), description="How pods are replaced when their template changes.")
+    pod_template: PodTemplate = Field(PodTemplate(), description="What is added to the engine pods.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        tensor, pipeline = self.engine.tensor_parallel, self.engine.pipeline_parallel
+        product = (tensor or 1) * (pipeline or 1)
+        if (tensor is not None or pipeline is not None) and product != max(self.hardware.gpus, 1):
+            raise ValueError(
+                "engine.tensorParallel times engine.pipelineParallel must be hardware.gpus: leave them out, or set "
+                "them to numbers whose product it is"
+            )
+        if self.engine.gpu_memory_utilization is not None and not self.hardware.gpus:
+            raise ValueError(
+                f"engine.gpuMemoryUtilization is '{self.engine.gpu_memory_utilization}', but hardware.gpus is 0: "
+                "set engine.kvCacheMemory to size the cache on a CPU"
+            )
+        return self
+
+    @property
+    def desired_replicas(self) -> int:
+        return 0 if self.suspend else self.replicas
+
+    @property
+    def strategy(self) -> str:
+        return self.rollout.strategy or ("InPlace" if self.hardware.gpus else "Surge")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A parsed LLMServer: in this type nothing is out of range."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    spec: Spec
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        return _engine_config(self.spec)
+
+    @property
+    def server_config(self) -> ServerConfig:
+        return _server_config(self.spec, self.name)
+
+    @property
+    def args(self) -> list[str]:
+        """The engine container's arguments."""
+        extra = self.spec.engine.args or []
+        return ["serve", *to_args(self.engine_config), *to_args(self.server_config), *extra]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason why a spec cannot be served: the field, and a sentence with the value and what would be right."""
+
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}"
+
+
+def parse(resource: Mapping[str, Any]) -> Server | tuple[Problem, ...]:
+    """A Server, or what keeps it from being one.
+
+    Most problems were refused by the API server already. What is left: a CRD of another version than the operator's,
+    and what the engine of this version does not do yet.
+    """
+    metadata = resource["metadata"]
+    name = str(metadata["name"])
+    try:
+        spec = Spec.model_validate(resource.get("spec") or {})
+    except ValidationError as error:
+        return tuple(
+            Problem("spec" + "".join(f".{part}" for part in problem["loc"]), _sentence(problem))
+            for problem in error.errors()
+        )
+    if len(name) > NAME_MAX or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
+        return (Problem("metadata.name", f"got {name!r}, expected at most {NAME_MAX} characters of a-z, 0-9 and -"),)
+    try:
+        _engine_config(spec).check()
+        _server_config(spec, name)
+    except ConfigError as error:
+        return (Problem(FIELD_OF_FLAG.get(error.flag, error.flag), f"got {error.value!r}, expected {error.expected}"),)
+    return Server(
+        namespace=str(metadata.get("namespace") or "default"),
+        name=name,
+        uid=str(metadata.get("uid", "")),
+        generation=int(metadata.get("generation", 0)),
+        spec=spec,
+    )
+
+
+def _sentence(problem: ErrorDetails) -> str:
+    if problem["type"] == "value_error":  # ours: the sentence quotes the value already
+        return problem["msg"].removeprefix("Value error, ")
+    return f"{problem['msg']}, got {str(problem['input'])[:200]!r}"
+
+
+def in_fields(text: str) -> str:
+    """An engine's words, with the LLMServer's fields in the place of the flags that they stand for."""
+    return re.sub(r"--[a-z][a-z-]*", lambda flag: FIELD_OF_FLAG.get(flag[0], flag[0]), text)
+
+
+FIELD_OF_FLAG = {
+    "--model": "spec.model.source",
+    "--max-model-len": "spec.engine.maxModelLen",
+    "--dtype": "spec.engine.dtype",
+    "--gpu-memory-utilization": "spec.engine.gpuMemoryUtilization",
+    "--kv-cache-memory-bytes": "spec.engine.kvCacheMemory",
+    "--block-size": "spec.engine.blockSize",
+    "--tensor-parallel-size": "spec.engine.tensorParallel (by default hardware.gpus)",
+    "--pipeline-parallel-size": "spec.engine.pipelineParallel",
+    "--max-num-seqs": "spec.engine.maxNumSeqs",
+    "--max-num-batched-tokens": "spec.engine.maxNumBatchedTokens",
+    "--served-model-name": "spec.model.servedNames",
+}
+
+
+def _engine_config(spec: Spec) -> EngineConfig:
+    engine, gpus = spec.engine, spec.hardware.gpus
+    pipeline = engine.pipeline_parallel or 1
+    chosen: dict[str, Any] = {
+        "revision": spec.model.revision,
+        "dtype": engine.dtype,
+        "max_model_len": engine.max_model_len,
+        "gpu_memory_utilization": _share(engine.gpu_memory_utilization),
+        "kv_cache_memory_bytes": None if engine.kv_cache_memory is None else _bytes(engine.kv_cache_memory),
+        "block_size": engine.block_size,
+        "max_num_seqs": engine.max_num_seqs,
+        "max_num_batched_tokens": engine.max_num_batched_tokens,
+        "enable_prefix_caching": engine.enable_prefix_caching,
+        "enable_chunked_prefill": engine.enable_chunked_prefill,
+        "tensor_parallel_size": engine.tensor_parallel or max(gpus // pipeline, 1),
+        "pipeline_parallel_size": engine.pipeline_parallel,
+    }
+    return EngineConfig(
+        model=spec.model.location,
+        device="cuda" if gpus else "cpu",
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+
+
+def _server_config(spec: Spec, name: str) -> ServerConfig:
+    return ServerConfig(
+        host="0.0.0.0",
+        port=API_PORT,
+        management_port=MANAGEMENT_PORT,
+        served_model_name=tuple(spec.model.served_names or [name]),
+        api_key_file=f"{API_KEYS_PATH}/{API_KEYS_FILE}" if spec.expose.api_keys_secret_ref else None,
+        drain_timeout_s=float(spec.lifecycle.drain_timeout_seconds),
+        startup_stall_s=float(spec.lifecycle.startup_stall_seconds),
+    )
+
+
+def _share(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError("--gpu-memory-utilization", text, "a share from '0.01' to '1.0'") from None
+
+
+def _bytes(quantity: str | int) -> int:
+    try:
+        return int(parse_quantity(quantity))
+    except ValueError:
+        raise ConfigError("--kv-cache-memory-bytes", quantity, "an amount of memory such as 4Gi") from None
