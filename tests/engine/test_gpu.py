@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 
-import models
 import pytest
 import torch
 
+import models
 from octavo_engine import LLM, SamplingParams
 
 pytestmark = [

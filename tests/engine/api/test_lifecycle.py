@@ -38,10 +38,11 @@ async def stream(http: aiohttp.ClientSession, server: Any, prompt: str = "hello"
     return [event.removeprefix("data: ") for event in raw.split("\n\n") if event]
 
 
-async def running(server: Any, count: int) -> None:
-    """Wait until the engine runs this many."""
+async def running(server: Any, count: int, waiting: int = 0) -> None:
+    """Wait until the engine runs this many, and at least so many wait behind them."""
     for _ in range(500):
-        if server.get("/statusz")[1]["load"]["running"] >= count:
+        load = server.get("/statusz")[1]["load"]
+        if load["running"] >= count and load["waiting"] >= waiting:
             return
         await asyncio.sleep(0.01)
     raise TimeoutError
@@ -247,7 +248,7 @@ async def test_a_body_above_the_limit_is_refused(start, http) -> None:
 async def test_a_full_queue_is_refused_with_retry_after(start, http) -> None:
     server = start("--max-num-seqs=2", "--max-num-queued-reqs=2", script={"step_s": 0.02})
     tasks = [asyncio.create_task(stream(http, server, **ENDLESS)) for _ in range(4)]
-    await running(server, 2)
+    await running(server, 2, waiting=2)
 
     async with http.post(server.url + "/v1/completions", json={"prompt": "x"}) as response:
         body = await response.json()

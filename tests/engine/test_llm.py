@@ -1,0 +1,133 @@
+"""LLM in this process, on the real model: what it returns, what it refuses, what it leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+
+import models
+from octavo_engine import LLM, SamplingParams
+from octavo_engine.status import FatalError
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(str(models.smollm2()), kv_cache_memory_bytes=64 * 2**20, max_num_seqs=16)
+
+
+def test_france_has_its_capital(llm):
+    (output,) = llm.generate("The capital of France is", GREEDY, use_tqdm=False)
+
+    assert output.outputs[0].text.startswith(" Paris")
+    assert output.outputs[0].finish_reason == "length"
+    assert len(output.outputs[0].token_ids) == 8
+    assert output.prompt == "The capital of France is"
+
+
+def test_outputs_come_in_the_order_of_the_prompts(llm):
+    prompts = ["One, two, three,", "The capital of France is", "A, B, C, D,"]
+
+    together = llm.generate(prompts, GREEDY, use_tqdm=False)
+
+    assert [output.prompt for output in together] == prompts
+    assert [output.outputs[0].token_ids for output in together] == [
+        llm.generate([prompt], GREEDY, use_tqdm=False)[0].outputs[0].token_ids for prompt in prompts
+    ]
+
+
+def test_token_ids_text_and_mappings_are_the_same_prompt(llm):
+    ids = llm.get_tokenizer().encode("The capital of France is")
+    forms = ["The capital of France is", ids, {"prompt": "The capital of France is"}, {"prompt_token_ids": ids}]
+
+    outputs = llm.generate(forms, GREEDY, use_tqdm=False)
+
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
+    assert llm.generate(ids, GREEDY, use_tqdm=False)[0].prompt_token_ids == ids
+
+
+def test_a_chat_is_answered_through_the_template(llm):
+    (output,) = llm.chat([{"role": "user", "content": "What is the capital of France?"}], GREEDY, use_tqdm=False)
+
+    assert "Paris" in output.outputs[0].text
+    assert output.prompt.endswith("<|im_start|>assistant\n")
+
+
+def test_several_answers_to_one_prompt_differ_and_repeat_with_the_seed(llm):
+    sampling = SamplingParams(temperature=1.0, seed=3, n=3, max_tokens=12)
+
+    first = llm.generate("Once upon a time", sampling, use_tqdm=False)[0].outputs
+    again = llm.generate("Once upon a time", sampling, use_tqdm=False)[0].outputs
+
+    assert [answer.index for answer in first] == [0, 1, 2]
+    assert len({answer.text for answer in first}) == 3
+    assert [answer.text for answer in first] == [answer.text for answer in again]
+
+
+def test_a_stop_string_ends_the_text_before_it(llm):
+    sampling = SamplingParams(temperature=0.0, max_tokens=40, stop=["."])
+    (output,) = llm.generate("The capital of France is", sampling, use_tqdm=False)
+
+    assert output.outputs[0].text == " Paris"
+    assert output.outputs[0].finish_reason == "stop"
+    assert output.outputs[0].stop_reason == "."
+
+
+def test_a_stop_token_id_is_named_as_the_reason(llm):
+    (dot,) = llm.get_tokenizer().encode(".")
+    sampling = SamplingParams(temperature=0.0, max_tokens=40, stop_token_ids=[dot])
+    (output,) = llm.generate("The capital of France is", sampling, use_tqdm=False)
+
+    assert output.outputs[0].stop_reason == dot
+    assert output.outputs[0].text == " Paris"
+
+
+def test_the_second_time_a_long_prompt_comes_from_the_cache(llm):
+    prompt = "All work and no play makes Jack a dull boy. " * 20
+    llm.generate(prompt, GREEDY, use_tqdm=False)
+
+    (again,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+
+    assert again.num_cached_tokens >= 64
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("", "1 to"),
+        ([], "1 to"),
+        ([49152], "vocabulary"),
+        ([-1], "vocabulary"),
+        ({"text": "x"}, "prompt_token_ids"),
+        (list(range(1, 9000)), "max_model_len"),
+    ],
+)
+def test_a_prompt_that_cannot_be_is_refused_and_nothing_stays_behind(llm, prompt, words):
+    with pytest.raises(ValueError, match=words):
+        llm.generate([prompt], GREEDY, use_tqdm=False)
+
+    assert llm.generate("The capital of France is", GREEDY, use_tqdm=False)[0].outputs[0].text.startswith(" Paris")
+
+
+def test_an_interrupt_leaves_the_engine_empty(llm, monkeypatch):
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("octavo_engine.llm._Answer.take", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["Hello", "World"], GREEDY, use_tqdm=False)
+
+    assert not llm._engine.has_work
+    llm._engine.check_integrity()
+
+
+def test_settings_are_checked_by_name():
+    with pytest.raises(TypeError, match="did you mean max_model_len"):
+        LLM("x", max_model_length=4)
+    with pytest.raises(ValueError, match="--block-size: got 17"):
+        LLM("x", block_size=17)
+    with pytest.raises(ValueError, match="--max-model-len: got 9000"):
+        LLM(str(models.smollm2()), max_model_len=9000)
+    with pytest.raises(FatalError, match="neither a folder nor"):
+        LLM("./nowhere")
