@@ -27,9 +27,11 @@ def wants_pod_monitor(server: Server, *, pod_monitors_known: bool) -> bool:
 
 def pod_annotations(server: Server, *, pod_monitors_known: bool) -> dict[str, str]:
     """What the server's pods should be annotated with, and nothing where a PodMonitor does the work."""
-    if server.spec.observability.pod_monitor == "Auto" and not pod_monitors_known:
-        return dict(SCRAPE_ANNOTATIONS)
-    return {}
+    if server.spec.observability.pod_monitor != "Auto" or pod_monitors_known:
+        return {}
+    # Whoever writes these annotations into podTemplate knows better; the pods are born with them.
+    given = server.spec.pod_template.metadata.annotations or {}
+    return {name: value for name, value in SCRAPE_ANNOTATIONS.items() if name not in given}
 
 
 def pod_monitor(server: Server) -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""What has to be applied and deleted so that the children are as desired. Pure: two sets of objects in, a list out.
+
+An object is applied when it differs from what is there, which has two sides: a field that we set has another value now
+(somebody edited it), or a field that we set before is no longer set by us. Comparing shows the first only, as defaults
+and other people's fields are there too; a digest of what was applied, kept on the object, shows the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from octavo_operator import names
+from octavo_operator.desired.deployment import digest
+from octavo_operator.observed import Pod
+from octavo_operator.quantity import parse_quantity
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Changes:
+    create: tuple[Object, ...] = ()
+    update: tuple[Object, ...] = ()
+    delete: tuple[Object, ...] = ()
+    foreign: tuple[str, ...] = ()
+    """Kinds whose object of our name belongs to somebody else. It is left alone, and a condition says so."""
+    annotate: tuple[Object, ...] = ()
+    """Pods, as far as we set them: their scrape annotations."""
+
+
+def changes(
+    owner_uid: str,
+    desired: Iterable[Object],
+    children: Mapping[str, Object],
+    pods: Iterable[Pod],
+    scrape: Mapping[str, str],
+    namespace: str,
+) -> Changes:
+    """children: by kind, the object with the server's name. scrape: annotations that the pods should carry."""
+    create, update, delete, foreign = [], [], [], []
+    wanted = {body["kind"]: with_digest(body) for body in desired}
+    for kind, body in wanted.items():
+        present = children.get(kind)
+        if present is None:
+            create.append(body)
+        elif not _is_ours(present, owner_uid):
+            foreign.append(kind)
+        elif differs(body, present):
+            update.append(body)
+    for kind, present in children.items():
+        going = "deletionTimestamp" in present["metadata"]
+        if kind not in wanted and _is_ours(present, owner_uid) and not going:
+            delete.append(present)
+    annotate = [
+        _annotations(pod, scrape, namespace)
+        for pod in pods
+        if not pod.terminating and not pod.over and _needs_annotations(pod, scrape)
+    ]
+    return Changes(tuple(create), tuple(update), tuple(delete), tuple(foreign), tuple(annotate))
+
+
+def with_digest(body: Object) -> Object:
+    metadata = body["metadata"]
+    annotations = {**metadata.get("annotations", {}), names.APPLIED_ANNOTATION: digest(body)}
+    return {**body, "metadata": {**metadata, "annotations": annotations}}
+
+
+def differs(wanted: Any, present: Any) -> bool:
+    """Whether `present` lacks something of `wanted`. What it has beside that is none of our business."""
+    if isinstance(wanted, Mapping):
+        if not isinstance(present, Mapping):
+            return bool(wanted) or present is not None  # {} is as good as absent
+        return any(differs(value, present.get(key)) for key, value in wanted.items())
+    if isinstance(wanted, list):
+        return _list_differs(wanted, present if isinstance(present, list) else [])
+    if wanted == present:
+        return False
+    return not _same_quantity(wanted, present)
+
+
+def _list_differs(wanted: list[Any], present: list[Any]) -> bool:
+    if wanted and all(isinstance(item, Mapping) and "name" in item for item in wanted):
+        # A list by name, such as containers and volumes: a webhook may have added its own to it.
+        there = {item["name"]: item for item in present if isinstance(item, Mapping) and "name" in item}
+        return any(differs(item, there.get(item["name"])) for item in wanted)
+    return len(wanted) != len(present) or any(map(differs, wanted, present))
+
+
+def _same_quantity(wanted: Any, present: Any) -> bool:
+    """1000m and 1 are one amount: the API server writes amounts in its own way."""
+    try:
+        return parse_quantity(wanted) == parse_quantity(present)
+    except ValueError:
+        return False
+
+
+def _is_ours(present: Object, owner_uid: str) -> bool:
+    owners = present["metadata"].get("ownerReferences", [])
+    return any(owner.get("uid") == owner_uid and owner.get("controller") for owner in owners)
+
+
+def _needs_annotations(pod: Pod, scrape: Mapping[str, str]) -> bool:
+    if scrape:
+        return any(pod.annotations.get(name) != value for name, value in scrape.items())
+    return pod.annotated_by_us
+
+
+def _annotations(pod: Pod, scrape: Mapping[str, str], namespace: str) -> Object:
+    # With the uid, a pod that is gone by now is a conflict and not a new pod. Applying none takes ours away.
+    metadata: Object = {"name": pod.name, "namespace": namespace, "uid": pod.uid}
+    if scrape:
+        metadata["annotations"] = dict(scrape)
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}

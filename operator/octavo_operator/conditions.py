@@ -1,0 +1,236 @@
+"""The six conditions of a server, each a pure function of what was seen. Called by status.py.
+
+Unknown is an honest value: it is given wherever nobody has looked yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from octavo_engine.status import Effective, FailureCode, Stage
+from octavo_operator import names
+from octavo_operator.causes import About, Cause
+from octavo_operator.desired.service import url
+from octavo_operator.failures import OOM_KILLED
+from octavo_operator.quantity import gib
+from octavo_operator.replicas import Replica, headline
+from octavo_operator.spec import Problem, Server
+
+Truth = Literal["True", "False", "Unknown"]
+
+SIZE_CODES = {
+    FailureCode.WEIGHTS_TOO_LARGE.value,
+    FailureCode.KV_CACHE_TOO_SMALL.value,
+    FailureCode.OUT_OF_MEMORY.value,
+    OOM_KILLED,
+}
+MODEL_CODES = {
+    FailureCode.MODEL_NOT_FOUND.value,
+    FailureCode.MODEL_GATED.value,
+    FailureCode.MODEL_INVALID.value,
+    FailureCode.WEIGHTS_CORRUPT.value,
+    FailureCode.DOWNLOAD_FAILED.value,
+    FailureCode.DOWNLOAD_STALLED.value,
+}
+INVALID_SPEC = "InvalidSpec"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A condition before it has times."""
+
+    type: str
+    status: Truth
+    reason: str
+    message: str
+    trouble: bool = False
+    """Something that a person has to mend; without it a False is a state on the way."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A server and what was seen of it, counted."""
+
+    server: Server
+    replicas: tuple[Replica, ...]
+    revision: str
+    """Of the pods that the present spec asks for."""
+    pod_monitors_known: bool = False
+    unannotated: str | None = None
+    """Why the pods could not be annotated, where they should be."""
+    causes: tuple[Cause, ...] = ()
+    """Beside those of single pods: objects that could not be applied, pods that may not be made."""
+
+    @property
+    def desired(self) -> int:
+        return self.server.spec.desired_replicas
+
+    @property
+    def ready(self) -> int:
+        return sum(replica.ready for replica in self.replicas)
+
+    @property
+    def live(self) -> tuple[Replica, ...]:
+        return tuple(replica for replica in self.replicas if not replica.pod.terminating)
+
+    @property
+    def updated(self) -> int:
+        return sum(replica.pod.revision == self.revision for replica in self.live)
+
+    @property
+    def settled(self) -> bool:
+        """Nothing is on its way: what is wanted is there, ready and of the present spec."""
+        return len(self.replicas) == self.ready == self.updated == self.desired and not self.causes
+
+    @property
+    def cause(self) -> Cause | None:
+        """The one to be told first."""
+        causes = [*self.causes, *(replica.cause for replica in self.replicas if replica.cause)]
+        return min(causes, key=lambda cause: cause.about, default=None)
+
+    @property
+    def effective(self) -> Effective | None:
+        """The configuration of an engine of the present spec, or else of any engine; one that serves comes first."""
+        told = [replica for replica in self.replicas if replica.engine and replica.engine.effective]
+        told.sort(key=lambda r: (r.pod.revision != self.revision, not r.ready, r.pod.name))
+        return told[0].engine.effective if told and told[0].engine else None
+
+    def progress(self) -> str:
+        """What happens now, in a few words; empty when nothing does."""
+        if self.cause is not None:
+            return self.cause.message
+        if replica := headline(self.replicas):
+            return replica.words() + "."
+        ending = len(self.replicas) - len(self.live)
+        if ending:
+            return f"{ending} {'pod is' if ending == 1 else 'pods are'} ending."
+        return "Its pods are being created." if len(self.live) < self.desired else ""
+
+
+def conditions(view: View) -> list[Finding]:
+    return [_ready(view), _progressing(view), _schedulable(view), _model_cached(view), _fits(view), _monitoring(view)]
+
+
+def conditions_of_invalid(problems: Sequence[Problem], serving: int) -> list[Finding]:
+    """Nothing is changed for a spec that cannot be served: pods of the one before it go on."""
+    told = " ".join(f"{problem}." for problem in problems)
+    still = f" {serving} pods of the specification before it still serve." if serving else ""
+    ready = Finding(names.READY, "False", INVALID_SPEC, told + still, trouble=True)
+    stopped = Finding(names.PROGRESSING, "False", INVALID_SPEC, "It waits for the specification to be corrected.")
+    others = (names.SCHEDULABLE, names.MODEL_CACHED, names.FITS, names.MONITORING_READY)
+    return [ready, stopped, *(Finding(kind, "Unknown", INVALID_SPEC, "Not looked at.") for kind in others)]
+
+
+def _ready(view: View) -> Finding:
+    count = f"{view.ready}/{view.desired} ready"
+    if any(cause.about is About.OBJECTS for cause in view.causes) and view.cause:
+        return Finding(names.READY, "False", view.cause.reason, view.cause.message, trouble=True)
+    if view.server.spec.suspend:
+        return Finding(names.READY, "False", "Suspended", "Set suspend to false to start its pods.")
+    if view.desired == 0:
+        return Finding(names.READY, "False", "ScaledToZero", "Raise replicas to start pods.")
+    if view.ready >= view.desired:
+        return Finding(names.READY, "True", "AllReplicasReady", f"{count} at {url(view.server)}.")
+    if view.ready:
+        return Finding(names.READY, "True", "SomeReplicasReady", f"{count}. {_capital(view.progress())}")
+    if view.cause:
+        return Finding(names.READY, "False", view.cause.reason, f"{count}. {view.cause.message}", trouble=True)
+    replica = headline(view.replicas)
+    reason = _camel(replica.stage) if replica else "CreatingPods"
+    if replica and replica.stage == Stage.READY:
+        reason = "WaitingForProbe"
+    return Finding(names.READY, "False", reason, f"{count}. {_capital(view.progress())}")
+
+
+def _progressing(view: View) -> Finding:
+    if view.settled:
+        return Finding(names.PROGRESSING, "False", "Settled", "Everything is as specified.")
+    if view.cause:
+        return Finding(names.PROGRESSING, "False", view.cause.reason, view.cause.message, trouble=True)
+    message = _capital(view.progress())
+    if view.updated < len(view.live):
+        count = f"{view.updated} of {view.desired} pods are of the present specification."
+        return Finding(names.PROGRESSING, "True", "RollingOut", f"{count} {message}")
+    if len(view.live) > view.desired or view.ready >= view.desired:
+        return Finding(names.PROGRESSING, "True", "ScalingDown", message)
+    return Finding(names.PROGRESSING, "True", "Starting", message)
+
+
+def _schedulable(view: View) -> Finding:
+    for cause in (*view.causes, *(r.cause for r in view.replicas if r.cause)):
+        if cause.about in (About.ADMISSION, About.SCHEDULING):
+            return Finding(names.SCHEDULABLE, "False", cause.reason, cause.message, trouble=True)
+    if view.desired == 0:
+        return Finding(names.SCHEDULABLE, "Unknown", "NoPods", "There are no pods to schedule.")
+    nodes = sorted({replica.pod.node for replica in view.live if replica.pod.node})
+    if not view.live or any(replica.pod.node is None for replica in view.live):
+        return Finding(names.SCHEDULABLE, "Unknown", "Waiting", "The scheduler has not decided yet.")
+    shown = ", ".join(nodes[:8]) + (f" and {len(nodes) - 8} more" if len(nodes) > 8 else "")
+    return Finding(names.SCHEDULABLE, "True", "Scheduled", f"{_pods(len(view.live))} on {shown}.")
+
+
+def _model_cached(view: View) -> Finding:
+    claim = view.server.spec.model.claim
+    for replica in view.replicas:
+        cause = replica.cause
+        if cause and (cause.code in MODEL_CODES or cause.reason in ("ClaimMissing", "ClaimPending", "VolumeMount")):
+            return Finding(names.MODEL_CACHED, "False", cause.reason, cause.message, trouble=True)
+    if any(replica.has_model for replica in view.replicas):
+        if claim is not None:
+            return Finding(names.MODEL_CACHED, "True", "OnClaim", f"On the PersistentVolumeClaim {claim}.")
+        message = "Each pod has a copy of its own; a new pod downloads it again."
+        return Finding(names.MODEL_CACHED, "True", "Downloaded", message)
+    for replica in view.replicas:
+        if replica.stage == Stage.DOWNLOADING:
+            return Finding(names.MODEL_CACHED, "False", "Downloading", _capital(replica.words()) + ".")
+    return Finding(names.MODEL_CACHED, "Unknown", "NotLookedYet", "No engine has looked for the model yet.")
+
+
+def _fits(view: View) -> Finding:
+    for replica in view.replicas:
+        if replica.cause and replica.cause.code in SIZE_CODES:
+            return Finding(names.FITS, "False", replica.cause.reason, replica.cause.message, trouble=True)
+    sizes = view.effective
+    if sizes is None or not sizes.kv_tokens:
+        return Finding(names.FITS, "Unknown", "NotPlannedYet", "No engine has computed its plan yet.")
+    message = (
+        f"Weights {gib(sizes.weights_bytes)}, KV cache {gib(sizes.kv_bytes)} for {sizes.kv_tokens:,} tokens: "
+        f"{sizes.max_concurrency_at_max_len:.1f} requests of {sizes.max_model_len:,} tokens at once."
+    )
+    return Finding(names.FITS, "True", "Planned", message)
+
+
+def _monitoring(view: View) -> Finding:
+    match view.server.spec.observability.pod_monitor:
+        case "Disabled":
+            message = "observability.podMonitor is Disabled: Prometheus is not told of the pods."
+            return Finding(names.MONITORING_READY, "False", "Disabled", message)
+        case "Enabled" if not view.pod_monitors_known:
+            message = (
+                "observability.podMonitor is Enabled, but the cluster has no PodMonitor kind: install the Prometheus "
+                "operator, or set Auto for scrape annotations."
+            )
+            return Finding(names.MONITORING_READY, "False", "PodMonitorKindMissing", message, trouble=True)
+        case _ if view.pod_monitors_known:
+            message = f"The PodMonitor {view.server.name} selects the pods."
+            return Finding(names.MONITORING_READY, "True", "PodMonitor", message)
+        case _ if view.unannotated:
+            message = f"The pods could not be annotated for Prometheus: {view.unannotated}"
+            return Finding(names.MONITORING_READY, "False", "AnnotationRefused", message, trouble=True)
+        case _:
+            message = "The pods carry prometheus.io/scrape annotations, as the cluster has no PodMonitor kind."
+            return Finding(names.MONITORING_READY, "True", "ScrapeAnnotations", message)
+
+
+def _pods(count: int) -> str:
+    return f"{count} pod" if count == 1 else f"{count} pods"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _camel(stage: str) -> str:
+    return "".join(part.capitalize() for part in stage.split("_"))

@@ -1,0 +1,101 @@
+"""How engines ended when nobody asked them to: death certificates, kills, crashes without a word. Pure."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from octavo_engine.status import Failure as Certificate
+from octavo_operator.observed import Pod, Termination, write_time
+from octavo_operator.report import LastFailure
+from octavo_operator.spec import in_fields
+
+OOM_KILLED = "OOM_KILLED"
+RESTARTED = "RESTARTED"
+EXITED = "EXITED"
+"""Codes beside the engine's own, for ends of which the engine could not tell."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    pod: str
+    code: str
+    message: str
+    fix: str
+    finished_at: datetime | None
+
+    @property
+    def reason(self) -> str:
+        """KV_CACHE_TOO_SMALL → KvCacheTooSmall, as reasons of conditions are written."""
+        known = {OOM_KILLED: "OOMKilled"}
+        return known.get(self.code, "".join(part.capitalize() for part in self.code.split("_")))
+
+    @property
+    def sentence(self) -> str:
+        message = self.message if self.message.endswith((".", "!", "?")) else f"{self.message}."
+        fix = self.fix if not self.fix or self.fix.endswith(".") else f"{self.fix}."
+        return f"{message} Fix: {fix}" if fix else message
+
+    def report(self) -> LastFailure:
+        time = write_time(self.finished_at) if self.finished_at else None
+        return LastFailure(time=time, pod=self.pod, code=self.code, message=self.message, fix=self.fix or None)
+
+
+def failure_of(pod: Pod, memory_limit: str | None = None) -> Failure | None:
+    """The newest end of the pod's engine that nobody asked for."""
+    if pod.over and pod.reason:
+        message = pod.message or f"The pod was ended: {pod.reason}"
+        return Failure(pod.name, pod.reason.upper(), message, "", None)
+    for end in pod.terminations:
+        if pod.terminating and end is pod.terminations[0] and not pod.running:
+            continue  # the end that its deletion asked for, however it came about
+        return _read(pod, end, memory_limit)
+    return None
+
+
+def last_failure(pods: Iterable[Pod], previous: LastFailure | None, memory_limit: str | None) -> LastFailure | None:
+    """The newest failure known: one that is seen now, or the one on the resource, which outlives pods and recovery."""
+    seen = [failure for pod in pods if (failure := failure_of(pod, memory_limit))]
+    # In one second, the pod's name decides: two looks at the same world must give the same answer.
+    seen.sort(key=lambda failure: (failure.finished_at or datetime.min.replace(tzinfo=UTC), failure.pod))
+    if not seen:
+        return previous
+    newest = seen[-1].report()
+    if previous and (previous.time or "") > (newest.time or ""):
+        return previous
+    return newest
+
+
+def _read(pod: Pod, end: Termination, memory_limit: str | None) -> Failure:
+    if certificate := Certificate.from_json(end.message):
+        return Failure(
+            pod.name, certificate.code, in_fields(certificate.message), in_fields(certificate.fix), end.finished_at
+        )
+    if end.reason == "OOMKilled":
+        at = f" of {memory_limit}" if memory_limit else ""
+        message = f"The kernel killed the engine at its memory limit{at}"
+        fix = "raise hardware.resources.limits.memory, or lower engine.kvCacheMemory"
+        if not memory_limit:
+            message = "The kernel killed the engine, as the node ran out of memory"
+            fix = "set hardware.resources.requests.memory to what the model needs"
+        return Failure(pod.name, OOM_KILLED, message, fix, end.finished_at)
+    if end.exit_code == 0:
+        message = "The kubelet ended the container, most likely as a probe failed"
+        return Failure(
+            pod.name, RESTARTED, message, f"kubectl describe pod {pod.name} names the probe", end.finished_at
+        )
+    last_words = next((line.strip() for line in reversed(end.message.splitlines()) if line.strip()), "")
+    said = f"; its last words: {last_words[:300]}" if last_words else " without a word"
+    message = f"The engine ended with status {end.exit_code}{_signal(end.exit_code)}{said}"
+    return Failure(pod.name, EXITED, message, f"kubectl logs {pod.name} --previous tells more", end.finished_at)
+
+
+def _signal(exit_code: int) -> str:
+    if exit_code <= 128:
+        return ""
+    try:
+        return f" ({signal.Signals(exit_code - 128).name})"
+    except ValueError:
+        return ""

@@ -1,0 +1,211 @@
+"""One look at one server: observe, parse, decide, apply, report, and say when to look again.
+
+What the API server knows is read again only when a watch (or the resync) said that something may have changed: a server
+that loads is looked at every second, and all that is asked then is its engines, which have no watch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any, Protocol
+
+from octavo_engine.status import Statusz
+from octavo_operator import names, observed, status
+from octavo_operator.announce import Announcement, announcements
+from octavo_operator.causes import About, Cause, Wanted, refusal_of_pods
+from octavo_operator.changes import Changes, changes
+from octavo_operator.cluster import Cluster, Refusal, UnavailableError
+from octavo_operator.conditions import Finding, View, conditions, conditions_of_invalid
+from octavo_operator.desired import objects
+from octavo_operator.desired.deployment import revision
+from octavo_operator.desired.monitoring import pod_annotations
+from octavo_operator.names import Key
+from octavo_operator.observed import Pod, World
+from octavo_operator.replicas import replicas
+from octavo_operator.report import Status
+from octavo_operator.settings import Settings
+from octavo_operator.spec import Problem, Server, parse
+from octavo_operator.workers import Next
+
+log = logging.getLogger(__name__)
+
+CHILDREN = ("Deployment", "Service", "PodDisruptionBudget")
+REFUSED_POLL_S = 15.0
+"""Between tries of what the API server refused: somebody has to mend that first."""
+EVENTS_AFTER = timedelta(seconds=3)
+"""A pod that is still being created after this long may have its reason in an event."""
+PODS_WITH_EVENTS = 4
+"""Of how many such pods events are read: all of a server's pods mount the same volumes."""
+
+
+class Engines(Protocol):
+    async def statuses(self, pods: Sequence[Pod]) -> dict[str, Statusz]: ...
+
+
+@dataclass
+class _Seen:
+    """The resource and its world, as last read from the API server."""
+
+    resource: dict[str, Any]
+    world: World
+
+
+class Reconciler:
+    def __init__(self, cluster: Cluster, engines: Engines, settings: Settings, clock: Callable[[], datetime]) -> None:
+        self._cluster, self._engines, self._settings, self._clock = cluster, engines, settings, clock
+        self._seen: dict[Key, _Seen] = {}
+
+    async def look(self, key: Key, changed: bool) -> Next:
+        seen = await self._observe(key, changed)
+        if seen is None:
+            return Next(gone=True)
+        if "deletionTimestamp" in seen.resource["metadata"]:
+            return Next()  # its children go by their owner references
+        now, world = self._clock(), await self._ask_engines(key, seen.world)
+        server = parse(seen.resource)
+        if not isinstance(server, Server):
+            return await self._report_invalid(key, seen, server, world, now)
+        wanted = objects(server, self._settings.engine, pod_monitors_known=world.pod_monitors_known)
+        scrape = pod_annotations(server, pod_monitors_known=world.pod_monitors_known)
+        todo = changes(server.uid, wanted, world.children, world.pods, scrape, server.namespace)
+        causes, unannotated = await self._apply(key, server, todo, world)
+        view = View(
+            server=server,
+            replicas=replicas(world, _wanted(server), now),
+            revision=revision(wanted[0]),
+            pod_monitors_known=world.pod_monitors_known,
+            unannotated=unannotated,
+            causes=causes,
+        )
+        findings = conditions(view)
+        new = status.status_of(view, findings, world.pods, seen.resource.get("status", {}), now)
+        await self._report(key, seen, new, findings, todo, now)
+        if any(cause.about is About.OBJECTS for cause in causes):
+            return Next(REFUSED_POLL_S)
+        return Next(self._settings.settled_poll_s if view.settled else self._settings.loading_poll_s)
+
+    async def _observe(self, key: Key, changed: bool) -> _Seen | None:
+        if not changed and key in self._seen:
+            return self._seen[key]
+        self._seen.pop(key, None)
+        namespace, name = key
+        resource = await self._cluster.get(names.KIND, namespace, name)
+        if resource is None:
+            return None
+        known = await self._cluster.knows("PodMonitor")
+        kinds = (*CHILDREN, "PodMonitor") if known else CHILDREN
+        found, pods = await asyncio.gather(
+            asyncio.gather(*(self._cluster.get(kind, namespace, name) for kind in kinds)),
+            self._cluster.list("Pod", namespace, labels=f"{names.SERVER_LABEL}={name}"),
+        )
+        children = {kind: child for kind, child in zip(kinds, found, strict=True) if child is not None}
+        world = World(children, tuple(map(observed.read_pod, pods)), pod_monitors_known=known)
+        self._seen[key] = _Seen(resource, world)
+        return self._seen[key]
+
+    async def _ask_engines(self, key: Key, world: World) -> World:
+        """The world with what is asked at each look: the engines, and the events of pods that do not come up."""
+        now = self._clock()
+        late = [p for p in world.pods if p.node and not (p.running or p.terminating or p.over or p.terminations)]
+        late = [p for p in late if now - p.created_at > EVENTS_AFTER][:PODS_WITH_EVENTS]
+        fields = "involvedObject.kind=Pod,type=Warning,involvedObject.name="
+        engines, events = await asyncio.gather(
+            self._engines.statuses(world.pods),
+            asyncio.gather(*(self._cluster.list("Event", key[0], fields=fields + pod.name) for pod in late)),
+        )
+        read = tuple(observed.read_event(event) for found in events for event in found)
+        return replace(world, engines=engines, events=read)
+
+    async def _apply(
+        self, key: Key, server: Server, todo: Changes, world: World
+    ) -> tuple[tuple[Cause, ...], str | None]:
+        """Carries the changes out. Returns what stands in the way, and why pods could not be annotated."""
+        causes = [_name_taken(kind, server.name) for kind in todo.foreign]
+        for body in (*todo.create, *todo.update):
+            # Not by force where nothing was: whoever has made an object of that name meanwhile keeps it.
+            answer = await self._cluster.apply(body, force=body in todo.update)
+            if isinstance(answer, Refusal):
+                causes.append(_refused(body["kind"], answer))
+        for body in todo.delete:
+            refusal = await self._cluster.delete(body)
+            causes += [_refused(body["kind"], refusal)] if refusal else []
+        answers = await asyncio.gather(*(self._cluster.apply(pod) for pod in todo.annotate))
+        unannotated = next((a.message for a in answers if isinstance(a, Refusal) and a.status == 403), None)
+        if todo.create or todo.update or todo.delete or todo.annotate:
+            log.info(
+                "applied server=%s/%s created=%d updated=%d deleted=%d annotated=%d refused=%d",
+                *key, len(todo.create), len(todo.update), len(todo.delete), len(todo.annotate), len(causes),
+            )  # fmt: skip
+            self._seen.pop(key, None)  # it is another world now
+        if why := world.refused_pods:
+            causes.append(refusal_of_pods(why))
+        return tuple(causes), unannotated
+
+    async def _report_invalid(
+        self, key: Key, seen: _Seen, problems: Sequence[Problem], world: World, now: datetime
+    ) -> Next:
+        """Nothing is applied for a spec that cannot be served, and nothing is tried again until it changes."""
+        found = replicas(world, Wanted("", 0, None, None), now)
+        findings = conditions_of_invalid(problems, sum(replica.ready for replica in found))
+        metadata, before = seen.resource["metadata"], seen.resource.get("status", {})
+        new = status.status_of_invalid(key[1], int(metadata["generation"]), findings, found, before, now)
+        await self._report(key, seen, new, findings, Changes(), now)
+        return Next()
+
+    async def _report(
+        self, key: Key, seen: _Seen, new: Status, findings: Sequence[Finding], todo: Changes, now: datetime
+    ) -> None:
+        before, document = seen.resource.get("status", {}), status.as_document(new)
+        if not status.same(document, before):
+            metadata = {name: seen.resource["metadata"][name] for name in ("name", "namespace", "uid")}
+            body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": metadata, "status": document}
+            answer = await self._cluster.apply(body, subresource="status")
+            if isinstance(answer, Refusal):
+                if answer.status in (404, 409):
+                    return  # the server is gone, or another of its name is there: a watch wakes us for that
+                raise UnavailableError(f"write the status: {answer.message}")
+            seen.resource["status"] = document
+        for told in announcements(findings, new.last_failure, todo, before):
+            log.info("event server=%s/%s reason=%s message=%r", *key, told.reason, told.message)
+            await self._cluster.create(_event(seen.resource, told, now))
+
+
+def _wanted(server: Server) -> Wanted:
+    hardware = server.spec.hardware
+    limits = (hardware.resources.limits if hardware.resources else None) or {}
+    memory = str(limits["memory"]) if "memory" in limits else None
+    return Wanted(hardware.resource_name, hardware.gpus, memory, server.spec.model.claim)
+
+
+def _name_taken(kind: str, name: str) -> Cause:
+    message = f"A {kind} named {name} exists and is not this LLMServer's: delete or rename one of the two."
+    return Cause(About.OBJECTS, "NameTaken", message)
+
+
+def _refused(kind: str, refusal: Refusal) -> Cause:
+    return Cause(About.OBJECTS, "ObjectRefused", f"The API server refused the {kind}: {refusal.message}")
+
+
+def _event(resource: dict[str, Any], told: Announcement, now: datetime) -> dict[str, Any]:
+    metadata, time = resource["metadata"], observed.write_time(now)
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"generateName": f"{metadata['name']}.", "namespace": metadata["namespace"]},
+        "involvedObject": {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            **{name: metadata[name] for name in ("name", "namespace", "uid")},
+        },
+        "type": told.type,
+        "reason": told.reason,
+        "message": told.message,
+        "source": {"component": names.FIELD_MANAGER},
+        "firstTimestamp": time,
+        "lastTimestamp": time,
+        "count": 1,
+    }
