@@ -33,7 +33,10 @@ import torch  # noqa: E402
 import models  # noqa: E402 - found through the path above
 from octavo_engine import LLM, SamplingParams, __version__  # noqa: E402
 
-WORDS = "cat dog tree house sea sun moon star ice wind fire earth cloud rain snow fog".split()
+WORDS = (
+    "cat", "dog", "tree", "house", "sea", "sun", "moon", "star", "ice", "wind", "fire", "earth", "cloud", "rain",
+    "snow", "fog",
+)  # fmt: skip
 PROMPTS = [f"Write a short story about a {word} and what it saw on its way home. It begins:" for word in WORDS]
 
 

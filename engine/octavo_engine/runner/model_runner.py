@@ -10,8 +10,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from octavo_engine import __version__
 from octavo_engine.config import EngineConfig
@@ -29,6 +31,9 @@ from octavo_engine.runner.device import TORCH_DTYPES, choose_device, memory_of
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.status import Effective, Failure, FailureCode, FatalError, Stage
 
+if TYPE_CHECKING:
+    from octavo_engine.runner.gpu_steps import GpuSteps
+
 OnStage = Callable[[Stage, int, int], None]
 """(stage, bytes done, bytes in all)"""
 
@@ -45,6 +50,7 @@ class Loaded:
 class ModelRunner:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
+        self._gpu: GpuSteps | None = None
 
     def load(self, folder: Path, on_stage: OnStage, revision: str | None = None) -> Loaded:
         """Everything up to the first step. Raises FatalError and ConfigError; sizes are checked before any load."""
@@ -60,11 +66,13 @@ class ModelRunner:
         dtype = TORCH_DTYPES[dtype_name]
         with _out_of_memory(plan):
             tensors = weights.allocate(model, dtype, device)
-            self._kv_cache = torch.empty(
-                (model.num_layers, 2, plan.num_blocks, model.num_kv_heads, plan.block_size, model.head_dim),
+            # A row and a block more than planned: what pads a step to the size of a CUDA graph needs a place.
+            padding = int(device.type == "cuda")
+            self._kv_cache = torch.zeros(
+                (model.num_layers, 2, plan.num_blocks + padding, model.num_kv_heads, plan.block_size, model.head_dim),
                 dtype=dtype, device=device,
             )  # fmt: skip
-            rows, columns = config.max_num_seqs, -(-plan.max_model_len // plan.block_size)
+            rows, columns = config.max_num_seqs + padding, -(-plan.max_model_len // plan.block_size)
             self._token_ids = torch.zeros((rows, plan.max_model_len), dtype=torch.int32, device=device)
             self._block_tables = torch.zeros((rows, columns), dtype=torch.int32, device=device)
         if config.load_format == "dummy":
@@ -76,30 +84,56 @@ class ModelRunner:
         self._decoder = Decoder(model, tensors, cos, sin)
         self._admissions: dict[int, Admission] = {}
         self._num_blocks_of: dict[int, int] = {}
+        # The kernels compute in 16 bits; float32 on a GPU is for comparisons and takes the references.
+        if device.type == "cuda" and dtype != torch.float32:
+            on_stage(Stage.CAPTURING, 0, 0)
+            self._gpu = self._gpu_steps(tensors, cos, sin)
+            self._gpu.capture()
         on_stage(Stage.WARMING_UP, 0, 0)
         self._warm_up()
         effective = Effective(
             model=config.model, resolved_revision=revision, dtype=plan.dtype, kv_dtype=plan.kv_dtype,
             max_model_len=plan.max_model_len, block_size=plan.block_size, num_blocks=plan.num_blocks,
             kv_tokens=plan.kv_tokens, max_concurrency_at_max_len=round(plan.max_concurrency, 2),
-            attention_backend="torch", cuda_graphs=False, gpu=memory.name if device.type == "cuda" else "",
+            attention_backend="triton" if self._gpu else "torch", cuda_graphs=self._gpu is not None,
+            gpu=memory.name if device.type == "cuda" else "",
             driver=torch.version.cuda if device.type == "cuda" else None, tensor_parallel=1,
             engine_version=__version__, quantization=None, weights_bytes=plan.weights_bytes, kv_bytes=plan.kv_bytes,
         )  # fmt: skip
         return Loaded(model, plan, effective)
 
-    depth = 0
-    """Results are there when launch returns, so nothing can overlap."""
+    @property
+    def depth(self) -> int:
+        """Steps that may be under way: on a CPU results are there when launch returns, so nothing can overlap."""
+        return self._gpu.depth if self._gpu else 0
 
-    def launch(self, plan: StepPlan) -> list[int]:
-        return self.execute(plan)
+    def launch(self, plan: StepPlan) -> Any:
+        return self._gpu.launch(plan) if self._gpu else self.execute(plan)
 
-    def collect(self, launched: list[int]) -> list[int]:
-        return launched
+    def collect(self, launched: Any) -> list[int]:
+        """The next token of each item that samples, in order; -1 where the logits were not finite."""
+        tokens: list[int] = self._gpu.collect(launched) if self._gpu else launched
+        return tokens
+
+    def _gpu_steps(self, tensors: dict[str, Tensor], cos: Tensor, sin: Tensor) -> GpuSteps:
+        # Only here: a CPU needs no triton, and importing it takes a fifth of a second.
+        from octavo_engine.models.gpu_decoder import GpuDecoder
+        from octavo_engine.runner.gpu_steps import GpuSteps
+
+        config, half = self._config, self._model.head_dim // 2
+        dtype = self._kv_cache.dtype
+        decoder = GpuDecoder(
+            self._model, tensors, cos[:, :half].to(dtype).contiguous(), sin[:, half:].to(dtype).contiguous(),
+            self._kv_cache, self._token_ids, self._block_tables, config.max_num_batched_tokens, config.max_num_seqs,
+        )  # fmt: skip
+        return GpuSteps(
+            decoder, self._plan, config.max_num_batched_tokens, config.max_num_seqs, self._kv_cache, self._token_ids,
+            self._block_tables,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[int]:
-        """The next token of each item that samples, in order; -1 where the logits were not finite."""
+        """A step with the kernels' torch references."""
         self._apply(plan)
         logits = self._decoder.forward(self._batch(plan), self._kv_cache)
         sampled = [item for item in plan.items if item.samples]
@@ -172,8 +206,8 @@ class ModelRunner:
         greedy = SamplingParams(temperature=0.0, max_tokens=2)
         tokens = [i % self._model.vocab_size for i in range(1, length + 1)]
         admission = Admission(tokens, length, greedy, (), 0)
-        first = self.execute(StepPlan([StepItem(0, 0, length, blocks, True, admission)]))  # type: ignore[arg-type]
-        second = self.execute(StepPlan([StepItem(0, length, 1, [], True)]))
+        first = self.collect(self.launch(StepPlan([StepItem(0, 0, length, blocks, True, admission)])))  # type: ignore[arg-type]
+        second = self.collect(self.launch(StepPlan([StepItem(0, length, 1, [], True)])))
         if first[0] < 0 or second[0] < 0:
             raise FatalError(
                 Failure(

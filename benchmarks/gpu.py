@@ -1,0 +1,173 @@
+"""The engine on a GPU, measured as vLLM's figures in benchmarks/notes.md were: offline, all requests at once.
+
+    PYTHONPATH=engine python benchmarks/gpu.py [--output FILE] [--only decode,b1_1024_128] [--profile]
+
+Decode: time per output token at a context of 1,056 to 1,184 tokens, as (time for 160 tokens - time for 32) / 128 of
+`batch` requests at once, beside the floor: weights and KV cache read once at this device's copy rate, or the products at
+its matrix rate where that takes longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from octavo_engine.config import EngineConfig
+from octavo_engine.core.engine import Engine
+from octavo_engine.core.messages import Submit
+from octavo_engine.core.scheduler import Scheduler, SchedulerConfig
+from octavo_engine.runner.model_runner import ModelRunner
+from octavo_engine.sampling_params import SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parent))
+from workloads import WORKLOADS, Workload, fixed
+
+MODEL = Path(__file__).parent / "models" / "llama-3.1-8b"
+BATCHES = (1, 8, 32, 64, 128, 256)
+VLLM = {
+    # vLLM 0.25.1, measured on the same kinds of device: ms per output token by batch, then the workloads.
+    "H200": {1: 4.93, 8: 5.19, 32: 6.26, 64: 7.63, 128: 10.71, 256: 17.74, "sharegpt_1000": 12594.0,
+             "b1_1024_128": 193.0, "b32_1024_256": 3416.0, "prefill_64x2048_1": 3.12},
+    "H100": {1: 6.77, 8: 7.15, 32: 8.41, 64: 9.95, 128: 13.79, 256: 21.55, "sharegpt_1000": 11044.0,
+             "b1_1024_128": 147.0, "b32_1024_256": 2810.0, "prefill_64x2048_1": 3.11},
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--only", default="", help="names, comma-separated: decode and workloads")
+    parser.add_argument("--profile", action="store_true", help="where the time of decode steps goes")
+    parser.add_argument("--max-num-seqs", type=int, default=512)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    arguments = parser.parse_args()
+    only = [name for name in arguments.only.split(",") if name] or ["decode", *WORKLOADS]
+    copy = copy_rate()
+    config = EngineConfig(
+        model=str(MODEL), load_format="dummy", max_model_len=17000, enable_prefix_caching=False,
+        max_num_seqs=arguments.max_num_seqs, max_num_batched_tokens=arguments.max_num_batched_tokens, device="cuda",
+    )  # fmt: skip
+    began = time.monotonic()
+    stages: list[tuple[str, float]] = []
+    runner = ModelRunner(config)
+    loaded = runner.load(MODEL, lambda stage, done, total: stages.append((stage.value, time.monotonic() - began)))
+    start_s = time.monotonic() - began
+    firsts = {stage: at for stage, at in reversed(stages)}
+    print(f"loaded in {start_s:.1f} s", {k: round(v, 2) for k, v in reversed(firsts.items())}, flush=True)
+    scheduler = Scheduler(
+        SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens, 17000, config.block_size, False),
+        loaded.plan.num_blocks,
+    )
+    engine = Engine(scheduler, runner, time.monotonic)
+    gpu = torch.cuda.get_device_name()
+    peer = VLLM["H200" if "H200" in gpu else "H100"]
+    result: dict[str, object] = {
+        "gpu": gpu, "copy_TBps": round(copy, 3), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+        "start_s": round(start_s, 2), "kv_tokens": loaded.plan.kv_tokens,
+    }  # fmt: skip
+    run(engine, fixed(4, 100, 8))
+    for name in only:
+        if name == "decode":
+            decode(engine, copy, peer, result, arguments.profile)
+        else:
+            workload(engine, name, peer, result)
+    print(json.dumps(result, indent=1))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def copy_rate() -> float:
+    """TB/s of a large copy on the device, bytes read and bytes written."""
+    a = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    for _ in range(3):
+        b.copy_(a)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(10):
+        b.copy_(a)
+    end.record()
+    torch.cuda.synchronize()
+    return 2 * a.numel() * 10 / begin.elapsed_time(end) / 1e9
+
+
+def run(engine: Engine, requests: Workload) -> float:
+    """Seconds to finish all of them."""
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    for index, (prompt, output) in enumerate(requests):
+        sampling = SamplingParams(temperature=1.0, max_tokens=output, ignore_eos=True)
+        engine.submit(Submit(f"{began}-{index}", prompt, sampling))
+    tokens = 0
+    while engine.has_work:
+        tokens += sum(len(event.token_ids) for event in engine.step().events)
+    torch.cuda.synchronize()
+    assert tokens == sum(output for _, output in requests), "tokens were lost"
+    return time.monotonic() - began
+
+
+def decode(engine: Engine, copy: float, peer: dict, result: dict[str, object], profile: bool) -> None:
+    rows = {}
+    for batch in BATCHES:
+        times = []
+        for _ in range(3):
+            long, short = run(engine, fixed(batch, 1024, 160)), run(engine, fixed(batch, 1024, 32))
+            times.append((long - short) / 128 * 1e3)
+        ms = statistics.median(times)
+        weights = max(15.01e9 / copy / 1e9, batch * 15.01e9 / 690e12 * 1e3)
+        floor = weights + batch * 1120 * 131072 / copy / 1e9
+        rows[batch] = {
+            "ms": round(ms, 3), "spread": [round(t, 3) for t in times], "floor_ms": round(floor, 3),
+            "of_floor": round(floor / ms, 3), "vs_vllm": round(peer[batch] / ms, 3),
+        }  # fmt: skip
+        print("decode", batch, rows[batch], flush=True)
+        if profile:
+            profile_decode(engine, batch)
+    result["decode"] = rows
+
+
+def profile_decode(engine: Engine, batch: int) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    for index, (prompt, _) in enumerate(fixed(batch, 1024, 1)):
+        engine.submit(Submit(f"p{index}", prompt, SamplingParams(temperature=1.0, max_tokens=64, ignore_eos=True)))
+    while any(request.num_remaining > 1 for request in engine.scheduler.running) or engine.scheduler.waiting:
+        engine.step()
+    for _ in range(3):
+        engine.step()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+        began = time.monotonic()
+        for _ in range(8):
+            engine.step()
+        torch.cuda.synchronize()
+        wall = time.monotonic() - began
+    while engine.has_work:
+        engine.step()
+    kernels = [e for e in recorded.key_averages() if e.device_time_total and not e.cpu_time_total]
+    total = sum(e.device_time_total for e in kernels)
+    print(f"profile of batch {batch}: {wall / 8 * 1e3:.2f} ms a step, kernels {total / 8e3:.2f} ms")
+    for e in sorted(kernels, key=lambda e: -e.device_time_total)[:12]:
+        print(f"  {e.key[:60]:60s} {e.count // 8:4d} x {e.device_time_total / e.count:8.1f} us", flush=True)
+
+
+def workload(engine: Engine, name: str, peer: dict, result: dict[str, object]) -> None:
+    requests = WORKLOADS[name]()
+    seconds = [run(engine, requests) for _ in range(2)][-1]
+    output = sum(count for _, count in requests)
+    row: dict[str, float] = {"seconds": round(seconds, 3), "output_tokens_per_s": round(output / seconds, 1)}
+    if name.startswith("prefill"):
+        row["vs_vllm"] = round(peer[name] / seconds, 3)
+    else:
+        row["vs_vllm"] = round(output / seconds / peer[name], 3)
+    result[name] = row
+    print(name, row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Find the fastest shapes of kernels/gpu/small_linear.py for a model's products, beside cuBLAS.
+
+    PYTHONPATH=engine python benchmarks/tune_small_linear.py [--tokens 1,8,16,32,64] [--output FILE]
+
+Each candidate runs over several weight matrices in a CUDA graph, so that none of them is found in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+from pathlib import Path
+
+import torch
+import triton
+
+from octavo_engine.kernels.gpu.small_linear import Shape, num_shares, small_linear
+
+# name: outputs, inputs, gated, ends a residual branch
+PRODUCTS = {
+    "qkv": (6144, 4096, False, False),
+    "output": (4096, 4096, False, True),
+    "gate_up": (14336, 4096, True, False),
+    "down": (4096, 14336, False, True),
+    "head": (128256, 4096, False, False),
+}
+SHARED_MEMORY = 220_000
+
+
+def candidates(tokens: int, outputs: int, inputs: int, gated: bool) -> list[Shape]:
+    columns = max(16, triton.next_power_of_2(tokens))
+    found = []
+    for width, depth, stages, warps in itertools.product(
+        (16, 32, 64, 128), (64, 128, 256, 512), (2, 3, 4, 6), (2, 4, 8)
+    ):
+        tile = (width * (2 if gated else 1) + columns) * depth * 2
+        programs = outputs // width
+        if tile * stages > SHARED_MEMORY or tile * stages < 32_000 or programs < 100 or inputs % depth:
+            continue
+        if width * columns > 32 * warps * 64 or width < 16 * (warps // 4):
+            continue
+        found.append(Shape(width, depth, stages, warps))
+    return found
+
+
+class Case:
+    """The tensors of one product, and how it is called."""
+
+    def __init__(self, name: str, tokens: int, copies: int) -> None:
+        outputs, inputs, gated, ends = PRODUCTS[name]
+        rows = outputs * (2 if gated else 1)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+        self.weights = [random(rows, inputs) for _ in range(copies)]
+        self.x, self.out = random(tokens, inputs), random(tokens, outputs)
+        self.wide = random(tokens, rows)
+        self.gated, self.ends = gated, ends
+        self.residual, self.norm = random(tokens, outputs), random(outputs)
+        self.shares_in = torch.rand(128, tokens, device="cuda")
+        self.tokens = tokens
+
+    def call(self, shape: Shape, weight: torch.Tensor) -> None:
+        if self.ends:
+            shares = torch.empty(num_shares(self.out.shape[1], shape), self.tokens, device="cuda")
+            small_linear(
+                self.x, weight, self.out, shape=shape, residual=self.residual, next_norm=self.norm, shares=shares
+            )
+        else:
+            small_linear(self.x, weight, self.out, shape=shape, norm_shares=self.shares_in, eps=1e-5, gated=self.gated)
+
+    def cublas(self, weight: torch.Tensor) -> None:
+        torch.mm(self.x, weight.t(), out=self.wide)
+
+
+def compile_all(job: tuple[str, int, list[Shape]]) -> None:
+    name, tokens, shapes = job
+    case = Case(name, tokens, 1)
+    for shape in shapes:
+        try:
+            case.call(shape, case.weights[0])
+        except Exception as error:
+            print("not compiled", name, tokens, shape, str(error)[:80], flush=True)
+
+
+def timed(run: object, weights: list[torch.Tensor], repeats: int) -> float:
+    """Microseconds of one call."""
+    for weight in weights[:1]:
+        run(weight)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            run(weight)
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / len(weights) * 1e3)
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", default="1,8,16,32,64")
+    parser.add_argument("--products", default=",".join(PRODUCTS))
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    jobs = [
+        (name, int(tokens), candidates(int(tokens), *PRODUCTS[name][:3]))
+        for tokens in arguments.tokens.split(",")
+        for name in arguments.products.split(",")
+    ]
+    pieces = [(name, tokens, shapes[at : at + 8]) for name, tokens, shapes in jobs for at in range(0, len(shapes), 8)]
+    print(sum(len(shapes) for _, _, shapes in jobs), "candidates", flush=True)
+    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, 14)) as pool:
+        pool.map(compile_all, pieces, chunksize=1)
+    rows = []
+    for name, tokens, shapes in jobs:
+        case = Case(name, tokens, 2 if name == "head" else 4 if name == "gate_up" else 8)
+        nbytes = case.weights[0].nbytes
+        results = []
+        for shape in shapes:
+            try:
+                results.append((timed(lambda w, s=shape: case.call(s, w), case.weights[:4], 3), shape))
+            except Exception as error:
+                print(name, tokens, shape, str(error)[:80])
+        results.sort(key=lambda pair: pair[0])
+        finals = sorted(
+            ((timed(lambda w, s=s: case.call(s, w), case.weights, 15), s) for _, s in results[:4]), key=lambda p: p[0]
+        )
+        cublas = timed(case.cublas, case.weights, 15)
+        row = {
+            "product": name, "tokens": tokens, "cublas_us": round(cublas, 2), "TBps": round(nbytes / finals[0][0] / 1e6, 3),
+            "best": [(round(us, 2), s.width, s.depth, s.stages, s.warps) for us, s in finals],
+        }  # fmt: skip
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    if arguments.output:
+        arguments.output.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Causal attention of prompt chunks over keys and values in blocks, their own included.
+
+A *tile* is up to TILE_ROWS consecutive tokens of one sequence; the host lists the tiles of all chunks, those with the
+most keys first, so that the long ones do not end last. A program is one tile and one query head; the heads of a KV head
+are neighbours in the grid and share its blocks in the L2 cache. Blocks that every row sees need no mask.
+(Dao, "FlashAttention-2", 2023)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from octavo_engine.kernels.gpu.decode_attention import LOG2_E, reference_one
+
+TILE_ROWS = 64
+"""64 rows and four warps were the fastest of 64 and 128 rows with tensor-memory loads on an H200."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`count` tokens from index `token` of the batch, of the sequence in `row`, from `position` on."""
+
+    token: int
+    row: int
+    position: int
+    count: int
+
+
+def plan_tiles(chunks: Sequence[Chunk]) -> list[int]:
+    """[4 * tiles]: token, rows, state row and position of each tile; the tile with most keys first."""
+    tiles = [
+        (c.token + at, min(TILE_ROWS, c.count - at), c.row, c.position + at)
+        for c in chunks
+        for at in range(0, c.count, TILE_ROWS)
+    ]
+    tiles.sort(key=lambda tile: -tile[3])
+    return [value for tile in tiles for value in tile]
+
+
+def max_tiles(num_tokens: int, num_chunks: int) -> int:
+    return num_tokens // TILE_ROWS + num_chunks
+
+
+@dataclass(frozen=True)
+class CacheLoads:
+    """How a layer's keys and values are read a block at a time: as tensor-memory copies on Hopper and newer."""
+
+    keys: TensorDescriptor
+    values: TensorDescriptor
+
+    @classmethod
+    def of(cls, kv_cache: Tensor) -> CacheLoads:
+        """kv_cache: [2, num_blocks, kv_heads, block_size, head_dim]"""
+        _, blocks, kv_heads, block_size, dim = kv_cache.shape
+        rows = blocks * kv_heads * block_size
+        width = triton.next_power_of_2(dim)
+        keys, values = (
+            TensorDescriptor(part.view(rows, dim), [rows, dim], [dim, 1], [block_size, width]) for part in kv_cache
+        )
+        return cls(keys, values)
+
+
+def prefill_attention(
+    qkv: Tensor, loads: CacheLoads, block_tables: Tensor, tiles: Tensor, out: Tensor, kv_heads: int, block_size: int,
+    scale: float, window: int | None = None, softcap: float = 0.0, num_warps: int = 4, num_stages: int = 3,
+) -> None:  # fmt: skip
+    """softmax(q·k * scale, over each token's own and earlier keys) · v.
+
+    qkv: [num_tokens, (heads + 2 * kv_heads) * head_dim], queries first and rotated.
+    out: [num_tokens, heads * head_dim].
+    tiles: [num_tiles, 4] int32 from `plan_tiles`. block_tables: [num_rows, max_blocks] int32.
+    """
+    dim = loads.keys.shape[1]
+    heads = out.shape[1] // dim
+    _prefill[(heads, tiles.shape[0])](
+        qkv, qkv.stride(0), loads.keys, loads.values, block_tables, block_tables.stride(0), tiles, out, out.stride(0),
+        scale * LOG2_E, softcap, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim,
+        DIM_BLOCK=triton.next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=TILE_ROWS, WINDOW=window or 0,
+        SOFTCAP=softcap > 0, STAGES=num_stages, num_warps=num_warps,
+    )  # fmt: skip
+
+
+@triton.jit
+def _attend(
+    query, keys, values, cache_row, at, position, best, total, sums, scale, softcap,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """One block of keys. at: [BLOCK_SIZE] their positions; position: [TILE] of the queries."""
+    k = keys.load([cache_row, 0])
+    scores = tl.dot(query, k.T) * scale
+    if SOFTCAP:
+        x = scores * (0.6931471805599453 / softcap)
+        scores = (2.0 / (1.0 + tl.exp2(-2.8853900817779268 * x)) - 1.0) * (softcap * 1.4426950408889634)
+    if MASKED:
+        seen = at[None, :] <= position[:, None]
+        if WINDOW > 0:
+            seen = seen & (at[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, 1))
+    # A row of a window may see nothing of this block: -inf minus -inf would be NaN.
+    safe = tl.where(new_best == float("-inf"), 0.0, new_best) if MASKED and WINDOW > 0 else new_best
+    shrink = tl.exp2(best - safe)
+    weights = tl.exp2(scores - safe[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    v = values.load([cache_row, 0])
+    sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None])
+    return new_best, total, sums
+
+
+@triton.jit
+def _prefill(
+    qkv, stride_token, keys, values, block_tables, stride_table, tiles, out, stride_out, scale, softcap,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    tile = tiles + tl.program_id(1) * 4
+    kv_head = head // GROUP
+    token = tl.load(tile).to(tl.int64)
+    num_rows = tl.load(tile + 1)
+    table = block_tables + tl.load(tile + 2).to(tl.int64) * stride_table
+    start = tl.load(tile + 3)
+
+    row = tl.arange(0, TILE)
+    column = tl.arange(0, DIM_BLOCK)
+    key = tl.arange(0, BLOCK_SIZE)
+    inside = (row < num_rows)[:, None] & (column < DIM)[None, :]
+    position = start + row
+    query = tl.load(
+        qkv + (token + row)[:, None] * stride_token + head * DIM + column[None, :], mask=inside, other=0.0
+    )  # [TILE, DIM]
+    best = tl.full([TILE], float("-inf"), tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    sums = tl.zeros([TILE, DIM_BLOCK], tl.float32)
+
+    first = 0
+    full = (start + 1) // BLOCK_SIZE  # blocks that the first row sees whole, and with it every row
+    if WINDOW > 0:
+        first = tl.maximum(start - WINDOW + 1, 0) // BLOCK_SIZE
+        full = first  # the window's edge runs through the blocks: mask them all
+    end = tl.cdiv(start + num_rows, BLOCK_SIZE)
+    for index in tl.range(first, full, num_stages=STAGES):
+        cache_row = (tl.load(table + index) * KV_HEADS + kv_head) * BLOCK_SIZE
+        best, total, sums = _attend(
+            query, keys, values, cache_row, index * BLOCK_SIZE + key, position, best, total, sums, scale, softcap,
+            False, WINDOW, SOFTCAP,
+        )  # fmt: skip
+    for index in tl.range(full, end, num_stages=STAGES if WINDOW > 0 else 1):
+        cache_row = (tl.load(table + index) * KV_HEADS + kv_head) * BLOCK_SIZE
+        best, total, sums = _attend(
+            query, keys, values, cache_row, index * BLOCK_SIZE + key, position, best, total, sums, scale, softcap,
+            True, WINDOW, SOFTCAP,
+        )  # fmt: skip
+    to = out + (token + row)[:, None] * stride_out + head * DIM + column[None, :]
+    tl.store(to, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+def reference(
+    qkv: Tensor, kv_cache: Tensor, block_tables: Tensor, chunks: Sequence[Chunk], heads: int, scale: float,
+    window: int | None = None, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The same, a chunk at a time, in float32. → [num_tokens, heads * head_dim]"""
+    out = torch.zeros(qkv.shape[0], heads * kv_cache.shape[-1], dtype=qkv.dtype, device=qkv.device)
+    for c in chunks:
+        part = slice(c.token, c.token + c.count)
+        result = reference_one(qkv[part], kv_cache, block_tables[c.row], c.position, heads, scale, window, softcap)
+        out[part] = result.to(qkv.dtype)
+    return out

@@ -1,0 +1,145 @@
+"""Products of a few tokens with a weight matrix, bound by reading the weights, with what surrounds them fused in.
+
+The weights fill the rows of the matrix unit and the tokens its columns, so that 1 to 64 tokens waste nothing. A program
+owns WIDTH rows of the weights and reads them once, from end to end: no split over the inner dimension, so the sum's
+order is fixed and the result does not depend on the batch.
+
+RMSNorm is spread over the products around it. A product that ends a residual branch adds the residual, stores the sum,
+stores it again times the weight of the norm that follows, and stores its share of the sum of squares; the product that
+begins the next branch reads the second and scales its result by the root of the shares' total. Five launches a layer
+fewer than with kernels of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a product is cut: rows of weights per program, inner elements per step, steps in flight, warps."""
+
+    width: int
+    depth: int
+    stages: int
+    warps: int
+
+
+def choose_shape(tokens: int, outputs: int, inputs: int, gated: bool = False) -> Shape:
+    """Measured on H100 and H200; see benchmarks/notes.md."""
+    columns = max(16, triton.next_power_of_2(tokens))
+    width = 32 if outputs <= 8192 and not gated else 64
+    if gated:
+        width = 32
+    depth = 256 if width == 32 and columns <= 32 and inputs % 256 == 0 and not gated else 128
+    while inputs % depth:
+        depth //= 2
+    return Shape(width, depth, 4, 4)
+
+
+def num_shares(outputs: int, shape: Shape) -> int:
+    return triton.cdiv(outputs, shape.width)
+
+
+def small_linear(
+    x: Tensor, weight: Tensor, out: Tensor, *, shape: Shape, bias: Tensor | None = None,
+    norm_shares: Tensor | None = None, eps: float = 0.0, gated: bool = False, residual: Tensor | None = None,
+    next_norm: Tensor | None = None, shares: Tensor | None = None,
+) -> None:  # fmt: skip
+    """out = x · weightᵀ + bias, with:
+
+    norm_shares: [n, tokens] float32, x is normed by the root of their total over its width;
+    gated: weight is gate over up, and out their silu(gate) * up; bias must be None then;
+    residual: [tokens, outputs], the sum goes there, and out becomes sum * next_norm, shares [n, tokens] its squares.
+    x: [tokens, inputs], weight: [outputs, inputs] (twice the outputs when gated), out: [tokens, outputs].
+    """
+    tokens, inputs = x.shape
+    outputs = out.shape[1]
+    columns = max(16, triton.next_power_of_2(tokens))
+    grid = (triton.cdiv(outputs, shape.width), triton.cdiv(tokens, MAX_TOKENS))
+    _small_linear[grid](
+        x, weight, bias, norm_shares, 0 if norm_shares is None else norm_shares.shape[0], residual, next_norm, shares,
+        out, tokens, eps, INPUTS=inputs, OUTPUTS=outputs, WIDTH=shape.width, COLUMNS=min(columns, MAX_TOKENS),
+        DEPTH=shape.depth, STAGES=shape.stages, GATED=gated,
+        SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]), num_warps=shape.warps,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens", "num_norm_shares"])
+def _small_linear(
+    x, weight, bias, norm_shares, num_norm_shares, residual, next_norm, shares, out, tokens, eps,
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, GATED: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    output = program * WIDTH + tl.arange(0, WIDTH)
+    token = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inner = tl.arange(0, DEPTH)
+    is_token = token < tokens
+    is_output = output < OUTPUTS
+    # Rows past the end read the first row instead: a mask on every load would cost more than the waste.
+    at_weight = tl.where(is_output, output, 0).to(tl.int64)[:, None] * INPUTS + inner[None, :]
+    at_x = tl.where(is_token, token, 0)[None, :] * INPUTS + inner[:, None]
+    if norm_shares is not None:
+        # Asked for before the weights and used after them: its latency hides behind theirs.
+        share = tl.arange(0, SHARES)
+        squares = tl.load(
+            norm_shares + share[:, None] * tokens + token[None, :],
+            mask=(share < num_norm_shares)[:, None] & is_token[None, :], other=0.0,
+        )  # fmt: skip
+    sums = tl.zeros([WIDTH, COLUMNS], tl.float32)
+    up_sums = tl.zeros([WIDTH, COLUMNS], tl.float32)
+    for start in tl.range(0, INPUTS, DEPTH, num_stages=STAGES):
+        w = tl.load(weight + at_weight + start, eviction_policy="evict_first")
+        v = tl.load(x + at_x + start)
+        sums = tl.dot(w, v, sums)
+        if GATED:
+            u = tl.load(weight + OUTPUTS * INPUTS + at_weight + start, eviction_policy="evict_first")
+            up_sums = tl.dot(u, v, up_sums)
+    mask = is_output[:, None] & is_token[None, :]
+    if norm_shares is not None:
+        scale = tl.rsqrt(tl.sum(squares, 0) / INPUTS + eps)[None, :]
+        sums *= scale
+        up_sums *= scale
+    if bias is not None:
+        sums += tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)[:, None]
+    to = token.to(tl.int64)[None, :] * OUTPUTS + output[:, None]
+    kind = out.dtype.element_ty
+    if GATED:
+        sums = (sums / (1.0 + tl.exp(-sums))) * up_sums
+    if residual is not None:
+        sums = sums.to(kind).to(tl.float32) + tl.load(residual + to, mask=mask, other=0.0).to(tl.float32)
+        kept = sums.to(kind)
+        tl.store(residual + to, kept, mask=mask)
+        sums = kept.to(tl.float32)
+        tl.store(shares + program * tokens + token, tl.sum(tl.where(mask, sums * sums, 0.0), 0), mask=is_token)
+        sums *= tl.load(next_norm + output, mask=is_output, other=0.0).to(tl.float32)[:, None]
+    tl.store(out + to, sums.to(kind), mask=mask)
+
+
+def reference(
+    x: Tensor, weight: Tensor, *, bias: Tensor | None = None, norm_shares: Tensor | None = None, eps: float = 0.0,
+    gated: bool = False, residual: Tensor | None = None, next_norm: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(out, residual, squares of the residual's rows) in float32; the last two None without a residual."""
+    y = F.linear(x.float(), weight.float())
+    if norm_shares is not None:
+        y *= torch.rsqrt(norm_shares.sum(0) / x.shape[1] + eps).unsqueeze(1)
+    if bias is not None:
+        y += bias.float()
+    if gated:
+        gate, up = y.chunk(2, -1)
+        y = F.silu(gate) * up
+    if residual is None:
+        return y, None, None
+    assert next_norm is not None
+    total = y + residual.float()
+    return total * next_norm.float(), total, total.square().sum(-1)

@@ -1,0 +1,191 @@
+"""The decoder family on a GPU: the same function as decoder.py, as kernels over buffers that are allocated once.
+
+Up to MAX_TOKENS tokens a step is bound by reading the weights, and takes the fused road of kernels/gpu/small_linear.py;
+beyond, the products are cuBLAS's and norms and activations kernels of their own. Called by runner/gpu_steps.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo_engine.kernels.gpu.decode_attention import PartTensors, decode_attention, max_parts
+from octavo_engine.kernels.gpu.norm import add_rms_norm, embed_rms_norm
+from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, prefill_attention
+from octavo_engine.kernels.gpu.rope_kv import rope_kv
+from octavo_engine.kernels.gpu.silu_mul import silu_mul
+from octavo_engine.kernels.gpu.small_linear import MAX_TOKENS, choose_shape, num_shares, small_linear
+from octavo_engine.models.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class DeviceStep:
+    """The tokens of one step on the device; those of decodes, one each, come first.
+
+    ids, rows, positions: [num_tokens] int32, ids negative where token_ids holds the id. parts: of the decodes, by
+    sliding window. tiles: [n, 4] int32 of the prompts' chunks, or None. logit_tokens: [m] int32, the tokens that yield
+    logits, or None when each of them does.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    positions: Tensor
+    num_decodes: int
+    parts: dict[int | None, PartTensors]
+    tiles: Tensor | None
+    logit_tokens: Tensor | None
+
+
+class GpuDecoder:
+    """tensors: by slot name (models/layout.py). cos, sin: [max_len, head_dim / 2] in the weights' type."""
+
+    def __init__(
+        self, config: DecoderConfig, tensors: dict[str, Tensor], cos: Tensor, sin: Tensor, kv_cache: Tensor,
+        token_ids: Tensor, block_tables: Tensor, max_tokens: int, max_seqs: int,
+    ) -> None:  # fmt: skip
+        self.config = config
+        self._tensors = tensors
+        self._cos, self._sin = cos, sin
+        self._kv_cache = kv_cache
+        self._loads = [CacheLoads.of(layer) for layer in kv_cache]
+        self._token_ids, self._block_tables = token_ids, block_tables
+        self._layers = [
+            {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{layer}.")}
+            for layer in range(config.num_layers)
+        ]
+        self._head = tensors["embedding" if config.tied_embeddings else "head"]
+        self._scale = 1.0 / math.sqrt(config.head_dim)
+        like = tensors["embedding"]
+        width = config.num_heads * config.head_dim
+
+        def buffer(*shape: int, dtype: torch.dtype = like.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=like.device)
+
+        self._x = buffer(max_tokens, config.hidden_size)
+        self._residual = buffer(max_tokens, config.hidden_size)
+        self._normed = buffer(max_tokens, config.hidden_size)
+        self._qkv = buffer(max_tokens, config.qkv_size)
+        self._attended = buffer(max_tokens, width)
+        self._gate_up = buffer(max_tokens, 2 * config.intermediate_size)
+        self._active = buffer(max_tokens, config.intermediate_size)
+        self.logits = buffer(max_seqs, config.vocab_size)
+        self._ends = buffer(2, max_seqs, config.hidden_size)
+        parts = max_parts(max_seqs, config.num_kv_heads)
+        group = config.num_heads // config.num_kv_heads
+        self._partial = buffer(parts, config.num_kv_heads, group, config.head_dim, dtype=torch.float32)
+        self._partial_lse = buffer(parts, config.num_kv_heads, group, dtype=torch.float32)
+        self._shares = buffer(2, -(-config.hidden_size // 16) * MAX_TOKENS, dtype=torch.float32)
+        self._can_fuse = not config.mlp_bias
+
+    def forward(self, step: DeviceStep) -> Tensor:
+        """Logits of the tokens that yield some, [m, vocab], in a buffer that the next call overwrites.
+
+        Writes the tokens' keys and values, and their ids to token_ids.
+        """
+        if step.ids.shape[0] <= MAX_TOKENS and self._can_fuse and step.logit_tokens is None:
+            return self._fused(step)
+        return self._plain(step)
+
+    def _plain(self, step: DeviceStep) -> Tensor:
+        config, count = self.config, step.ids.shape[0]
+        x, residual, normed = self._x[:count], self._residual[:count], self._normed[:count]
+        gate_up, active, attended = self._gate_up[:count], self._active[:count], self._attended[:count]
+        embed_rms_norm(
+            step.ids, step.rows, step.positions, self._token_ids, self._tensors["embedding"],
+            self._layers[0]["attention_norm"], residual, normed, config.norm_eps,
+        )  # fmt: skip
+        for index, weights in enumerate(self._layers):
+            if index:
+                add_rms_norm(x, residual, weights["attention_norm"], normed, config.norm_eps)
+            qkv = self._qkv[:count]
+            _linear(normed, weights["qkv"], weights.get("qkv_bias"), qkv)
+            self._attend(index, weights, step, qkv, attended)
+            _linear(attended, weights["output"], weights.get("output_bias"), x)
+            add_rms_norm(x, residual, weights["mlp_norm"], normed, config.norm_eps)
+            _linear(normed, weights["gate_up"], weights.get("gate_up_bias"), gate_up)
+            silu_mul(gate_up, active)
+            _linear(active, weights["down"], weights.get("down_bias"), x)
+        if step.logit_tokens is not None:
+            many = step.logit_tokens.shape[0]
+            ends, end_residual = self._ends[:, :many]
+            torch.index_select(x, 0, step.logit_tokens, out=ends)
+            torch.index_select(residual, 0, step.logit_tokens, out=end_residual)
+            x, residual, normed = ends, end_residual, self._normed[:many]
+        add_rms_norm(x, residual, self._tensors["final_norm"], normed, config.norm_eps)
+        logits = self.logits[: normed.shape[0]]
+        _linear(normed, self._head, None, logits)
+        return logits
+
+    def _fused(self, step: DeviceStep) -> Tensor:
+        config, count = self.config, step.ids.shape[0]
+        hidden, inner = config.hidden_size, config.intermediate_size
+        residual, normed = self._residual[:count], self._normed[:count]
+        qkv, attended, active = self._qkv[:count], self._attended[:count], self._active[:count]
+        out_shape = choose_shape(count, hidden, attended.shape[1])
+        down_shape = choose_shape(count, hidden, inner)
+        qkv_shape = choose_shape(count, config.qkv_size, hidden)
+        gate_shape = choose_shape(count, inner, hidden, gated=True)
+
+        def shares(which: int, many: int) -> Tensor:
+            return self._shares[which, : many * count].view(many, count)
+
+        before = shares(0, 1)
+        after_out = shares(1, num_shares(hidden, out_shape))
+        after_down = shares(0, num_shares(hidden, down_shape))
+        embed_rms_norm(
+            step.ids, step.rows, step.positions, self._token_ids, self._tensors["embedding"],
+            self._layers[0]["attention_norm"], residual, normed, config.norm_eps, before,
+        )  # fmt: skip
+        for index, weights in enumerate(self._layers):
+            small_linear(
+                normed, weights["qkv"], qkv, shape=qkv_shape, bias=weights.get("qkv_bias"), norm_shares=before,
+                eps=config.norm_eps,
+            )  # fmt: skip
+            self._attend(index, weights, step, qkv, attended)
+            small_linear(
+                attended, weights["output"], normed, shape=out_shape, bias=weights.get("output_bias"),
+                residual=residual, next_norm=weights["mlp_norm"], shares=after_out,
+            )  # fmt: skip
+            small_linear(
+                normed, weights["gate_up"], active, shape=gate_shape, norm_shares=after_out, eps=config.norm_eps,
+                gated=True,
+            )  # fmt: skip
+            last = index + 1 == config.num_layers
+            following = self._tensors["final_norm"] if last else self._layers[index + 1]["attention_norm"]
+            small_linear(
+                active, weights["down"], normed, shape=down_shape, bias=weights.get("down_bias"), residual=residual,
+                next_norm=following, shares=after_down,
+            )  # fmt: skip
+            before = after_down
+        logits = self.logits[:count]
+        head_shape = choose_shape(count, config.vocab_size, hidden)
+        small_linear(normed, self._head, logits, shape=head_shape, norm_shares=before, eps=config.norm_eps)
+        return logits
+
+    def _attend(self, index: int, weights: dict[str, Tensor], step: DeviceStep, qkv: Tensor, attended: Tensor) -> None:
+        config, window = self.config, self.config.windows[index]
+        cache = self._kv_cache[index]
+        rope_kv(
+            qkv, self._cos, self._sin, step.rows, step.positions, self._block_tables, cache,
+            weights.get("query_norm"), weights.get("key_norm"), config.norm_eps,
+        )  # fmt: skip
+        if many := step.num_decodes:
+            decode_attention(
+                qkv, cache, self._block_tables, step.rows, step.positions, step.parts[window], self._partial,
+                self._partial_lse, attended[:many], self._scale, window,
+            )  # fmt: skip
+        if step.tiles is not None:
+            prefill_attention(
+                qkv, self._loads[index], self._block_tables, step.tiles, attended, config.num_kv_heads,
+                cache.shape[3], self._scale, window,
+            )  # fmt: skip
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)

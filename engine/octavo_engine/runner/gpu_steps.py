@@ -1,0 +1,331 @@
+"""Run steps on a GPU so that planning one overlaps with computing the one before it.
+
+A step's description is packed into one pinned buffer and copied to the device at once. Steps of decodes alone replay a
+CUDA graph from embedding to sampled token; others launch the same kernels one by one. Sampled ids stay on the device,
+where the next step reads them, and come to the host one step later. Called by model_runner.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo_engine.core.step import Admission, StepItem, StepPlan
+from octavo_engine.kernels import sampling
+from octavo_engine.kernels.gpu.decode_attention import PartTensors, max_parts, plan_parts
+from octavo_engine.kernels.gpu.prefill_attention import Chunk, max_tiles, plan_tiles
+from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
+from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_sampling
+from octavo_engine.kernels.sampling import SampleRow
+from octavo_engine.models.gpu_decoder import DeviceStep, GpuDecoder
+from octavo_engine.plan import Plan
+
+RING = 3
+"""Pinned buffers: one being filled and one for each step that may be under way, whose copy may not have run yet."""
+GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+"""Decodes in a graph; a step takes the next larger one. Padding costs at most a quarter, and above 16 an eighth."""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step under way. count: ids that it yields; host: pinned, filled when done is reached."""
+
+    host: Tensor
+    count: int
+    done: torch.cuda.Event
+    rows: tuple[int, ...]
+
+
+class GpuSteps:
+    """kv_cache has one block more than the plan: padding tokens write there, in a row of state of their own."""
+
+    depth = 1
+
+    def __init__(
+        self, decoder: GpuDecoder, plan: Plan, max_tokens: int, max_seqs: int, kv_cache: Tensor, token_ids: Tensor,
+        block_tables: Tensor,
+    ) -> None:  # fmt: skip
+        self._decoder, self._plan = decoder, plan
+        self._kv_cache, self._token_ids, self._block_tables = kv_cache, token_ids, block_tables
+        self._device = kv_cache.device
+        self._max_seqs = max_seqs
+        self._kv_heads = decoder.config.num_kv_heads
+        self._windows = sorted(set(decoder.config.windows), key=lambda w: (w is not None, w))
+        self._state = SamplingState.allocate(max_seqs + 1, self._device)
+        self._scratch = SamplingScratch.allocate(max_seqs, decoder.config.vocab_size, self._device)
+        self._out = torch.zeros(max_seqs, dtype=torch.int32, device=self._device)
+        self._every_token = torch.arange(max_seqs, dtype=torch.int32, device=self._device)
+        block_tables[max_seqs].fill_(plan.num_blocks)
+
+        parts = max_parts(max_seqs, self._kv_heads)
+        described = 3 * max_tokens + len(self._windows) * (2 + 2 * parts + 2 * max_seqs)
+        described += 4 * max_tiles(max_tokens, max_seqs) + max_seqs + 64
+        updates = 3 * block_tables.numel() + SAMPLING_WORDS * max_seqs
+        self._described = torch.zeros(described, dtype=torch.int32, device=self._device)
+        self._updates = torch.zeros(updates, dtype=torch.int32, device=self._device)
+        self._pinned = [_Pinned(described) for _ in range(RING)]
+        self._pinned_updates = [_Pinned(updates) for _ in range(RING)]
+        self._hosts = [torch.zeros(max_seqs, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
+        self._launches = 0
+        self._admissions: dict[int, Admission] = {}
+        self._num_blocks_of: dict[int, int] = {}
+        self._slow: set[int] = set()
+        """Rows whose sampling needs their history: those go through the reference sampler after the fast one."""
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    # ---- steps
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launched:
+        turn = self._launches % RING
+        self._launches += 1
+        self._update(plan, turn)
+        sampled = [item for item in plan.items if item.samples]
+        size = self._graph_size(plan, len(sampled))
+        if size is not None:
+            self._describe(turn, *self._decodes(plan.items, size))
+            self._graphs[size].replay()
+            logits = None
+        else:
+            logits = self._run(self._describe_any(plan, sampled, turn))
+        if slow := [index for index, item in enumerate(sampled) if item.row in self._slow]:
+            self._sample_slowly(slow, sampled, self._decoder.logits if logits is None else logits)
+        host = self._hosts[turn]
+        host[: len(sampled)].copy_(self._out[: len(sampled)], non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return Launched(host, len(sampled), done, tuple(item.row for item in sampled))
+
+    def collect(self, launched: Launched) -> list[int]:
+        if not launched.count:
+            return []
+        launched.done.synchronize()
+        tokens: list[int] = launched.host[: launched.count].tolist()
+        for row, token in zip(launched.rows, tokens, strict=True):
+            if token < 0:
+                self._scrub(row)
+        return tokens
+
+    def _scrub(self, row: int) -> None:
+        """Zero the blocks of a request that gave NaN: attention multiplies what lies behind a sequence's end by 0."""
+        blocks = self._block_tables[row, : self._num_blocks_of[row]].long()
+        self._kv_cache[:, :, blocks] = 0
+
+    def _graph_size(self, plan: StepPlan, num_sampled: int) -> int | None:
+        """The graph that a step of these decodes takes, or None."""
+        count = len(plan.items)
+        if plan.num_tokens != count or num_sampled != count:
+            return None
+        return min((size for size in self._graphs if size >= count), default=None)
+
+    def _run(self, step: DeviceStep) -> Tensor:
+        logits = self._decoder.forward(step)
+        tokens = self._every_token[: logits.shape[0]] if step.logit_tokens is None else step.logit_tokens
+        sample(
+            logits, tokens, step.rows, step.positions, self._state, self._scratch, self._token_ids,
+            self._out[: logits.shape[0]],
+        )  # fmt: skip
+        return logits
+
+    # ---- description
+
+    def _update(self, plan: StepPlan, turn: int) -> None:
+        """Tell the device of new blocks and new rows. Most steps have neither."""
+        blocks: list[int] = []
+        admitted: list[int] = []
+        for item in plan.items:
+            row = item.row
+            if (admission := item.admission) is not None:
+                self._admissions[row] = admission
+                self._num_blocks_of[row] = 0
+                admitted += _sampling_words(row, admission)
+                (self._slow.add if _is_slow(admission) else self._slow.discard)(row)
+            if item.new_blocks:
+                first = self._num_blocks_of[row]
+                self._num_blocks_of[row] = first + len(item.new_blocks)
+                for index, block in enumerate(item.new_blocks, first):
+                    blocks += (row, index, block)
+        if not blocks and not admitted:
+            return
+        pinned = self._pinned_updates[turn]
+        pinned.write(0, blocks)
+        pinned.write(len(blocks), admitted)
+        total = len(blocks) + len(admitted)
+        self._updates[:total].copy_(pinned.tensor[:total], non_blocking=True)
+        if blocks:
+            set_blocks(self._updates[: len(blocks)].view(-1, 3), self._block_tables)
+        if admitted:
+            set_sampling(self._updates[len(blocks) : total].view(-1, SAMPLING_WORDS), self._state)
+
+    def _decodes(self, items: Sequence[StepItem], size: int) -> tuple[list[int], list[int]]:
+        """The words that describe decodes, padded to `size`, and each sequence's length."""
+        padding = size - len(items)
+        ids = [self._id_of(item) for item in items] + [0] * padding
+        rows = [item.row for item in items] + [self._max_seqs] * padding
+        positions = [item.start for item in items] + [0] * padding
+        return [*ids, *rows, *positions], [position + 1 for position in positions]
+
+    def _describe(self, turn: int, words: list[int], lengths: list[int]) -> None:
+        """Copy a step of decodes to where the graph of its size reads it (see `_graph_step`)."""
+        pinned = self._pinned[turn]
+        pinned.write(0, words)
+        at = len(words)
+        for window in self._windows:
+            at = self._write_parts(pinned, at, lengths, window)
+        self._described[:at].copy_(pinned.tensor[:at], non_blocking=True)
+
+    def _write_parts(self, pinned: _Pinned, at: int, lengths: list[int], window: int | None) -> int:
+        """header, token[W], first_block[W], first_part[n], num_parts[n] with W = max_parts(n)."""
+        many = len(lengths)
+        room = max_parts(many, self._kv_heads)
+        parts = plan_parts(lengths, self._plan.block_size, self._kv_heads, window)
+        pinned.write(at, [len(parts.token), parts.blocks_per_part])
+        pinned.write(at + 2, parts.token)
+        pinned.write(at + 2 + room, parts.first_block)
+        pinned.write(at + 2 + 2 * room, parts.first_part)
+        pinned.write(at + 2 + 2 * room + many, parts.num_parts)
+        return at + 2 + 2 * room + 2 * many
+
+    def _read_parts(self, at: int, many: int) -> tuple[PartTensors, int]:
+        """Views of what `_write_parts` wrote, on the device."""
+        room = max_parts(many, self._kv_heads)
+        header, token, first_block, first_part, num_parts = self._described[at : at + 2 + 2 * room + 2 * many].split(
+            [2, room, room, many, many]
+        )
+        return PartTensors(header, token, first_block, first_part, num_parts), at + 2 + 2 * room + 2 * many
+
+    def _graph_step(self, size: int) -> DeviceStep:
+        """A step of `size` decodes, as views of the described buffer."""
+        ids, rows, positions = self._described[: 3 * size].view(3, size)
+        parts, at = {}, 3 * size
+        for window in self._windows:
+            parts[window], at = self._read_parts(at, size)
+        return DeviceStep(ids, rows, positions, size, parts, None, None)
+
+    def _describe_any(self, plan: StepPlan, sampled: list[StepItem], turn: int) -> DeviceStep:
+        """A step with prompt chunks, or one that no graph fits."""
+        items = plan.items
+        decodes = [item for item in items if item.count == 1]
+        assert decodes == list(items[: len(decodes)]), "decodes come first"
+        ids, rows, positions, chunks = array("i"), array("i"), array("i"), []
+        for item in items:
+            tokens = self._admissions[item.row].tokens
+            if item.count == 1:
+                ids.append(self._id_of(item))
+                rows.append(item.row)
+                positions.append(item.start)
+            else:
+                chunks.append(Chunk(len(ids), item.row, item.start, item.count))
+                ids.extend(tokens[item.start : item.start + item.count])
+                rows.extend([item.row] * item.count)
+                positions.extend(range(item.start, item.start + item.count))
+        total = len(ids)
+        pinned = self._pinned[turn]
+        for index, words in enumerate((ids, rows, positions)):
+            pinned.write(index * total, words)
+        at = 3 * total
+        where = at
+        if decodes:
+            for window in self._windows:
+                at = self._write_parts(pinned, at, [item.start + 1 for item in decodes], window)
+        tiles = plan_tiles(chunks)
+        tiles_at = at
+        pinned.write(at, tiles)
+        at += len(tiles)
+        ends: list[int] | None = None
+        if len(sampled) != total:
+            last, ends = -1, []
+            for item in items:
+                last += item.count
+                if item.samples:
+                    ends.append(last)
+            pinned.write(at, ends)
+            at += len(ends)
+        described = self._described
+        described[:at].copy_(pinned.tensor[:at], non_blocking=True)
+        parts = {}
+        if decodes:
+            for window in self._windows:
+                parts[window], where = self._read_parts(where, len(decodes))
+        device_ids, device_rows, device_positions = described[: 3 * total].view(3, total)
+        return DeviceStep(
+            device_ids, device_rows, device_positions, num_decodes=len(decodes), parts=parts,
+            tiles=described[tiles_at : tiles_at + len(tiles)].view(-1, 4) if tiles else None,
+            logit_tokens=None if ends is None else described[at - len(ends) : at],
+        )  # fmt: skip
+
+    def _id_of(self, item: StepItem) -> int:
+        """A decode's input id, or -1 when an earlier step left it on the device."""
+        tokens = self._admissions[item.row].tokens
+        return tokens[item.start] if item.start < len(tokens) else -1
+
+    # ---- sampling that needs a request's history
+
+    def _sample_slowly(self, indices: list[int], sampled: list[StepItem], logits: Tensor) -> None:
+        rows = []
+        for index in indices:
+            item = sampled[index]
+            admission, length = self._admissions[item.row], item.start + item.count
+            banned = admission.min_tokens_ids if length - admission.num_prompt < admission.sampling.min_tokens else ()
+            history = self._token_ids[item.row, :length]
+            rows.append(SampleRow(admission.sampling, admission.seed, history, admission.num_prompt, banned))
+        select = torch.tensor(indices, device=self._device)
+        tokens = sampling.reference(logits[select], rows).int()
+        self._out[select] = tokens
+        for index, token in zip(indices, tokens.unbind(), strict=True):
+            item = sampled[index]
+            if item.start + item.count < self._plan.max_model_len:
+                self._token_ids[item.row, item.start + item.count] = token.clamp(min=0)
+
+    # ---- graphs
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Compile and capture every size of decode graph, the largest first, so that the pool is sized once."""
+        sizes = [size for size in GRAPH_SIZES if size < self._max_seqs] + [self._max_seqs]
+        sizes = [size for size in sizes if size <= GRAPH_SIZES[-1]]
+        pool = torch.cuda.graph_pool_handle()
+        for size in sorted(sizes, reverse=True):
+            self._describe(0, *self._decodes([], size))
+            step = self._graph_step(size)
+            self._run(step)  # compiles what is not in the cache yet, which a capture could not
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self._run(step)
+            self._graphs[size] = graph
+        torch.cuda.synchronize()
+
+
+class _Pinned:
+    """int32 words in page-locked memory, written from Python without a tensor operation for each piece."""
+
+    def __init__(self, words: int) -> None:
+        self.tensor = torch.zeros(words, dtype=torch.int32, pin_memory=True)
+        raw = (ctypes.c_int32 * words).from_address(self.tensor.data_ptr())
+        self._view = memoryview(raw).cast("B").cast("i")
+
+    def write(self, at: int, words: list[int] | array[int]) -> None:
+        self._view[at : at + len(words)] = words if isinstance(words, array) else array("i", words)
+
+
+def _is_slow(admission: Admission) -> bool:
+    s = admission.sampling
+    penalized = s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1.0
+    return bool(penalized or s.min_tokens)
+
+
+def _sampling_words(row: int, admission: Admission) -> tuple[int, ...]:
+    """SAMPLING_WORDS int32 words, as kernels/gpu/state.py reads them."""
+    s = admission.sampling
+    seed = admission.seed & 0xFFFFFFFFFFFFFFFF
+    packed = struct.pack(
+        "=ififfIIi", row, s.temperature, max(s.top_k, 0), s.top_p, s.min_p, seed & 0xFFFFFFFF, seed >> 32, 0
+    )
+    return struct.unpack("=8i", packed)

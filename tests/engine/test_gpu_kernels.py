@@ -1,0 +1,284 @@
+"""The Triton kernels against their references, at odd sizes: on a GPU if there is one, else in the interpreter."""
+
+# ruff: noqa: E402 - whether kernels are interpreted is decided before they are imported
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before the modules below are imported
+
+pytest.importorskip("triton")
+
+from octavo_engine.kernels import silu_mul as reference_silu_mul
+from octavo_engine.kernels.gpu import norm, rope_kv, sample, silu_mul, small_linear, state
+from octavo_engine.kernels.gpu.decode_attention import PartTensors, decode_attention, max_parts, plan_parts
+from octavo_engine.kernels.gpu.decode_attention import reference as reference_decode
+from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, plan_tiles, prefill_attention
+from octavo_engine.kernels.gpu.prefill_attention import reference as reference_prefill
+
+# The interpreter is numpy: it warns where the hardware would not.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*"),
+]
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # the interpreter computes with numpy, which has no bfloat16
+TOLERANCE = 6e-3 if ON_GPU else 1e-3
+HEADS = [
+    # heads, kv_heads, head_dim, block_size, window, softcap
+    (6, 2, 64, 16, None, 0.0),
+    (4, 4, 80, 16, None, 0.0),
+    (8, 2, 96, 64, None, 0.0),
+    (32, 8, 128, 64, None, 0.0),
+    (8, 2, 128, 64, 40, 0.0),
+    (3, 1, 64, 32, None, 5.0),
+    (9, 3, 64, 128, 100, 0.0),
+    (4, 2, 256, 32, None, 0.0),
+]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(7)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(DTYPE)
+
+
+def ints(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    error = (got.float() - expected.float()).norm() / expected.float().norm()
+    assert error < tolerance, float(error)  # NaN is not below anything
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 576), (5, 1024), (3, 4096)])
+def test_add_rms_norm_adds_and_norms(tokens, hidden):
+    x, residual, weight = random(tokens, hidden), random(tokens, hidden), random(hidden)
+    expected, total = norm.reference(x, residual, weight, 1e-5)
+    out = torch.full_like(x, float("nan"))
+
+    norm.add_rms_norm(x, residual, weight, out, 1e-5)
+
+    assert_close(out, expected)
+    assert torch.equal(residual, total)
+
+
+@pytest.mark.parametrize("hidden", [576, 2048])
+def test_embedding_takes_given_ids_and_those_left_on_the_device(hidden):
+    embedding, weight = random(50, hidden), random(hidden)
+    ids, rows, positions = ints([3, -1, 7]), ints([0, 1, 1]), ints([0, 2, 3])
+    token_ids = torch.randint(0, 50, (2, 8), dtype=torch.int32, device=DEVICE)
+    expected_ids = token_ids.clone()
+    expected, embedded = norm.reference_embed(ids, rows, positions, expected_ids, embedding, weight, 1e-5)
+    residual, out, shares = random(3, hidden), random(3, hidden), torch.zeros(1, 3, device=DEVICE)
+
+    norm.embed_rms_norm(ids, rows, positions, token_ids, embedding, weight, residual, out, 1e-5)
+    assert_close(out, expected)
+    norm.embed_rms_norm(ids, rows, positions, token_ids, embedding, weight, residual, out, 1e-5, shares)
+
+    assert torch.equal(token_ids, expected_ids)
+    assert torch.equal(residual, embedded)
+    assert_close(out, embedded.float() * weight.float())
+    assert_close(shares[0], embedded.float().square().sum(-1))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size"), [(6, 2, 64, 16), (4, 4, 80, 16), (32, 8, 128, 64)])
+def test_rope_rotates_in_place_and_writes_the_cache(heads, kv_heads, dim, block_size, qk_norm):
+    cache, tables = torch.zeros(2, 9, kv_heads, block_size, dim, device=DEVICE, dtype=DTYPE), ints(list(range(9)))
+    tables = tables.flip(0).view(3, 3).contiguous()
+    qkv = random(3, (heads + 2 * kv_heads) * dim)
+    cos, sin = random(3 * block_size, dim // 2), random(3 * block_size, dim // 2)
+    rows, positions = ints([0, 2, 1]), ints([0, block_size + 1, 3 * block_size - 1])
+    norms = (random(dim), random(dim)) if qk_norm else (None, None)
+    expected, expected_cache = qkv.clone(), cache.clone()
+    rope_kv.reference(expected, cos, sin, rows, positions, tables, expected_cache, *norms, 1e-6)
+
+    rope_kv.rope_kv(qkv, cos, sin, rows, positions, tables, cache, *norms, 1e-6)
+
+    assert_close(qkv[:, : heads * dim], expected[:, : heads * dim])
+    assert_close(cache, expected_cache)
+
+
+@pytest.mark.parametrize("inner", [1500, 4096])
+def test_silu_mul_gates(inner):
+    gate_up, out = random(3, 2 * inner), random(3, inner)
+
+    silu_mul.silu_mul(gate_up, out)
+
+    assert_close(out, reference_silu_mul.reference(gate_up))
+
+
+@pytest.mark.parametrize("blocks_per_part", [None, 1, 3])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size", "window", "softcap"), HEADS)
+def test_decode_attention_sees_what_it_should(heads, kv_heads, dim, block_size, window, softcap, blocks_per_part):
+    lengths = [1, 37, 5 * block_size + 3, 2 * block_size]
+    cache = random(2, 30, kv_heads, block_size, dim)
+    tables = torch.randint(0, 29, (4, 8), dtype=torch.int32, device=DEVICE)
+    # Behind a sequence's last key there may be anything: its last block is here its own, with NaN behind the end.
+    last = -(-lengths[2] // block_size) - 1
+    tables[1, last] = 29
+    cache[:, 29, :, lengths[2] - last * block_size :] = float("nan")
+    qkv = random(4, (heads + 2 * kv_heads) * dim)
+    rows, positions = ints([2, 0, 1, 3]), ints([n - 1 for n in lengths])
+    parts = plan_parts(lengths, block_size, kv_heads, window, blocks_per_part)
+    count = len(parts.token)
+    tensors = PartTensors(
+        ints([count, parts.blocks_per_part]), ints([*parts.token, 0]), ints([*parts.first_block, 0]),
+        ints(parts.first_part), ints(parts.num_parts),
+    )  # fmt: skip
+    partial = torch.full((count, kv_heads, heads // kv_heads, dim), float("nan"), device=DEVICE)
+    lse = torch.full((count, kv_heads, heads // kv_heads), float("nan"), device=DEVICE)
+    out = torch.full((4, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE)
+
+    decode_attention(qkv, cache, tables, rows, positions, tensors, partial, lse, out, dim**-0.5, window, softcap)
+
+    expected = reference_decode(qkv, cache, tables, rows, positions, heads, dim**-0.5, window, softcap)
+    assert_close(out, expected)
+
+
+def test_parts_fill_the_chip_and_never_outnumber_their_bound():
+    for lengths in ([1], [17000], [1120] * 32, [1] * 512, [100_000, 3, 64, 65], list(range(1, 400))):
+        for kv_heads in (1, 2, 8, 32):
+            parts = plan_parts(lengths, 64, kv_heads)
+
+            assert len(parts.token) <= max_parts(len(lengths), kv_heads)
+            assert sum(parts.num_parts) == len(parts.token)
+            for index, (first, count) in enumerate(zip(parts.first_part, parts.num_parts, strict=True)):
+                assert parts.token[first : first + count] == [index] * count
+                covered = count * parts.blocks_per_part
+                assert covered >= -(-lengths[index] // 64) > covered - parts.blocks_per_part
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size", "window", "softcap"), HEADS)
+def test_prefill_attention_sees_what_it_should(heads, kv_heads, dim, block_size, window, softcap):
+    cache = random(2, 30, kv_heads, block_size, dim)
+    tables = torch.randint(0, 30, (3, 24), dtype=torch.int32, device=DEVICE)
+    chunks = [Chunk(0, 0, 0, 70), Chunk(70, 1, 33, 5), Chunk(75, 2, 64, 129)]
+    qkv = random(204, (heads + 2 * kv_heads) * dim)
+    tiles = ints(plan_tiles(chunks)).view(-1, 4)
+    out = torch.full((204, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE)
+
+    prefill_attention(qkv, CacheLoads.of(cache), tables, tiles, out, kv_heads, block_size, dim**-0.5, window, softcap)
+
+    assert_close(out, reference_prefill(qkv, cache, tables, chunks, heads, dim**-0.5, window, softcap))
+
+
+def test_sampling_is_the_draw_of_the_reference():
+    vocab = 5000
+    settings = [
+        # temperature, top_k, top_p, min_p
+        (0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (1.0, 50, 1.0, 0.0), (0.7, 0, 0.9, 0.0), (1.3, 1, 1.0, 0.0),
+        (1.0, 300, 0.5, 0.0), (1.0, 0, 0.01, 0.0), (1.0, 0, 1.0, 0.1), (1.0, 4999, 0.999, 0.001), (2.0, 5000, 1.0, 1.0),
+    ]  # fmt: skip
+    n = len(settings)
+    columns = list(zip(*settings, strict=True))
+    logits = random(n, vocab) * 3
+    rows = ints(list(range(n))).flip(0).contiguous()
+    where = sample.SamplingState.allocate(n, DEVICE)
+    seeds = torch.randint(-(2**62), 2**62, (n,), device=DEVICE)
+    values = [torch.tensor(column, device=DEVICE) for column in columns]
+    for target, source in zip((where.temperature, where.top_k, where.top_p, where.min_p), values, strict=True):
+        target[rows.long()] = source.to(target.dtype)
+    where.seed[rows.long()] = seeds
+    positions = ints(list(range(5, 5 + n)))
+    token_ids, out = torch.zeros(n, 64, dtype=torch.int32, device=DEVICE), ints([-7] * n)
+    scratch = sample.SamplingScratch.allocate(n, vocab, DEVICE)
+
+    sample.sample(logits, ints(list(range(n))), rows, positions, where, scratch, token_ids, out)
+
+    expected = sample.reference(logits.cpu(), *(v.cpu() for v in values), seeds.cpu(), (positions + 1).cpu())
+    assert out.tolist() == expected.tolist()
+    assert token_ids[rows.long(), positions.long() + 1].tolist() == expected.tolist()
+
+
+def test_logits_that_are_not_finite_give_no_token():
+    logits = random(3, 300)
+    logits[0, 299], logits[1, 5] = float("nan"), float("inf")
+    where, out = sample.SamplingState.allocate(3, DEVICE), ints([-7] * 3)
+    where.temperature[1] = 1.0
+    rows = ints([0, 1, 2])
+    token_ids = torch.full((3, 4), 9, dtype=torch.int32, device=DEVICE)
+
+    sample.sample(
+        logits, rows, rows, ints([0, 0, 0]), where, sample.SamplingScratch.allocate(3, 300, DEVICE), token_ids, out
+    )
+
+    assert out.tolist() == [-1, -1, int(logits[2].argmax())]
+    assert token_ids[:, 1].tolist() == [0, 0, int(logits[2].argmax())]
+
+
+def test_draws_follow_the_distribution():
+    vocab, draws = 12, 4000
+    logits = torch.linspace(0.0, 2.5, vocab, device=DEVICE).to(DTYPE).repeat(draws, 1)
+    where = sample.SamplingState.allocate(draws, DEVICE)
+    where.temperature.fill_(1.0)
+    where.seed.copy_(torch.arange(draws))
+    rows, out = ints(list(range(draws))), ints([-7] * draws)
+    if not ON_GPU:  # a program of the interpreter takes milliseconds
+        draws = 600
+        logits, rows, out = logits[:draws], rows[:draws], out[:draws]
+    token_ids = torch.zeros(draws, 4, dtype=torch.int32, device=DEVICE)
+    scratch = sample.SamplingScratch.allocate(draws, vocab, DEVICE)
+
+    sample.sample(logits, rows, rows, torch.zeros_like(rows), where, scratch, token_ids, out)
+
+    expected = logits[0].float().softmax(0).cpu() * draws
+    counts = torch.bincount(out.cpu(), minlength=vocab).float()
+    chi_square = float(((counts - expected).square() / expected).sum())
+    assert chi_square < 31.3  # 11 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(1, 96, 128), (5, 130, 192), (33, 64, 256), (64, 4096, 512)])
+def test_small_linear_fuses_what_surrounds_it(tokens, outputs, inputs):
+    x, weight, bias = random(tokens, inputs), random(outputs, inputs) / 16, random(outputs)
+    shape = small_linear.Shape(32, 64, 3, 4)
+    shares = torch.rand(3, tokens, device=DEVICE) * 50
+    out = torch.full((tokens, outputs), float("nan"), device=DEVICE, dtype=DTYPE)
+
+    small_linear.small_linear(x, weight, out, shape=shape, bias=bias, norm_shares=shares, eps=1e-5)
+    assert_close(out, small_linear.reference(x, weight, bias=bias, norm_shares=shares, eps=1e-5)[0])
+
+    gate_up = random(2 * outputs, inputs) / 16
+    small_linear.small_linear(x, gate_up, out, shape=shape, norm_shares=shares, eps=1e-5, gated=True)
+    assert_close(out, small_linear.reference(x, gate_up, norm_shares=shares, eps=1e-5, gated=True)[0])
+
+    residual, weight_of_norm = random(tokens, outputs), random(outputs)
+    expected, total, squares = small_linear.reference(x, weight, residual=residual, next_norm=weight_of_norm)
+    after = torch.zeros(small_linear.num_shares(outputs, shape), tokens, device=DEVICE)
+    small_linear.small_linear(x, weight, out, shape=shape, residual=residual, next_norm=weight_of_norm, shares=after)
+
+    assert_close(out, expected)
+    assert_close(residual, total)
+    assert_close(after.sum(0), squares)
+
+
+def test_updates_reach_the_rows_they_name():
+    tables = torch.zeros(4, 6, dtype=torch.int32, device=DEVICE)
+    blocks = ints([1, 0, 7, 3, 5, 9, 1, 1, 8]).view(-1, 3)
+    where = sample.SamplingState.allocate(4, DEVICE)
+    words = torch.tensor([0.5, 0.9, 0.1]).view(torch.int32).tolist()
+    new = ints([2, words[0], 40, words[1], words[2], -5, -3, 0]).view(-1, state.SAMPLING_WORDS)
+    expected_tables, expected = tables.clone(), sample.SamplingState.allocate(4, DEVICE)
+    state.reference_set_blocks(blocks, expected_tables)
+    state.reference_set_sampling(new, expected)
+
+    state.set_blocks(blocks, tables)
+    state.set_sampling(new, where)
+
+    assert torch.equal(tables, expected_tables)
+    assert int(tables[3, 5]) == 9
+    for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+        assert torch.equal(getattr(where, name), getattr(expected, name)), name
+    assert int(where.seed[2]) == ((-3 << 32) | (2**32 - 5))
