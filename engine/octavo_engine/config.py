@@ -361,11 +361,16 @@ def to_args(config: Config) -> list[str]:
 
 
 def _check_bounds(config: Config) -> None:
+    hints = typing.get_type_hints(type(config))
     for f in fields(config):
         value, meta = getattr(config, f.name), f.metadata
-        if value is None or isinstance(value, bool):
+        if value is None and f.default is None:
             continue
-        flag = flag_of(f.name)
+        flag, hint = flag_of(f.name), _plain_type(hints[f.name])
+        # The parser gives the right types; LLM(max_num_seqs="8") and a manifest's text do not.
+        right = isinstance(value, (float, int) if hint is float else hint)
+        if not right or (isinstance(value, bool) and hint is not bool):  # True is an int to Python, to nobody else
+            raise ConfigError(flag, value, _type_text(f, hint))
         if meta["choices"] and value not in meta["choices"]:
             raise ConfigError(flag, value, "one of " + ", ".join(map(str, meta["choices"])))
         low, high = meta["low"], meta["high"]
@@ -375,12 +380,20 @@ def _check_bounds(config: Config) -> None:
             raise ConfigError(flag, value, _range_text(low, high))
 
 
+def _type_text(f: dataclasses.Field[Any], hint: type) -> str:
+    if f.metadata["choices"]:
+        return "one of " + ", ".join(map(str, f.metadata["choices"]))
+    words = {bool: "True or False", str: "text", tuple: "a tuple of texts", int: "a whole number", float: "a number"}
+    low, high = f.metadata["low"], f.metadata["high"]
+    return words[hint] + (f", {_range_text(low, high)}" if low is not None or high is not None else "")
+
+
 def _range_text(low: float | None, high: float | None) -> str:
     if high is None:
-        return f"{low:g} or more"
+        return f"{low} or more"
     if low is None:
-        return f"{high:g} or less"
-    return f"{low:g} to {high:g}"
+        return f"{high} or less"
+    return f"{low} to {high}"
 
 
 def _help(f: dataclasses.Field[Any]) -> str:
@@ -400,10 +413,7 @@ def _converter(f: dataclasses.Field[Any], hint: type) -> Callable[[str], Any]:
         try:
             return parse(text)
         except ValueError:
-            expected = "a number" if hint is float else "a whole number"
-            if f.metadata["low"] is not None:
-                expected += ", " + _range_text(f.metadata["low"], f.metadata["high"])
-            raise ConfigError(flag, text, expected) from None
+            raise ConfigError(flag, text, _type_text(f, hint)) from None
 
     return convert
 

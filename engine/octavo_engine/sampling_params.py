@@ -6,7 +6,9 @@ Pure values; used by the API routes, by LLM and by the scheduler.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 MAX_N = 128
 """Upper bound of `n`: OpenAI's own; one request may not take the whole machine."""
@@ -53,9 +55,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         # Lists and single strings are what callers write; tuples keep the value hashable and immutable.
-        stop: object = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop", _tuple("stop", self.stop, "a string or a list of strings"))
+        object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids, "a list of ids"))
         if self.seed == -1:
             object.__setattr__(self, "seed", None)
         self._check()
@@ -89,12 +90,27 @@ class SamplingParams:
             )
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, 2**31 - 1)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
+            if not isinstance(getattr(self, name), bool):
+                raise SamplingError(name, getattr(self, name), "True or False")
+        if self.stop and not self.detokenize:
+            raise SamplingError("detokenize", False, "True with stop strings, which are looked for in the text")
         if self.n > 1 and self.temperature == 0:
             raise SamplingError("n", self.n, "1 when temperature is 0: greedy answers would all be the same")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+def _tuple(name: str, value: object, expected: str) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str) and name == "stop":
+        return (value,)
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise SamplingError(name, value, expected)
+    return tuple(value)
 
 
 def _number(name: str, value: object, low: float, high: float, low_included: bool = True) -> None:

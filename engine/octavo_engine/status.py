@@ -109,13 +109,13 @@ class Failure:
     def to_json(self) -> str:
         """The death certificate: one JSON object of at most TERMINATION_LOG_MAX_BYTES bytes."""
         document = {key: value for key, value in asdict(self).items() if value is not None}
-        text = json.dumps(document, ensure_ascii=False)
-        if len(text.encode()) > TERMINATION_LOG_MAX_BYTES:
-            document["detail"] = (self.detail or "")[:800]
-            document["message"] = self.message[:1000]
-            document["fix"] = self.fix[:600]
-            text = json.dumps(document, ensure_ascii=True)[:TERMINATION_LOG_MAX_BYTES]
-        return text
+        # The longest text is halved until all of it fits: cutting the JSON itself would leave nothing to parse.
+        while len(text := json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")) > (
+            TERMINATION_LOG_MAX_BYTES
+        ):
+            longest = max(document, key=lambda key: len(document[key]))
+            document[longest] = document[longest][: len(document[longest]) // 2]
+        return text.decode()
 
     @classmethod
     def from_json(cls, text: str) -> Failure | None:

@@ -1,0 +1,102 @@
+"""Sampling parameters: what is refused, by name; what is accepted in more than one spelling."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from octavo_engine.sampling_params import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingError, SamplingParams
+
+HUGE = 2**31
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("n", [0, -1, 129, 1.0, True, "1", None]),
+        ("presence_penalty", [-2.1, 2.1, math.nan, math.inf, "1", None, True]),
+        ("frequency_penalty", [-2.1, 2.1, math.nan, "1"]),
+        ("repetition_penalty", [0, -1.0, math.inf, math.nan, "1"]),
+        ("temperature", [-0.1, 2.1, math.nan, math.inf, "hot", None, True]),
+        ("top_p", [0, -0.1, 1.1, math.nan, None]),
+        ("top_k", [-2, HUGE, 1.5, True, None]),
+        ("min_p", [-0.1, 1.1, math.nan]),
+        ("seed", [2**63, -(2**63) - 1, 1.5, "7"]),
+        ("max_tokens", [0, -1, HUGE, 1.5, True, "16"]),
+        ("min_tokens", [-1, HUGE, 17, 1.5]),
+        ("stop", ["", ["a", ""], ["a"] * (MAX_STOP_STRINGS + 1), [1], 5, b"x"]),
+        ("stop_token_ids", [[-1], [HUGE], [1.5], ["a"], [1] * (MAX_STOP_TOKEN_IDS + 1), 5, "12"]),
+        ("ignore_eos", [1, "no", None]),
+        ("detokenize", [0]),
+        ("skip_special_tokens", ["yes"]),
+        ("include_stop_str_in_output", [None]),
+    ],
+)
+def test_a_value_outside_its_range_is_refused_with_its_name(name: str, values: list[Any]):
+    for value in values:
+        settings: dict[str, Any] = {name: value}
+        with pytest.raises(SamplingError) as refused:
+            SamplingParams(**settings)
+        assert refused.value.param == name
+        assert str(refused.value).startswith(f"{name} must be ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "param"),
+    [
+        ({"n": 2, "temperature": 0.0}, "n"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"stop": ["a"], "detokenize": False}, "detokenize"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(settings: dict[str, Any], param: str):
+    with pytest.raises(SamplingError) as refused:
+        SamplingParams(**settings)
+
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n": 1}, {"n": 128}, {"temperature": 0}, {"temperature": 2}, {"top_p": 1}, {"top_p": 1e-6}, {"min_p": 0},
+        {"min_p": 1}, {"top_k": 0}, {"top_k": -1}, {"top_k": 1}, {"seed": -(2**63)}, {"seed": 2**63 - 1},
+        {"max_tokens": None, "min_tokens": 1000}, {"max_tokens": 1}, {"presence_penalty": -2},
+        {"frequency_penalty": 2}, {"repetition_penalty": 0.01}, {"stop": ["x"] * MAX_STOP_STRINGS},
+    ],
+)  # fmt: skip
+def test_the_ends_of_each_range_belong_to_it(settings: dict[str, Any]):
+    assert SamplingParams(**settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(None, ()), ([], ()), ("end", ("end",)), (["a", "b"], ("a", "b")), (("a",), ("a",))],
+)
+def test_stop_strings_may_be_one_many_or_none(given: Any, kept: tuple[str, ...]):
+    assert SamplingParams(stop=given).stop == kept
+
+
+def test_lists_become_tuples_so_that_the_value_can_be_shared():
+    params = SamplingParams(stop_token_ids=[1, 2])  # type: ignore[arg-type]
+
+    assert params.stop_token_ids == (1, 2)
+    assert hash(params) == hash(dataclasses.replace(params))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("given", "kept"), [(-1, None), (None, None), (0, 0), (-2, -2)])
+def test_a_seed_of_minus_one_is_none_as_in_vllm(given: int | None, kept: int | None):
+    assert SamplingParams(seed=given).seed == kept
+
+
+@pytest.mark.parametrize(("given", "kept"), [(0.0, 0.0), (1e-9, 0.01), (0.01, 0.01), (0.5, 0.5)])
+def test_a_tiny_temperature_is_raised_to_what_logits_can_be_divided_by(given: float, kept: float):
+    params = SamplingParams(temperature=given)
+
+    assert params.temperature == kept
+    assert params.greedy == (given == 0)
