@@ -12,35 +12,10 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN pip install hatchling==1.33.0
 
-# The root that both images stand on.
 FROM tools AS root
+COPY docker/rootfs.sh /
 WORKDIR /rootfs
-RUN set -eu; libraries=usr/lib/$(uname -m)-linux-gnu; \
-    mkdir -p usr/bin usr/sbin $libraries usr/lib64 usr/local/lib etc/ssl/certs proc sys dev run; \
-    ln -s usr/bin bin; ln -s usr/sbin sbin; ln -s usr/lib lib; ln -s usr/lib64 lib64; \
-    install -d -m 1777 tmp var/tmp; \
-    # The standard library without its tests, the desktop parts and what installs packages.
-    tar -C /usr/local -cf - --exclude=__pycache__ --exclude=test --exclude=tests --exclude=idlelib --exclude=tkinter \
-        --exclude=turtledemo --exclude=turtle.py --exclude=lib2to3 --exclude=ensurepip --exclude=pydoc_data \
-        --exclude='config-3*' --exclude='*-packages/*' --exclude='_tkinter*' --exclude='_test*' --exclude='*.a' \
-        bin/python3.12 bin/python3 bin/python lib/python3.12 \
-        $(cd /usr/local && ls -d lib/libpython3*.so* 2>/dev/null || true) | tar -C usr/local -xf -; \
-    mkdir -p usr/local/lib/python3.12/site-packages; \
-    # Compiled here, as nobody can write it later; unchecked, as nobody can change the source later.
-    python3 -m compileall -q -s /rootfs --invalidation-mode unchecked-hash usr/local/lib/python3.12; \
-    # Every library that CPython and its modules ask for, and those that a wheel for Linux may take for granted.
-    { find usr/local -type f \( -name '*.so*' -o -name python3.12 \) -exec ldd {} + | sed -n 's/.*=> \(\/[^ ]*\) .*/\1/p'; \
-      for name in libstdc++.so.6 libgcc_s.so.1 libc.so.6 libm.so.6 libdl.so.2 libpthread.so.0 librt.so.1 libutil.so.1 \
-          libresolv.so.2 libz.so.1 libnss_dns.so.2 libnss_files.so.2; do find /usr/lib/*-linux-gnu -name $name; done; \
-    } | grep -v /usr/local | sort -u | while read -r library; do cp -nL $library $libraries/; done; \
-    for loader in /lib64/ld-linux-*.so.* /lib/ld-linux-*.so.*; do [ ! -e $loader ] || cp -L $loader .$loader; done; \
-    # Container runtimes and triton look for the GPU driver's library with ldconfig.
-    cp /sbin/ldconfig usr/sbin/; cp -r /etc/ld.so.conf /etc/ld.so.conf.d /etc/os-release etc/; ldconfig -r .; \
-    cp -L /etc/ssl/certs/ca-certificates.crt etc/ssl/certs/; \
-    printf 'root:x:0:0:root:/root:/sbin/nologin\noctavo:x:10001:10001:Octavo:/home/octavo:/sbin/nologin\n' > etc/passwd; \
-    printf 'root:x:0:\noctavo:x:10001:\n' > etc/group; \
-    printf 'hosts: files dns\n' > etc/nsswitch.conf; \
-    mkdir /empty
+RUN bash /rootfs.sh && mkdir /empty
 
 # pyproject.toml changes for many reasons: these files keep the layers below while their own content stays the same.
 FROM tools AS requirements
@@ -53,14 +28,13 @@ extras['torch'] = [line for line in extras['engine'] if line.startswith('torch='
 FROM tools AS operator-packages
 COPY --from=requirements /operator.txt /
 RUN pip install --prefix=/packages -r /operator.txt \
-    # The operator uses kubernetes.aio. Its older twin loads these classes by name only, and nothing names them.
-    && find /packages/lib/python3.12/site-packages/kubernetes/client/api \
-            /packages/lib/python3.12/site-packages/kubernetes/client/models -name '*.py' ! -name __init__.py -delete \
+    # The client loads its 60 MB of typed classes by name, and the operator, which uses the dynamic client, names none.
+    && find /packages/lib/python3.12/site-packages/kubernetes \( -path '*/client/api/*' -o -path '*/client/models/*' \) \
+            -name '*.py' ! -name __init__.py -delete \
     && find /packages -name '*_test.py' -path '*/kubernetes/*' -delete \
     && find /packages -name '*.so' -exec strip --strip-unneeded {} + \
-    # kubernetes.aio's typed classes are there for whoever wants them, but only what is imported gets compiled.
     && python3 -m compileall -q -s /packages -p /usr/local --invalidation-mode unchecked-hash \
-        -x 'kubernetes/aio/client/(api|models)/' /packages/lib/python3.12/site-packages
+        /packages/lib/python3.12/site-packages
 
 # Our own source, without its dependencies: the operator reads the engine's flags and plan, the engine knows no operator.
 FROM tools AS source
@@ -85,45 +59,29 @@ EXPOSE 8080
 ENTRYPOINT ["octavo-operator"]
 CMD ["run"]
 
-FROM tools AS torch
-COPY --from=requirements /torch.txt /
-# Its C++ headers and tools are for extensions that we do not build; it asks for one helper of its own by name.
-RUN pip install --prefix=/torch -r /torch.txt \
-    && cd /torch/lib/python3.12/site-packages \
-    && rm -rf torch/include torch/share triton/FileCheck triton/backends/amd/lib nvidia/*/include nvidia/*/lib/*.a \
-    && find torch/bin -type f ! -name torch_shm_manager -delete \
-    && python3 -m compileall -q -j 0 -s /torch -p /usr/local --invalidation-mode unchecked-hash .
-
-FROM torch AS engine-packages
-COPY --from=requirements /engine.txt /
-RUN PYTHONPATH=/torch/lib/python3.12/site-packages pip install --prefix=/packages -r /engine.txt \
-    && find /packages -name '*.so' -exec strip --strip-unneeded {} + \
-    && python3 -m compileall -q -s /packages -p /usr/local --invalidation-mode unchecked-hash /packages/lib/python3.12
-
-# triton compiles a launcher for each new kernel signature: a C compiler, with nothing of it that C does not need.
 FROM tools AS compiler
+COPY docker/compiler.sh /
 WORKDIR /rootfs
-RUN set -eu; arch=$(uname -m)-linux-gnu; \
-    dpkg -L $(dpkg-query -W -f '${Package}\n' | grep -E '^(gcc|cpp|binutils|libgcc-[0-9]+-dev|libc6-dev|linux-libc-dev)') \
-        | grep -E "^/usr/(bin/($arch-)?(gcc|gcc-[0-9]+|as|ld|ld.bfd)\$|include/|lib/gcc/|lib/$arch/(crt[1in]\.o|libc\.so|libc_nonshared\.a|libm\.so|libmvec\.so))" \
-        | grep -vE '/(lto1|g-?cov[^/]*|lib[a-z]*san[^/]*|lib(gcov|gomp|itm|quadmath|atomic)[^/]*|plugin)(/|$)|/include/(drm|rdma|scsi|sound|video|xen|misc|mtd|c\+\+)/' \
-        | while read -r file; do [ -d "$file" ] && [ ! -L "$file" ] || cp --parents -P "$file" .; done; \
-    mkdir -p usr/lib/$arch usr/local/include; cp -r /usr/local/include/python3.12 usr/local/include/; \
-    find usr/bin usr/lib/gcc -type f -perm /111 -exec ldd {} + 2>/dev/null | sed -n 's/.*=> \(\/[^ ]*\) .*/\1/p' | sort -u \
-        | while read -r library; do cp -nL $library usr/lib/$arch/; done; \
-    rm -f usr/lib/$arch/libc.so.6 usr/lib/$arch/libm.so.6
+RUN bash /compiler.sh
 
 FROM scratch AS engine
 COPY --from=root /rootfs /
 COPY --from=compiler /rootfs /
 COPY --from=root --chown=10001:10001 /empty /home/octavo
 COPY --from=root --chown=10001:10001 /empty /var/cache/octavo/triton
-COPY --from=torch /torch /usr/local
-COPY --from=engine-packages /packages /usr/local
-COPY --from=source /engine /usr/local
 ENV PATH=/usr/local/bin:/usr/bin:/usr/sbin HOME=/home/octavo LANG=C.UTF-8 PYTHONUNBUFFERED=1 \
     TRITON_CACHE_DIR=/var/cache/octavo/triton NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONWARNINGS="ignore:Failed to initialize NumPy:UserWarning"
+# Installed in place: copying torch's gigabytes from another stage would take longer, and comparing them at each build.
+# pip is lent by another stage, so it is not in the image. The lists of requirements decide whether these layers are new.
+COPY docker/install.py /usr/local/share/octavo/
+COPY --from=requirements /torch.txt /usr/local/share/octavo/
+RUN --mount=type=bind,from=tools,target=/tools \
+    ["python3", "/usr/local/share/octavo/install.py", "/tools", "/usr/local/share/octavo/torch.txt"]
+COPY --from=requirements /engine.txt /usr/local/share/octavo/
+RUN --mount=type=bind,from=tools,target=/tools \
+    ["python3", "/usr/local/share/octavo/install.py", "/tools", "/usr/local/share/octavo/engine.txt"]
+COPY --from=source /engine /usr/local
 USER 10001:10001
 WORKDIR /home/octavo
 EXPOSE 8000 8001

@@ -53,6 +53,9 @@ test-cluster-ready:
 	@if $(CLUSTER) install && $(CLUSTER) check; then $(CLUSTER) build && $(CLUSTER) base && $(CLUSTER) image; \
 	else echo "The tests that need a cluster will be skipped, for the reason above."; fi
 
+images: ## both images from the Dockerfile, and the size of each of their layers
+	@$(CLUSTER) base && $(CLUSTER) image && $(CLUSTER) sizes
+
 model: venv  ## the test model, real SmolLM2-135M-Instruct, in the cache
 	@$(PYTHON) tests/models.py
 
@@ -72,5 +75,5 @@ $(VENV)/.made: pyproject.toml
 	@tests/make-venv $(BASE_PYTHON) $(VENV)
 	@touch $@
 
-.PHONY: help demo demo-down test check test-engine test-fast test-other-pythons test-cluster-ready model format crd \
+.PHONY: help demo demo-down test check test-engine test-fast test-other-pythons test-cluster-ready images model format crd \
 	bench-cpu venv

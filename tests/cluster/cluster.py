@@ -32,6 +32,7 @@ from typing import IO
 import images
 import machine
 import programs
+import sizes
 
 HERE = Path(__file__).resolve().parent
 NODE = HERE / "node"
@@ -386,6 +387,8 @@ def main() -> int:
     add("base", "make or pull the images' base, python:3.12-slim")
     image = add("image", "build the project's images")
     image.add_argument("targets", nargs="*", metavar="target", help=f"default: {' '.join(images.TARGETS)}")
+    measured = add("sizes", "print the size of each layer of the built images")
+    measured.add_argument("targets", nargs="*", metavar="target", help=f"default: {' '.join(images.TARGETS)}")
     add("load", "bring built images into the running cluster").add_argument("images", nargs="+", metavar="image")
     up = add("up", "start the cluster")
     up.add_argument("--gpus", type=int, default=0, help="make-believe nvidia.com/gpu devices on the node (default: 0)")
@@ -436,6 +439,9 @@ def _command(cluster: Cluster, arguments: argparse.Namespace) -> int:
         case "image":
             for target in arguments.targets or images.TARGETS:
                 images.build(target, say)
+        case "sizes":
+            for target in arguments.targets or images.TARGETS:
+                print(sizes.table(images.name_of(target)))
         case "load":
             for image in arguments.images:
                 cluster.load(image, say)

@@ -35,6 +35,7 @@ BASE = "docker.io/library/python:3.12-slim"
 TARGETS = ("engine", "operator")
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 PULL_TIMEOUT_S = 300
+SHORT_ID = 11
 
 Say = Callable[[str], None]
 Inside = Callable[[Sequence[str]], list[str]]
@@ -60,19 +61,29 @@ def build(target: str, say: Say) -> None:
     started = time.monotonic()
     with _locked():
         if shutil.which("buildah"):
-            ensure_base(say)
+            _forget_interrupted()
+            _ensure_base(say)
             command = [*_buildah(), "bud", "--isolation", "chroot", "--pull-never", "--layers", *_machine_settings()]
         elif _docker_answers():
             command = ["docker", "build"]
         else:
             raise ImageError("neither buildah nor a Docker engine is here: install buildah")
         command += ["--target", target, "--tag", name_of(target), str(REPOSITORY)]
-        _run_logged(command, _folder() / f"build-{target}.log", say, f"image {target}")
+        log = _folder() / f"build-{target}.log"
+        _run_logged(command, log, say, f"image {target}", _environment())
+        log.replace(_folder() / f"built-{target}.log")
+        if shutil.which("buildah"):
+            _forget_unused_steps()
     say(f"built {name_of(target)} in {time.monotonic() - started:.1f} s")
 
 
 def ensure_base(say: Say) -> None:
     """Have python:3.12-slim in buildah's store: the published one where it can be pulled, else one made here."""
+    with _locked():
+        _ensure_base(say)
+
+
+def _ensure_base(say: Say) -> None:
     if _image_id(BASE):
         return
     started = time.monotonic()
@@ -89,7 +100,7 @@ def ensure_base(say: Say) -> None:
             "or name its interpreter in OCTAVO_PYTHON312."
         )
     say(f"{BASE} cannot be pulled here, so it is made from Debian packages and {python}")
-    environment = os.environ | {"BUILDAH": " ".join(_buildah())}
+    environment = _environment() | {"BUILDAH": " ".join(_buildah())}
     script = Path(__file__).with_name("base.sh")
     _run_logged(["bash", str(script), str(python), BASE], _folder() / "build-base.log", say, "base image", environment)
     say(f"made {BASE} in {time.monotonic() - started:.0f} s")
@@ -116,7 +127,7 @@ def load(image: str, inside: Inside, store: Path, say: Say) -> None:
         if not shutil.which("buildah"):
             _load_from_docker(image, inside)
         else:
-            layout, manifest = _push_to_layout(image)
+            layout, manifest = push_to_layout(image)
             if manifest == _digests_in_containerd(inside).get(image):
                 return
             # containerd's garbage collection may take a blob between its arrival and the image that names it.
@@ -124,7 +135,7 @@ def load(image: str, inside: Inside, store: Path, say: Say) -> None:
                 have = set(_ctr(inside, "content", "ls", "-q").split())
                 for digest in _blobs(layout, manifest):
                     if digest not in have:
-                        _ingest(_blob(layout, digest), digest, store, inside)
+                        _ingest(blob(layout, digest), digest, store, inside)
                 done = _import(image, layout, manifest, inside)
                 if done.returncode == 0:
                     break
@@ -203,6 +214,40 @@ def _buildah() -> list[str]:
     return ["buildah", "--root", str(root), "--runroot", str(run), "--storage-driver", "overlay"]
 
 
+def _environment() -> dict[str, str]:
+    """A commit writes the layer, gigabytes of it, to a temporary file first: here, where an interrupted one is found."""
+    scratch = _folder() / "scratch"
+    scratch.mkdir(exist_ok=True)
+    return os.environ | {"TMPDIR": str(scratch)}
+
+
+def _forget_interrupted() -> None:
+    """Remove what a build that was interrupted left: its working containers and half-written layers."""
+    shutil.rmtree(_folder() / "scratch", ignore_errors=True)
+    subprocess.run([*_buildah(), "rm", "--all"], check=True, capture_output=True)
+
+
+def _forget_unused_steps() -> None:
+    """Remove the images of build steps that the latest build of no target used: each holds its layer on the disk.
+
+    buildah's own pruning would also take the ends of the stages that others copy from, and with them the cache.
+    """
+    listed = subprocess.run(
+        [*_buildah(), "images", "--all", "--no-trunc", "--json"], check=True, capture_output=True, text=True
+    )
+    unnamed = [image["id"].partition(":")[2] for image in json.loads(listed.stdout) if not image["names"]]
+    used = "".join(log.read_text(errors="replace") for log in _folder().glob("built-*.log"))
+    # The log names a step's image by the first eleven digits, or by all of them where it comes from the cache.
+    unused = [identity for identity in unnamed if identity[:SHORT_ID] not in used]
+    while unused:
+        # A step's image goes after those of the steps that stand on it.
+        subprocess.run([*_buildah(), "rmi", *unused], capture_output=True)
+        left = [identity for identity in unused if _image_id(identity)]
+        if len(left) == len(unused):
+            return
+        unused = left
+
+
 def _machine_settings() -> list[str]:
     """Mounts that let `RUN pip install` reach whatever package index this machine is set up for.
 
@@ -238,7 +283,7 @@ def _docker_id(image: str) -> str:
     return subprocess.run(inspect, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _push_to_layout(image: str) -> tuple[Path, str]:
+def push_to_layout(image: str) -> tuple[Path, str]:
     """Write the image into the OCI layout unless it is there. Returns the layout and the manifest's digest."""
     layout = _folder() / "layout"
     image_id = _image_id(image)
@@ -267,17 +312,17 @@ def _forget_unused(layout: Path) -> None:
     """Remove the blobs that no image of the layout names any more: each change of source leaves a layer behind."""
     manifests = [entry["digest"] for entry in json.loads((layout / "index.json").read_text())["manifests"]]
     used = {digest for manifest in manifests for digest in _blobs(layout, manifest)}
-    for blob in (layout / "blobs/sha256").iterdir():
-        if f"sha256:{blob.name}" not in used:
-            blob.unlink()
+    for file in (layout / "blobs/sha256").iterdir():
+        if f"sha256:{file.name}" not in used:
+            file.unlink()
 
 
 def _blobs(layout: Path, manifest: str) -> list[str]:
-    content: dict[str, Any] = json.loads(_blob(layout, manifest).read_text())
+    content: dict[str, Any] = json.loads(blob(layout, manifest).read_text())
     return [manifest, content["config"]["digest"], *(layer["digest"] for layer in content["layers"])]
 
 
-def _blob(layout: Path, digest: str) -> Path:
+def blob(layout: Path, digest: str) -> Path:
     return layout / "blobs" / digest.replace(":", "/")
 
 
@@ -291,16 +336,16 @@ def _digests_in_containerd(inside: Inside) -> dict[str, str]:
     return {row[0]: row[2] for row in rows}  # REF TYPE DIGEST …
 
 
-def _ingest(blob: Path, digest: str, store: Path, inside: Inside) -> None:
+def _ingest(file: Path, digest: str, store: Path, inside: Inside) -> None:
     """Make a blob known to containerd. A hard link at its place there leaves nothing to copy."""
     content = store / "io.containerd.content.v1.content/blobs" / digest.replace(":", "/")
     with contextlib.suppress(OSError):  # another file system, say: then ctr copies it
-        os.link(blob, content)
-    size = str(blob.stat().st_size)
+        os.link(file, content)
+    size = str(file.stat().st_size)
     ingest = inside(
         ["ctr", "-n", "k8s.io", "content", "ingest", "--expected-digest", digest, "--expected-size", size, digest]
     )
-    with blob.open("rb") as source:
+    with file.open("rb") as source:
         subprocess.run(ingest, stdin=source, check=True, capture_output=True)
 
 
@@ -309,7 +354,7 @@ def _import(image: str, layout: Path, manifest: str, inside: Inside) -> subproce
     entry = {
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "digest": manifest,
-        "size": _blob(layout, manifest).stat().st_size,
+        "size": blob(layout, manifest).stat().st_size,
         "annotations": {"io.containerd.image.name": image},
     }
     index = json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode()
