@@ -99,7 +99,8 @@ class Status(_Model):
     selector: str = Field(description="Label selector of the pods, for autoscalers.")
     engine: EngineStatus | None = Field(None, description="What the engine resolved its configuration to.")
     plan: Plan | None = Field(None, description="Where the memory goes, as the engine computed it.")
-    pods: list[PodStatus] = Field(
+    pods: list[PodStatus] | None = Field(
+        None,
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
         description=f"The engine pods, those with trouble first, at most {MAX_PODS}.",
     )

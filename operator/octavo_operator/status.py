@@ -21,7 +21,7 @@ from octavo_operator.failures import last_failure
 from octavo_operator.observed import Pod, write_time
 from octavo_operator.quantity import gib
 from octavo_operator.replicas import Replica
-from octavo_operator.report import MAX_PODS, Condition, EngineStatus, LastFailure, Plan, Status
+from octavo_operator.report import MAX_PODS, Condition, EngineStatus, LastFailure, Plan, PodStatus, Status
 
 MESSAGE_MAX = 1000
 
@@ -48,7 +48,7 @@ def status_of(
         selector=f"{names.SERVER_LABEL}={view.server.name}",
         engine=engine,
         plan=plan,
-        pods=[replica.report() for replica in view.replicas[:MAX_PODS]],
+        pods=_pods(view.replicas),
         last_failure=last_failure(pods, _read(LastFailure, previous.get("lastFailure")), memory_limit),
         conditions=_timed(findings, previous, view.server.generation, now),
     )
@@ -76,10 +76,15 @@ def status_of_invalid(
         selector=f"{names.SERVER_LABEL}={name}",
         engine=_read(EngineStatus, previous.get("engine")),
         plan=_read(Plan, previous.get("plan")),
-        pods=[replica.report() for replica in replicas[:MAX_PODS]],
+        pods=_pods(replicas),
         last_failure=_read(LastFailure, previous.get("lastFailure")),
         conditions=_timed(findings, previous, generation, now),
     )
+
+
+def _pods(replicas: Sequence[Replica]) -> list[PodStatus] | None:
+    # None and not an empty list: applied by the server, a list that loses its last item is gone.
+    return [replica.report() for replica in replicas[:MAX_PODS]] or None
 
 
 def as_document(status: Status) -> dict[str, Any]:
