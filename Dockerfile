@@ -5,7 +5,7 @@
 # source makes one layer of a megabyte and leaves the others, torch's gigabytes among them, as they are.
 
 FROM python:3.12-slim AS tools
-ENV PIP_NO_CACHE_DIR=1 PIP_NO_COMPILE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
+ENV PIP_NO_CACHE_DIR=1 PIP_COMPILE=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
     PIP_PROGRESS_BAR=off PIP_NO_WARN_SCRIPT_LOCATION=1
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev binutils \
@@ -30,7 +30,7 @@ COPY --from=requirements /operator.txt /
 RUN pip install --prefix=/packages -r /operator.txt \
     # The client loads its 60 MB of typed classes by name, and the operator, which uses the dynamic client, names none.
     && find /packages/lib/python3.12/site-packages/kubernetes \( -path '*/client/api/*' -o -path '*/client/models/*' \) \
-            -name '*.py' ! -name __init__.py -delete \
+            -type f ! -name __init__.py -delete \
     && find /packages -name '*_test.py' -path '*/kubernetes/*' -delete \
     && find /packages -name '*.so' -exec strip --strip-unneeded {} + \
     && python3 -m compileall -q -s /packages -p /usr/local --invalidation-mode unchecked-hash \

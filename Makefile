@@ -12,6 +12,7 @@ BASE_PYTHON ?= $(shell tests/find-python)
 VENV   ?= $(OCTAVO_CACHE)/venv-$(shell $(BASE_PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 PYTHON  = $(VENV)/bin/python
 CLUSTER = $(BASE_PYTHON) tests/cluster/cluster.py
+TEST_PROGRAMS = k8s etcd coredns helm prometheus kwok
 PYTEST ?= $(PYTHON) -m pytest
 export PYTHONPATH = $(CURDIR)/engine:$(CURDIR)/operator
 
@@ -50,11 +51,11 @@ test-other-pythons:  ## the import-light tests on the other supported Pythons
 	@tests/other-pythons $(BASE_PYTHON)
 
 test-cluster-ready:
-	@if $(CLUSTER) install && $(CLUSTER) check; then $(CLUSTER) build && $(CLUSTER) base && $(CLUSTER) image; \
+	@if $(CLUSTER) install && $(CLUSTER) check; then $(CLUSTER) build $(TEST_PROGRAMS) && $(CLUSTER) image; \
 	else echo "The tests that need a cluster will be skipped, for the reason above."; fi
 
 images: ## both images from the Dockerfile, and the size of each of their layers
-	@$(CLUSTER) base && $(CLUSTER) image && $(CLUSTER) sizes
+	@$(CLUSTER) image && $(CLUSTER) sizes
 
 model: venv  ## the test model, real SmolLM2-135M-Instruct, in the cache
 	@$(PYTHON) tests/models.py

@@ -141,6 +141,8 @@ def on_own_cluster(python: str, report: Report) -> None:
             volume = cluster.state / "volumes" / CLAIM
             shutil.copytree(model, volume / MODEL_FOLDER, dirs_exist_ok=True)
             kubernetes.kubectl("apply", "-f", "-", stdin=json.dumps(claim(host_path=str(volume))))
+            bound = "--for=jsonpath={.status.phase}=Bound"
+            kubernetes.kubectl("wait", bound, f"pvc/{CLAIM}", "-n", NAMESPACE, "--timeout=60s")
             report.say(f"{size_of(model) / 1e6:.0f} MB in the claim {CLAIM}, folder {MODEL_FOLDER}")
         serve(kubernetes, {target: images.name_of(target) for target in images.TARGETS}, report)
     except BaseException:

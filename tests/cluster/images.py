@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,9 @@ TARGETS = ("engine", "operator")
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 PULL_TIMEOUT_S = 300
 SHORT_ID = 11
+# How buildah and Docker announce the steps of a Dockerfile that take time; the others are done at once.
+STEP = re.compile(r"(\[\S+\] )?(STEP \S+:|#\d+ \[[^]]*\]) (?P<command>RUN .*)")
+REF_NAME = "org.opencontainers.image.ref.name"
 
 Say = Callable[[str], None]
 Inside = Callable[[Sequence[str]], list[str]]
@@ -59,7 +63,7 @@ def build(target: str, say: Say) -> None:
     if target not in TARGETS:
         raise ImageError(f"the Dockerfile has the targets {' and '.join(TARGETS)}, not {target}")
     started = time.monotonic()
-    with _locked():
+    with locked():
         if shutil.which("buildah"):
             _forget_interrupted()
             _ensure_base(say)
@@ -79,7 +83,7 @@ def build(target: str, say: Say) -> None:
 
 def ensure_base(say: Say) -> None:
     """Have python:3.12-slim in buildah's store: the published one where it can be pulled, else one made here."""
-    with _locked():
+    with locked():
         _ensure_base(say)
 
 
@@ -123,7 +127,7 @@ def find_python() -> Path | None:
 def load(image: str, inside: Inside, store: Path, say: Say) -> None:
     """Bring `image` into the containerd whose root is `store`; `inside` makes a command line run beside it."""
     started = time.monotonic()
-    with _locked():
+    with locked():
         if not shutil.which("buildah"):
             _load_from_docker(image, inside)
         else:
@@ -198,7 +202,7 @@ def _folder() -> Path:
 
 
 @contextlib.contextmanager
-def _locked() -> Iterator[None]:
+def locked() -> Iterator[None]:
     """One build or load at a time: they share the stores, and two would only slow each other down."""
     with (_folder() / "lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -215,7 +219,7 @@ def _buildah() -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """A commit writes the layer, gigabytes of it, to a temporary file first: here, where an interrupted one is found."""
+    """A commit writes the layer's gigabytes to a temporary file first: here, where an interrupted one is found."""
     scratch = _folder() / "scratch"
     scratch.mkdir(exist_ok=True)
     return os.environ | {"TMPDIR": str(scratch)}
@@ -300,9 +304,13 @@ def push_to_layout(image: str) -> tuple[Path, str]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise ImageError(f"cannot write {image} to {layout}: {done.stderr}")
-        entries = json.loads((layout / "index.json").read_text())["manifests"]
-        digest = next(e["digest"] for e in entries if e["annotations"]["org.opencontainers.image.ref.name"] == image)
-        known[image] = [image_id, digest]
+        # skopeo takes the name from the manifest that had it before, and leaves that one in the index.
+        index = json.loads((layout / "index.json").read_text())
+        named = {entry.get("annotations", {}).get(REF_NAME): entry for entry in index["manifests"]}
+        named.pop(None, None)
+        index["manifests"] = list(named.values())
+        (layout / "index.json").write_text(json.dumps(index))
+        known[image] = [image_id, named[image]["digest"]]
         pushed.write_text(json.dumps(known))
         _forget_unused(layout)
     return layout, known[image][1]
@@ -374,17 +382,22 @@ def _load_from_docker(image: str, inside: Inside) -> None:
 def _run_logged(
     command: Sequence[str], log_file: Path, say: Say, title: str, environment: dict[str, str] | None = None
 ) -> None:
-    """Run a long command: its steps are shown as they begin, all that it writes goes to a log."""
+    """Run a long command. All that it writes goes to a log; the steps that take time are shown as they begin."""
     with log_file.open("w") as log:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
         )
         assert process.stdout
+        held = ""
         for line in process.stdout:
             log.write(line)
             log.flush()
-            if "STEP" in line and len(line) < 400:
-                say(f"  {title}: {line.strip()[:110]}")
+            if held and "Using cache" not in line and "CACHED" not in line:
+                say(f"  {title}: {held[:100]}")
+            step = STEP.match(line)
+            held = step["command"] if step else ""
+            if line.startswith("STEP: "):  # of base.sh
+                say(f"  {title}: {line.removeprefix('STEP: ').strip()}")
     if process.wait() != 0:
         last = "".join(log_file.read_text(errors="replace").splitlines(keepends=True)[-15:])
         raise ImageError(f"{title} failed; the whole log is {log_file}\n{last}")

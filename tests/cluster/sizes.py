@@ -42,7 +42,8 @@ class Layer:
 
 def layers(image: str) -> list[Layer]:
     """The image's layers from the bottom up. It must have been built with buildah."""
-    layout, digest = images.push_to_layout(image)
+    with images.locked():
+        layout, digest = images.push_to_layout(image)
     manifest = json.loads(images.blob(layout, digest).read_text())
     config = json.loads(images.blob(layout, manifest["config"]["digest"]).read_text())
     made_by = [step["created_by"] for step in config["history"] if not step.get("empty_layer")]

@@ -55,7 +55,8 @@ def look_around(cluster: Cluster, image: str, *commands: list[str]) -> dict[str,
         "env": [{"name": "TRITON_CACHE_DIR", "value": "/tmp/triton"}],
         "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
     }
-    spec = {"restartPolicy": "Never", "containers": [container | hardened], "volumes": [{"name": "tmp", "emptyDir": {}}]}
+    volumes = [{"name": "tmp", "emptyDir": {}}]
+    spec = {"restartPolicy": "Never", "containers": [container | hardened], "volumes": volumes}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "look-around"}, "spec": spec}
     cluster.kubectl("apply", "-f", "-", stdin=json.dumps(pod))
     try:

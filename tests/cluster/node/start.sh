@@ -84,11 +84,12 @@ ctr -n k8s.io images ls -q | grep -qx localhost/pause:1 || ctr -n k8s.io images 
 export KUBECONFIG=$PKI/admin.kubeconfig
 await kubectl get --raw /readyz
 # By default the controller manager makes an account for each controller at 20 requests a second, which takes 5 seconds.
+# And a claim that is looked at before its volume waits for the next look, 15 seconds later.
 start kube-controller-manager kube-controller-manager --kubeconfig=$PKI/controller-manager.kubeconfig \
   --authentication-kubeconfig=$PKI/controller-manager.kubeconfig \
   --authorization-kubeconfig=$PKI/controller-manager.kubeconfig --bind-address=127.0.0.1 --leader-elect=false \
   --service-account-private-key-file=$PKI/sa.key --root-ca-file=$PKI/ca.crt --use-service-account-credentials=true \
-  --kube-api-qps=300 --kube-api-burst=600
+  --kube-api-qps=300 --kube-api-burst=600 --pvclaimbinder-sync-period=1s
 start kube-scheduler kube-scheduler --kubeconfig=$PKI/scheduler.kubeconfig \
   --authentication-kubeconfig=$PKI/scheduler.kubeconfig --authorization-kubeconfig=$PKI/scheduler.kubeconfig \
   --bind-address=127.0.0.1 --leader-elect=false
