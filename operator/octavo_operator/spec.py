@@ -170,6 +170,8 @@ class Model(_Model):
                 f"model.source is '{self.source}', expected hf://org/name (a model on Hugging Face) or "
                 "pvc://claim/path (a folder on a PersistentVolumeClaim)"
             )
+        if len(set(self.served_names or ())) < len(self.served_names or ()):
+            raise ValueError(f"model.servedNames has a name twice: {', '.join(self.served_names or ())}")
         if self.revision is not None and not self.source.startswith("hf://"):
             raise ValueError(f"model.revision is '{self.revision}', but only hf:// sources have revisions: remove it")
         if self.token_secret_ref is not None and not self.source.startswith("hf://"):

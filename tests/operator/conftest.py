@@ -58,7 +58,7 @@ def stage(api, engines) -> Iterator[object]:
 
 @pytest.fixture(scope="module")
 def operator(cluster, api) -> Iterator[object]:
-    """One running operator for the tests of a file; there, none may start another, as it would wait for this one's lease."""
+    """One running operator for the tests of a file. Another one would wait for its lease."""
     from stage import Operator, wait_for
 
     running = Operator(cluster, "operator", port=18080)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import time
 
 import pytest
-from stage import Operator, wait_for
+from stage import ApiError, Operator, wait_for
 
+LEASE = "/apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator"
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
@@ -26,6 +28,8 @@ def start(cluster, api):
         if running.process.poll() is None:
             running.kill()
             running.process.wait(10)
+    with contextlib.suppress(ApiError):
+        api.request("DELETE", LEASE)
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.05, 0.1])
@@ -93,17 +97,10 @@ def test_an_operator_that_is_asked_to_end_hands_its_lease_over_at_once(start):
 def test_an_operator_that_loses_its_lease_ends_with_a_failure(api, start):
     running = start("loser", 18095)
     running.wait_leading()
-    path = "/apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator"
-
-    def steal():
-        lease = api.get(path)
-        lease["spec"]["holderIdentity"] = "thief"
-        api.request("PUT", path, lease)
-
-    steal()
+    lease = api.merge(LEASE, {"spec": {"holderIdentity": "thief"}})
     status = running.process.wait(15)
-    api.request("DELETE", path)
 
+    assert lease["spec"]["holderIdentity"] == "thief"
     assert status == 1
     assert re.search(r"ERROR .* the lease is lost", running.log())
 

@@ -1,0 +1,239 @@
+"""The resource's schema and rules: the API server and the operator's parser give the same answers.
+
+One table of specs goes through both. What the API server cannot know (what this version of the engine does) is tested
+in test_spec.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from stage import ApiError
+
+from octavo_engine.config import EngineConfig
+from octavo_operator.crd import custom_resource_definition
+from octavo_operator.spec import NAME_MAX, Server, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+HF, PVC = {"source": "hf://org/name"}, {"source": "pvc://claim/folder"}
+GOOD: dict[str, dict[str, Any]] = {
+    "least": {"model": HF},
+    "claim": {"model": {"source": "pvc://claim"}},
+    "deep folder": {"model": {"source": "pvc://claim.a/b/c_d-1.0"}},
+    "revision": {"model": HF | {"revision": "refs/pr/1", "tokenSecretRef": {"name": "hf"}}},
+    "names": {"model": HF | {"servedNames": ["a", "org/b:latest"]}},
+    "engine": {
+        "model": HF,
+        "engine": {
+            "image": "r.example:5000/a/b@sha256:abc",
+            "maxModelLen": 8192,
+            "dtype": "bfloat16",
+            "gpuMemoryUtilization": "0.85",
+            "maxNumSeqs": 64,
+            "maxNumBatchedTokens": 64,
+            "blockSize": 128,
+            "enablePrefixCaching": False,
+            "enableChunkedPrefill": True,
+            "kvCacheMemory": "4Gi",
+            "tensorParallel": 1,
+            "pipelineParallel": 1,
+            "args": ["--seed=7", "--log-level=debug", "--max_num_queued_reqs=5"],
+        },
+    },
+    "whole gpu": {"model": HF, "engine": {"gpuMemoryUtilization": "1.0"}},
+    "amount as number": {"model": PVC, "engine": {"kvCacheMemory": 1073741824}},
+    "hardware": {
+        "model": PVC,
+        "hardware": {
+            "gpus": 0,
+            "resources": {"requests": {"cpu": "500m", "memory": "1.5Gi"}, "limits": {"cpu": 2}},
+            "nodeSelector": {"pool": "a"},
+            "tolerations": [{"key": "x", "operator": "Exists", "effect": "NoSchedule"}],
+            "sharedMemory": "0",
+            "priorityClassName": "high",
+            "runtimeClassName": "nvidia",
+        },
+    },
+    "rest": {
+        "model": HF,
+        "replicas": 0,
+        "suspend": True,
+        "lifecycle": {"drainTimeoutSeconds": 0, "startupStallSeconds": 1},
+        "expose": {"service": {"port": 8000, "type": "LoadBalancer"}, "apiKeysSecretRef": {"name": "k", "key": "a.b"}},
+        "observability": {"podMonitor": "Enabled", "labels": {"release": "x"}},
+        "rollout": {"strategy": "Recreate"},
+        "podTemplate": {"metadata": {"labels": {"team": "ml"}, "annotations": {"prometheus.io/scrape": "false"}}},
+    },
+}
+# spec, words that the API server's refusal must have
+BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "no model": ({}, ("spec.model", "Required")),
+    "plain id": ({"model": {"source": "org/name"}}, ("org/name", "hf://org/name", "pvc://claim/path")),
+    "hf without org": ({"model": {"source": "hf://name"}}, ("hf://name", "expected")),
+    "dots in a claim's path": ({"model": {"source": "pvc://claim/../etc"}}, ("pvc://claim/../etc",)),
+    "absolute path": ({"model": {"source": "pvc://claim//etc"}}, ("expected",)),
+    "other scheme": ({"model": {"source": "s3://bucket/x"}}, ("s3://bucket/x", "expected")),
+    "revision of a claim": ({"model": PVC | {"revision": "main"}}, ("model.revision is 'main'", "only hf://")),
+    "token of a claim": (
+        {"model": PVC | {"tokenSecretRef": {"name": "t"}}},
+        ("tokenSecretRef names 't'", "only hf://"),
+    ),
+    "secret's name": ({"model": HF | {"tokenSecretRef": {"name": "T_"}}}, ("tokenSecretRef.name",)),
+    "two equal names": ({"model": HF | {"servedNames": ["a", "a"]}}, ("Duplicate value",)),
+    "no names": ({"model": HF | {"servedNames": []}}, ("servedNames",)),
+    "length 0": ({"model": HF, "engine": {"maxModelLen": 0}}, ("maxModelLen", "greater than or equal to 1")),
+    "dtype": ({"model": HF, "engine": {"dtype": "int3"}}, ("dtype", "bfloat16")),
+    "block size": ({"model": HF, "engine": {"blockSize": 17}}, ("blockSize", "16", "128")),
+    "utilization": ({"model": HF, "engine": {"gpuMemoryUtilization": "90%"}}, ("'90%'", "'0.01' to '1.0'")),
+    "utilization 0": ({"model": HF, "engine": {"gpuMemoryUtilization": "0.0"}}, ("'0.0'", "'0.01' to '1.0'")),
+    "utilization on a CPU": (
+        {"model": HF, "engine": {"gpuMemoryUtilization": "0.9"}, "hardware": {"gpus": 0}},
+        ("hardware.gpus is 0", "engine.kvCacheMemory"),
+    ),
+    "fewer tokens than requests": (
+        {"model": HF, "engine": {"maxNumBatchedTokens": 8, "maxNumSeqs": 9}},
+        ("maxNumBatchedTokens must be at least engine.maxNumSeqs",),
+    ),
+    "an amount": ({"model": HF, "engine": {"kvCacheMemory": "4 GB"}}, ("kvCacheMemory",)),
+    "a word that is no flag": ({"model": HF, "engine": {"args": ["-x"]}}, ("engine.args has '-x'", "--seed=7")),
+    "a value apart": ({"model": HF, "engine": {"args": ["--seed", "7"]}}, ("engine.args has '7'",)),
+    "host": ({"model": HF, "engine": {"args": ["--host=::"]}}, ("engine.args has '--host=::'", "remove it")),
+    "key": ({"model": HF, "engine": {"args": ["--api_key=x"]}}, ("engine.args has '--api_key=x'", "remove it")),
+    "a field's flag": ({"model": HF, "engine": {"args": ["--max-model-len=1"]}}, ("a field of its own",)),
+    "a switch's negation": ({"model": HF, "engine": {"args": ["--no-enable-metrics"]}}, ("--no-enable-metrics",)),
+    "parallel product": (
+        {"model": HF, "engine": {"tensorParallel": 2}, "hardware": {"gpus": 4}},
+        ("must be hardware.gpus",),
+    ),
+    "gpus below 0": ({"model": HF, "hardware": {"gpus": -1}}, ("hardware.gpus", "greater than or equal to 0")),
+    "gpus as an amount": (
+        {"model": HF, "hardware": {"resources": {"limits": {"nvidia.com/gpu": 1}}}},
+        ("asks for nvidia.com/gpu", "hardware.gpus sets"),
+    ),
+    "other gpus as an amount": (
+        {"model": HF, "hardware": {"resourceName": "amd.com/gpu", "resources": {"requests": {"amd.com/gpu": 1}}}},
+        ("asks for amd.com/gpu",),
+    ),
+    "shared memory": ({"model": HF, "hardware": {"sharedMemory": "lots"}}, ("sharedMemory",)),
+    "toleration": ({"model": HF, "hardware": {"tolerations": [{"operator": "Like"}]}}, ("Equal", "Exists")),
+    "replicas": ({"model": HF, "replicas": -1}, ("replicas",)),
+    "stall": ({"model": HF, "lifecycle": {"startupStallSeconds": 0}}, ("startupStallSeconds",)),
+    "service port": ({"model": HF, "expose": {"service": {"port": 65536}}}, ("port", "65535")),
+    "service type": ({"model": HF, "expose": {"service": {"type": "ExternalName"}}}, ("ClusterIP",)),
+    "monitor": ({"model": HF, "observability": {"podMonitor": "Perhaps"}}, ("Auto", "Enabled", "Disabled")),
+    "strategy": ({"model": HF, "rollout": {"strategy": "BlueGreen"}}, ("Surge", "InPlace", "Recreate")),
+    "our label": (
+        {"model": HF, "podTemplate": {"metadata": {"labels": {"octavo.dev/server": "x"}}}},
+        ("'octavo.dev/server'", "choose another name"),
+    ),
+    "a common label": (
+        {"model": HF, "podTemplate": {"metadata": {"labels": {"app.kubernetes.io/name": "x"}}}},
+        ("'app.kubernetes.io/name'",),
+    ),
+}
+
+
+def server(spec: dict[str, Any], name: str = "x") -> dict[str, Any]:
+    metadata = {"name": name, "namespace": "default"}
+    return {"apiVersion": "octavo.dev/v1alpha1", "kind": "LLMServer", "metadata": metadata, "spec": spec}
+
+
+def try_to_create(api: Any, body: dict[str, Any]) -> str | None:
+    """The API server's refusal, or None. Nothing is created."""
+    path = "/apis/octavo.dev/v1alpha1/namespaces/default/llmservers?dryRun=All&fieldValidation=Strict"
+    try:
+        api.request("POST", path, body)
+    except ApiError as error:
+        return error.message
+    return None
+
+
+def test_the_checked_in_crd_is_the_generated_one():
+    for path in ("crds/llmserver.yaml", "helm/octavo/files/llmserver.yaml"):
+        assert yaml.safe_load((ROOT / path).read_text()) == custom_resource_definition(), "run `make crd`"
+
+
+def test_the_crd_is_far_below_the_bound_of_client_side_apply():
+    assert len((ROOT / "crds/llmserver.yaml").read_bytes()) < 262144 / 4
+
+
+def test_every_field_has_a_description_and_no_type_is_left_open():
+    def walk(schema: dict[str, Any], path: str) -> None:
+        assert "type" in schema or schema.get("x-kubernetes-int-or-string"), path
+        for name, child in schema.get("properties", {}).items():
+            described = child.get("description") or path in ("", ".metadata")
+            assert described, f"{path}.{name} has no description"
+            walk(child, f"{path}.{name}")
+        if isinstance(schema.get("items"), dict):
+            walk(schema["items"], f"{path}[]")
+
+    (version,) = custom_resource_definition()["spec"]["versions"]
+    walk(version["schema"]["openAPIV3Schema"], "")
+
+
+def test_bounds_are_the_engines_own():
+    (version,) = custom_resource_definition()["spec"]["versions"]
+    engine = version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["engine"]["properties"]
+    bounds = {f.name: f.metadata for f in EngineConfig.__dataclass_fields__.values()}
+
+    assert engine["maxNumSeqs"]["maximum"] == bounds["max_num_seqs"]["high"]
+    assert engine["maxNumBatchedTokens"]["maximum"] == bounds["max_num_batched_tokens"]["high"]
+    assert engine["blockSize"]["enum"] == list(bounds["block_size"]["choices"])
+    assert engine["dtype"]["enum"] == list(bounds["dtype"]["choices"])
+
+
+@pytest.mark.parametrize("spec", GOOD.values(), ids=list(GOOD))
+def test_the_parser_takes_a_good_spec(spec):
+    assert isinstance(parse(server(spec)), Server)
+
+
+@pytest.mark.parametrize("spec", [spec for spec, _ in BAD.values()], ids=list(BAD))
+def test_the_parser_refuses_a_bad_spec(spec):
+    assert not isinstance(parse(server(spec)), Server)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("spec", GOOD.values(), ids=list(GOOD))
+def test_the_api_server_takes_a_good_spec(api, spec):
+    assert try_to_create(api, server(spec)) is None
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("spec", "words"), BAD.values(), ids=list(BAD))
+def test_the_api_server_refuses_a_bad_spec_in_these_words(api, spec, words):
+    refusal = try_to_create(api, server(spec))
+
+    assert refusal is not None
+    assert [word for word in words if word not in refusal] == [], refusal
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("name", "taken"), [("a", True), ("a" * NAME_MAX, True), ("a" * (NAME_MAX + 1), False), ("1a", False)]
+)
+def test_names_are_bounded_by_what_children_add_to_them(api, name, taken):
+    refusal = try_to_create(api, server({"model": HF}, name))
+    parsed = parse(server({"model": HF}, name))
+
+    assert (refusal is None) is taken
+    assert isinstance(parsed, Server) is taken
+    assert taken or f"at most {NAME_MAX} characters" in str(refusal)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_api_server_takes_the_examples(api, path):
+    for document in yaml.safe_load_all(path.read_text()):
+        document["metadata"]["namespace"] = "default"
+        assert try_to_create(api, document) is None
+
+
+@pytest.mark.cluster
+def test_what_its_owner_left_out_stays_out_but_for_replicas(api):
+    path = "/apis/octavo.dev/v1alpha1/namespaces/default/llmservers?dryRun=All"
+    created = api.request("POST", path, server({"model": HF, "engine": {}}))
+
+    assert created["spec"] == {"model": HF, "engine": {}, "replicas": 1}

@@ -1,0 +1,93 @@
+"""What a real kubelet says of pods that do not come up, and what becomes of it on the resource.
+
+The image is the cluster's own pause: it is on the node, runs as any user, and answers nobody.
+"""
+
+from __future__ import annotations
+
+import pytest
+from stage import wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("operator")]
+
+PAUSE = {"image": "localhost/pause:1"}
+NODE = {"nodeSelector": {"kubernetes.io/hostname": "node1"}}
+
+
+def serve(stage, **spec):
+    hardware = NODE | {"gpus": 0} | spec.pop("hardware", {})
+    engine = PAUSE | spec.pop("engine", {})
+    lifecycle = {"drainTimeoutSeconds": 0}
+    body = {"model": {"source": "hf://org/name"}, "engine": engine, "hardware": hardware, "lifecycle": lifecycle}
+    metadata = {"name": "qwen"}
+    document = {"apiVersion": "octavo.dev/v1alpha1", "kind": "LLMServer", "metadata": metadata, "spec": body | spec}
+    return stage.create("llmservers", document)
+
+
+def test_four_gpus_are_given_and_the_fifth_pod_waits_with_the_reason(stage):
+    serve(stage, replicas=5, hardware={"gpus": 1})
+    found = stage.wait_condition("Schedulable", "False", "InsufficientGPU", timeout_s=30)
+    wait_for(lambda: sum("node" in pod for pod in stage.status()["pods"]) == 4, "four pods on the node", 30)
+
+    assert "no nvidia.com/gpu free, and each pod needs 1" in found["message"]
+    assert "free one, add nodes, or lower replicas or hardware.gpus" in found["message"]
+    assert stage.status()["pods"][0]["stage"] == "pending"
+    assert stage.condition("Ready")["reason"] == "InsufficientGPU"
+
+
+def test_a_claim_that_is_not_there_is_named(stage):
+    serve(stage, model={"source": "pvc://models/folder"})
+    found = stage.wait_condition("Schedulable", "False", "ClaimMissing")
+
+    assert "PersistentVolumeClaim models was not found" in found["message"]
+    assert stage.condition("ModelCached")["reason"] == "ClaimMissing"
+
+
+def test_an_image_that_cannot_be_pulled_is_named(stage):
+    serve(stage, engine={"image": "localhost:1/no/engine:1"})
+    found = stage.wait_condition("Ready", "False", "ImagePull", timeout_s=60)
+
+    assert "localhost:1/no/engine:1" in found["message"]
+    assert "engine.image" in found["message"]
+    assert ("Warning", "ImagePull") in stage.events()
+
+
+def test_a_token_secret_that_is_not_there_is_named_and_its_coming_is_seen(stage):
+    serve(stage, model={"source": "hf://org/name", "tokenSecretRef": {"name": "hf"}})
+    found = stage.wait_condition("Ready", "False", "SecretMissing", timeout_s=60)
+    stage.create("secrets", {"metadata": {"name": "hf"}, "stringData": {"other": "x"}})
+    key = stage.wait_condition("Ready", "False", "SecretKeyMissing", timeout_s=90)
+
+    assert "The Secret hf was not found" in found["message"]
+    assert "The Secret hf has no key token" in key["message"]
+
+
+def test_a_secret_of_keys_that_is_not_there_is_named(stage):
+    serve(stage, expose={"apiKeysSecretRef": {"name": "keys"}})
+    found = stage.wait_condition("Ready", "False", "SecretMissing", timeout_s=60)
+
+    assert "The Secret keys was not found" in found["message"]
+
+
+def test_an_engine_that_does_not_answer_is_called_unreachable(stage):
+    serve(stage)
+
+    def unreachable():
+        pods = stage.status().get("pods")
+        return pods and pods[0]["stage"] == "unreachable"
+
+    wait_for(unreachable, "the stage", 60)
+    assert "does not answer on the management port" in stage.condition("Ready")["message"]
+
+
+def test_a_killed_container_is_told_with_its_signal(stage, cluster):
+    serve(stage)
+    wait_for(lambda: (stage.status().get("pods") or [{}])[0].get("stage") == "starting", "it to run", 60)
+    (pod,) = stage.pods()
+    container = pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
+    cluster.run(["ctr", "-n", "k8s.io", "tasks", "kill", "-s", "SIGKILL", container])
+    found = stage.wait_condition("Ready", "False", "Exited", timeout_s=60)
+
+    assert "status 137 (SIGKILL)" in found["message"]
+    assert wait_for(lambda: stage.status()["pods"][0].get("restarts"), "the restart", 60) >= 1
+    assert stage.status()["lastFailure"]["pod"] == pod["metadata"]["name"]
