@@ -5,3 +5,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "engine"), str(ROOT / "operator")])
+# As the engine sets it for itself, but tests import torch first: threads that spin while they wait starve each other,
+# and a suite beside another busy process would take many times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -82,7 +82,7 @@ def test_a_config_is_read_with_its_defaults():
             {"windows": (None, 5)},
         ),
         (
-            {"architectures": ["Qwen3ForCausalLM"], "sliding_window": 5,
+            {"architectures": ["Qwen3ForCausalLM"], "sliding_window": 5, "use_sliding_window": True,
              "layer_types": ["sliding_attention", "full_attention"]},
             {"windows": (5, None)},
         ),
@@ -103,7 +103,7 @@ def test_the_switches_of_each_family(changes: dict[str, Any], expected: dict[str
     [
         ({"rope_theta": 5e5}, 5e5, "default", None),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 1e4, "linear", 2.0),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}, "rope_theta": 3e4}, 3e4, "llama3", 8.0),
+        ({"rope_scaling": LLAMA_8B["rope_scaling"], "rope_theta": 3e4}, 3e4, "llama3", 8.0),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 7e4}}, 7e4, "yarn", 4.0),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}, "rope_theta": 1.0}, 2e4, "default", None),
     ],
@@ -122,6 +122,12 @@ def test_rope_is_read_in_the_old_and_the_new_spelling(changes, theta: float, kin
         ({"quantization_config": {"quant_method": "awq"}}, FailureCode.UNSUPPORTED_FEATURE, "awq"),
         ({"hidden_act": "gelu"}, FailureCode.UNSUPPORTED_MODEL, "'gelu'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, FailureCode.UNSUPPORTED_MODEL, "'longrope'"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
+            FailureCode.MODEL_INVALID,
+            "lacks the number low_freq",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, FailureCode.MODEL_INVALID, "'linear' lacks the number factor"),
         ({"hidden_size": None}, FailureCode.MODEL_INVALID, "hidden_size is None"),
         ({"hidden_size": "8"}, FailureCode.MODEL_INVALID, "hidden_size is '8'"),
         ({"num_hidden_layers": 0}, FailureCode.MODEL_INVALID, "num_hidden_layers is 0"),

@@ -55,8 +55,18 @@ def _yarn(plain: Tensor, config: RopeConfig, head_dim: int) -> tuple[Tensor, flo
     def dimension_of(rotations: float) -> float:
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.theta))
 
-    low = max(math.floor(dimension_of(p.get("beta_fast", 32.0))), 0)
-    high = min(math.ceil(dimension_of(p.get("beta_slow", 1.0))), head_dim - 1)
+    low, high = dimension_of(p.get("beta_fast") or 32.0), dimension_of(p.get("beta_slow") or 1.0)
+    if p.get("truncate", 1.0):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
-    amplitude = p.get("attention_factor") or 0.1 * math.log(factor) + 1.0
+    amplitude = p.get("attention_factor")
+    if amplitude is None:
+        amplitude = _amplitude(factor, 1.0)
+        if p.get("mscale") and p.get("mscale_all_dim"):
+            amplitude = _amplitude(factor, p["mscale"]) / _amplitude(factor, p["mscale_all_dim"])
     return plain / factor * ramp + plain * (1 - ramp), amplitude
+
+
+def _amplitude(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

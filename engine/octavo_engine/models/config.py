@@ -15,7 +15,13 @@ from typing import Any
 from octavo_engine.status import Failure, FailureCode, FatalError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_PARAMETERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+"""The numbers that each scaling of RoPE cannot do without."""
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -148,7 +154,7 @@ def parse_config(raw: Mapping[str, Any], origin: str = "config.json") -> Decoder
         num_kv_heads=kv_heads,
         head_dim=whole("head_dim", hidden // heads),
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope=_rope(raw),
+        rope=_rope(raw, origin),
         max_position=whole("max_position_embeddings", 2048),
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=attention_bias,
@@ -160,20 +166,26 @@ def parse_config(raw: Mapping[str, Any], origin: str = "config.json") -> Decoder
     )
 
 
-def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+def _rope(raw: Mapping[str, Any], origin: str) -> RopeConfig:
     # transformers 5 writes rope_parameters; before it there were rope_theta and rope_scaling.
     parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     theta = float(parameters.pop("rope_theta", None) or raw.get("rope_theta") or 10_000.0)
     kind = str(parameters.pop("rope_type", None) or parameters.pop("type", None) or "default")
     parameters.pop("type", None)
-    if kind not in ROPE_TYPES:
+    if kind not in ROPE_PARAMETERS:
         raise _fatal(
             FailureCode.UNSUPPORTED_MODEL, f"The RoPE scaling {kind!r} is not supported.",
-            "choose a model with one of " + ", ".join(ROPE_TYPES),
+            "choose a model with one of " + ", ".join(ROPE_PARAMETERS),
         )  # fmt: skip
     if kind == "yarn":
         parameters.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings", 2048))
-    numbers = {k: float(v) for k, v in parameters.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    numbers = {k: float(v) for k, v in parameters.items() if isinstance(v, (int, float))}
+    missing = [name for name in ROPE_PARAMETERS[kind] if name not in numbers]
+    if missing:
+        raise _fatal(
+            FailureCode.MODEL_INVALID, f"{origin}: RoPE scaling {kind!r} lacks the number {missing[0]}.",
+            "download or copy the checkpoint again",
+        )  # fmt: skip
     return RopeConfig(theta, kind, numbers)
 
 
@@ -183,10 +195,10 @@ def _windows(raw: Mapping[str, Any], architecture: str, layers: int) -> tuple[in
         return (None,) * layers
     if architecture == "MistralForCausalLM":
         return (int(window),) * layers
-    if types := raw.get("layer_types"):
-        return tuple(int(window) if kind == "sliding_attention" else None for kind in types)
     if not raw.get("use_sliding_window", False):
         return (None,) * layers
+    if types := raw.get("layer_types"):
+        return tuple(int(window) if kind == "sliding_attention" else None for kind in types)
     first = int(raw.get("max_window_layers", layers))
     return tuple(int(window) if layer >= first else None for layer in range(layers))
 
