@@ -136,6 +136,9 @@ class Board:
         if first and callback is not None:
             callback()
 
+    def wait_draining(self, timeout_s: float) -> bool:
+        return self._drain.wait(timeout_s)
+
     def drained(self) -> None:
         self._drained.set()
 

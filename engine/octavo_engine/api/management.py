@@ -20,6 +20,7 @@ from octavo_engine.api.board import Board, Verdict
 READ_TIMEOUT_S = 10.0
 """A client that connects and says nothing is let go."""
 DRAIN_MARGIN_S = 10.0
+DRAIN_DELAY_MAX_S = 60.0
 
 
 class ManagementServer:
@@ -113,16 +114,26 @@ class _Handler(BaseHTTPRequestHandler):
             case "/statusz":
                 self._send(200, board.statusz().to_dict())
             case "/drain" if self.command != "HEAD":
-                wait = parse_qs(url.query).get("wait", ["true"])[-1].lower()
-                self._drain(wait=wait not in ("false", "0", "no"))
+                query = parse_qs(url.query)
+                wait = query.get("wait", ["true"])[-1].lower() not in ("false", "0", "no")
+                self._drain(query.get("after", ["0"])[-1], wait=wait)
             case "/metrics":
                 self._send_metrics()
             case _:
                 routes = "/startupz /livez /readyz /statusz /drain /metrics"
                 self._send(404, {"error": f"no such route; there are {routes}"})
 
-    def _drain(self, *, wait: bool) -> None:
+    def _drain(self, after: str, *, wait: bool) -> None:
         board = self.server.board
+        # A pod that ends gets new requests until every node has taken it out of the Service, a second or two later.
+        # Refusing those at once would fail them; `after` seconds they are still taken.
+        try:
+            after_s = float(after)
+        except ValueError:
+            after_s = -1.0
+        if not 0 <= after_s <= DRAIN_DELAY_MAX_S:
+            return self._send(400, {"error": f"after must be 0..{DRAIN_DELAY_MAX_S:g} seconds, got {after!r}"})
+        board.wait_draining(after_s)
         board.drain()
         if not wait:
             return self._send(202, {"status": "draining"})

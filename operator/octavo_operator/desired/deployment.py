@@ -19,8 +19,10 @@ from octavo_operator.spec import API_KEYS_FILE, API_KEYS_PATH, MODELS_PATH, Serv
 USER_ID = 10001
 """The image's user; numeric, as runAsNonRoot cannot check a name."""
 CACHE_PATH = "/var/cache/octavo"
-GRACE_MARGIN_SECONDS = 15
-"""Between the end of the drain and SIGKILL: to answer the last client, write the certificate and exit."""
+DRAIN_DELAY_SECONDS = 5
+"""A pod that ends gets requests until every node has taken it out of the Service: so long it takes them."""
+GRACE_MARGIN_SECONDS = 15 + DRAIN_DELAY_SECONDS
+"""Besides the drain itself: its delay, and time to answer the last client, write the certificate and exit."""
 STARTUP_PERIOD_SECONDS = 5
 NEVER = 2**31 - 1
 
@@ -127,7 +129,11 @@ def _container(server: Server, defaults: EngineDefaults) -> dict[str, Any]:
         "livenessProbe": _probe("/livez", period=10, failures=6, timeout=5),
         "readinessProbe": _probe("/readyz", period=2, failures=3, timeout=3),
         # Returns when the last request is done, so that SIGTERM finds an idle engine.
-        "lifecycle": {"preStop": {"httpGet": {"path": "/drain", "port": names.MANAGEMENT_PORT_NAME}}},
+        "lifecycle": {
+            "preStop": {
+                "httpGet": {"path": f"/drain?after={DRAIN_DELAY_SECONDS}", "port": names.MANAGEMENT_PORT_NAME}
+            }
+        },
         "terminationMessagePath": DEFAULT_TERMINATION_LOG,
         # An engine writes its death certificate itself; one that could not leaves its last words.
         "terminationMessagePolicy": "FallbackToLogsOnError",

@@ -421,6 +421,31 @@ async def test_drain_answers_when_the_last_request_is_done(start, http, method) 
     assert await asyncio.to_thread(server.wait_exit) == 0
 
 
+async def test_a_drain_that_begins_later_takes_requests_until_then(start, http) -> None:
+    server = start(script={"step_s": 0.01})
+    begun = time.monotonic()
+    drain = asyncio.create_task(asyncio.to_thread(server.get, "/drain?after=1"))
+    await asyncio.sleep(0.2)
+
+    events = await stream(http, server, max_tokens=10, ignore_eos=True)
+    status, answer = await drain
+
+    assert events[-1] == "[DONE]"
+    assert (status, answer) == (200, {"status": "drained"})
+    assert time.monotonic() - begun >= 1
+    assert await asyncio.to_thread(server.wait_exit) == 0
+
+
+@pytest.mark.parametrize("after", ["-1", "61", "soon", "nan"])
+def test_a_drain_that_begins_too_late_is_refused(start, after) -> None:
+    server = start()
+    status, answer = server.get(f"/drain?after={after}")
+
+    assert status == 400
+    assert after in answer["error"]
+    assert server.get("/readyz")[0] == 200
+
+
 def test_octavo_drain_waits_for_the_end(start) -> None:
     server = start()
     environment = {"PYTHONPATH": str(Path(__file__).parents[3] / "engine")}
