@@ -302,21 +302,21 @@ def stream_with_curl(address: str, report: Report) -> None:
     command = ["curl", "-sSN", "--fail-with-body", "--max-time", "120", "-H", "Content-Type: application/json"]
     command += ["-d", json.dumps(body), f"{address}/v1/chat/completions"]
     started, first, pieces = time.monotonic(), None, 0
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout
     print("  ", end="")
     other = ""
-    for line in process.stdout:
-        event = line.removeprefix("data: ").strip()
-        if not line.startswith("data: "):
-            other += line
-        elif event != "[DONE]":
-            text = json.loads(event)["choices"][0]["delta"].get("content") or ""
-            first = first or (time.monotonic() if text else None)
-            pieces += bool(text)
-            print(green(text), end="", flush=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            event = line.removeprefix("data: ").strip()
+            if not line.startswith("data: "):
+                other += line
+            elif event != "[DONE]":
+                text = json.loads(event)["choices"][0]["delta"].get("content") or ""
+                first = first or (time.monotonic() if text else None)
+                pieces += bool(text)
+                print(green(text), end="", flush=True)
     print()
-    if process.wait() != 0 or first is None:
+    if process.returncode != 0 or first is None:
         raise DemoError(f"curl got no answer from {address}: {other}")
     seconds = time.monotonic() - first
     report.say(f"first token after {1000 * (first - started):.0f} ms, then {pieces / max(seconds, 1e-3):.0f} tokens/s")

@@ -371,11 +371,10 @@ def _import(image: str, layout: Path, manifest: str, inside: Inside) -> subproce
 
 
 def _load_from_docker(image: str, inside: Inside) -> None:
-    saved = subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE)
-    done = subprocess.run(
-        inside(["ctr", "-n", "k8s.io", "images", "import", "-"]), stdin=saved.stdout, capture_output=True, text=True
-    )
-    if saved.wait() != 0 or done.returncode != 0:
+    importing = inside(["ctr", "-n", "k8s.io", "images", "import", "-"])
+    with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:
+        done = subprocess.run(importing, stdin=saved.stdout, capture_output=True, text=True)
+    if saved.returncode != 0 or done.returncode != 0:
         raise ImageError(f"cannot load {image} from Docker: {done.stderr}")
 
 
@@ -383,10 +382,12 @@ def _run_logged(
     command: Sequence[str], log_file: Path, say: Say, title: str, environment: dict[str, str] | None = None
 ) -> None:
     """Run a long command. All that it writes goes to a log; the steps that take time are shown as they begin."""
-    with log_file.open("w") as log:
-        process = subprocess.Popen(
+    with (
+        log_file.open("w") as log,
+        subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-        )
+        ) as process,
+    ):
         assert process.stdout
         held = ""
         for line in process.stdout:
@@ -398,7 +399,7 @@ def _run_logged(
             held = step["command"] if step else ""
             if line.startswith("STEP: "):  # of base.sh
                 say(f"  {title}: {line.removeprefix('STEP: ').strip()}")
-    if process.wait() != 0:
+    if process.returncode != 0:
         last = "".join(log_file.read_text(errors="replace").splitlines(keepends=True)[-15:])
         raise ImageError(f"{title} failed; the whole log is {log_file}\n{last}")
 
