@@ -1,0 +1,218 @@
+"""The children that a spec asks for: what each field becomes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from build import server
+
+from octavo_engine.config import ArgumentParser, EngineConfig, ServerConfig, add_arguments, from_namespace
+from octavo_operator.desired import objects
+from octavo_operator.desired.deployment import revision
+from octavo_operator.desired.monitoring import pod_annotations
+from octavo_operator.desired.service import url
+from octavo_operator.settings import EngineDefaults
+
+
+def children(*, monitors: bool = False, defaults: EngineDefaults | None = None, **spec: Any) -> dict[str, Any]:
+    found = objects(server(**spec), defaults or EngineDefaults(), pod_monitors_known=monitors)
+    return {body["kind"]: body for body in found}
+
+
+def pod_spec(**spec: Any) -> dict[str, Any]:
+    found: dict[str, Any] = children(**spec)["Deployment"]["spec"]["template"]["spec"]
+    return found
+
+
+def container(**spec: Any) -> dict[str, Any]:
+    (found,) = pod_spec(**spec)["containers"]
+    return dict(found)
+
+
+def test_the_arguments_are_what_the_engines_own_parser_reads_back():
+    parsed = server(
+        engine={"maxModelLen": 4096, "maxNumSeqs": 8, "kvCacheMemory": "1Gi", "enablePrefixCaching": False},
+        model={"source": "hf://org/name", "revision": "abc", "servedNames": ["a", "b"]},
+        lifecycle={"drainTimeoutSeconds": 5, "startupStallSeconds": 60},
+    )
+    parser = ArgumentParser("octavo serve")
+    add_arguments(parser, [EngineConfig, ServerConfig])
+    command, *flags = parsed.args
+    namespace = parser.parse_args(flags)
+
+    assert command == "serve"
+    assert from_namespace(EngineConfig, namespace) == parsed.engine_config
+    assert from_namespace(ServerConfig, namespace) == parsed.server_config
+    assert parsed.engine_config.kv_cache_memory_bytes == 2**30
+
+
+def test_a_hub_model_is_named_by_its_id_and_a_claim_is_mounted_read_only():
+    claim = pod_spec(model={"source": "pvc://models/a/b"})
+    (volume,) = [v for v in claim["volumes"] if v["name"] == "models"]
+    (mount,) = [m for m in claim["containers"][0]["volumeMounts"] if m["name"] == "models"]
+
+    assert "--model=org/name" in container()["args"]
+    assert "--model=/models/a/b" in claim["containers"][0]["args"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "models", "readOnly": True}
+    assert mount["readOnly"] is True
+    assert {"name": "HF_HUB_OFFLINE", "value": "1"} in claim["containers"][0]["env"]
+
+
+def test_secrets_are_named_and_never_read():
+    token = container(model={"source": "hf://o/n", "tokenSecretRef": {"name": "hf", "key": "t"}})
+    keys = pod_spec(expose={"apiKeysSecretRef": {"name": "keys"}})
+
+    assert token["env"][-1] == {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "t"}}}
+    assert {"secretName": "keys", "items": [{"key": "keys", "path": "keys"}], "defaultMode": 0o440} in [
+        volume.get("secret") for volume in keys["volumes"]
+    ]
+    assert "--api-key-file=/etc/octavo/api-keys/keys" in keys["containers"][0]["args"]
+
+
+def test_gpus_are_a_limit_with_the_toleration_that_their_nodes_ask_for():
+    one = pod_spec(hardware={"gpus": 1, "resources": {"requests": {"cpu": 1}, "limits": {"memory": "8Gi"}}})
+    amd = pod_spec(hardware={"gpus": 1, "resourceName": "amd.com/gpu"})
+
+    assert one["containers"][0]["resources"] == {
+        "requests": {"cpu": "1"},
+        "limits": {"memory": "8Gi", "nvidia.com/gpu": "1"},
+    }
+    assert one["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert amd["containers"][0]["resources"] == {"limits": {"amd.com/gpu": "1"}}
+    assert "tolerations" not in pod_spec()
+    assert "--device=cpu" in container()["args"]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "size"),
+    [({"gpus": 0}, None), ({"gpus": 1}, None), ({"gpus": 1, "sharedMemory": "1Gi"}, str(2**30))],
+)
+def test_shared_memory_is_a_volume_in_memory(hardware, size):
+    sizes = [v["emptyDir"]["sizeLimit"] for v in pod_spec(hardware=hardware)["volumes"] if v["name"] == "shm"]
+
+    assert sizes == ([size] if size else [])
+
+
+def test_placement_goes_to_the_pod():
+    hardware = {
+        "gpus": 0,
+        "nodeSelector": {"pool": "a"},
+        "tolerations": [{"key": "x", "operator": "Exists"}],
+        "priorityClassName": "high",
+        "runtimeClassName": "nvidia",
+    }
+    found = pod_spec(hardware=hardware)
+
+    assert found["nodeSelector"] == {"pool": "a"}
+    assert found["tolerations"] == [{"key": "x", "operator": "Exists"}]
+    assert (found["priorityClassName"], found["runtimeClassName"]) == ("high", "nvidia")
+
+
+@pytest.mark.parametrize(
+    ("spec", "strategy"),
+    [
+        ({"hardware": {"gpus": 0}}, {"maxSurge": 1, "maxUnavailable": 0}),
+        ({"hardware": {"gpus": 1}}, {"maxSurge": 0, "maxUnavailable": 1}),
+        ({"rollout": {"strategy": "InPlace"}}, {"maxSurge": 0, "maxUnavailable": 1}),
+        ({"rollout": {"strategy": "Recreate"}}, None),
+    ],
+)
+def test_pods_are_replaced_as_their_hardware_allows(spec, strategy):
+    found = children(**spec)["Deployment"]["spec"]["strategy"]
+
+    assert found["rollingUpdate"] == strategy
+    assert found["type"] == ("RollingUpdate" if strategy else "Recreate")
+
+
+def test_probes_and_grace_follow_from_the_life_cycle():
+    spec = {"lifecycle": {"drainTimeoutSeconds": 60, "startupStallSeconds": 12}}
+    probes = container(**spec)
+
+    assert probes["startupProbe"]["failureThreshold"] * probes["startupProbe"]["periodSeconds"] == 15
+    assert pod_spec(**spec)["terminationGracePeriodSeconds"] == 80
+    assert probes["lifecycle"]["preStop"]["httpGet"] == {"path": "/drain?after=5", "port": "management"}
+    assert probes["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+@pytest.mark.parametrize(("spec", "replicas"), [({}, 1), ({"replicas": 3}, 3), ({"replicas": 3, "suspend": True}, 0)])
+def test_a_suspended_server_has_no_pods_and_keeps_its_number(spec, replicas):
+    assert children(**spec)["Deployment"]["spec"]["replicas"] == replicas
+
+
+def test_replicas_do_not_change_the_template_and_a_flag_does():
+    def template(**spec: Any) -> str:
+        return revision(children(**spec)["Deployment"])
+
+    assert (
+        template() == template(replicas=5) == template(suspend=True) == template(observability={"labels": {"a": "b"}})
+    )
+    assert template() != template(engine={"maxNumSeqs": 7})
+
+
+def test_whether_the_cluster_has_pod_monitors_does_not_restart_engines():
+    with_them, without = children(monitors=True), children(monitors=False)
+
+    assert with_them["Deployment"] == without["Deployment"]
+    assert "PodMonitor" in with_them
+    assert "PodMonitor" not in without
+
+
+@pytest.mark.parametrize(
+    ("choice", "known", "monitor", "annotated"),
+    [
+        ("Auto", True, True, False),
+        ("Auto", False, False, True),
+        ("Enabled", True, True, False),
+        ("Enabled", False, False, False),
+        ("Disabled", True, False, False),
+        ("Disabled", False, False, False),
+    ],
+)
+def test_prometheus_is_told_by_one_way_or_by_none(choice, known, monitor, annotated):
+    spec = {"observability": {"podMonitor": choice}}
+
+    assert ("PodMonitor" in children(monitors=known, **spec)) is monitor
+    assert bool(pod_annotations(server(**spec), pod_monitors_known=known)) is annotated
+
+
+def test_annotations_that_the_user_gives_are_not_ours_to_set():
+    given = {"podTemplate": {"metadata": {"annotations": {"prometheus.io/scrape": "false"}}}}
+
+    assert "prometheus.io/scrape" not in pod_annotations(server(**given), pod_monitors_known=False)
+
+
+def test_the_users_labels_are_on_the_pods_and_cannot_touch_the_selector():
+    template = children(podTemplate={"metadata": {"labels": {"team": "ml"}}})["Deployment"]["spec"]["template"]
+
+    assert template["metadata"]["labels"]["team"] == "ml"
+    assert children()["Deployment"]["spec"]["selector"] == {"matchLabels": {"octavo.dev/server": "qwen"}}
+
+
+def test_pods_meet_the_restricted_standard_and_mount_no_token():
+    found, box = pod_spec(), container()
+
+    assert found["automountServiceAccountToken"] is False
+    assert found["securityContext"]["runAsNonRoot"] is True
+    assert found["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert box["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": True,
+    }
+
+
+def test_the_image_is_the_servers_own_or_the_operators_default():
+    defaults = EngineDefaults("r/engine:1", "Always", ("pull",))
+
+    assert container(defaults=defaults)["image"] == "r/engine:1"
+    assert container(defaults=defaults, engine={"image": "mine:2"})["image"] == "mine:2"
+    assert container(defaults=defaults)["imagePullPolicy"] == "Always"
+    assert pod_spec(defaults=defaults)["imagePullSecrets"] == [{"name": "pull"}]
+
+
+@pytest.mark.parametrize(
+    ("port", "address"), [(80, "http://qwen.default.svc/v1"), (81, "http://qwen.default.svc:81/v1")]
+)
+def test_the_url_is_what_an_openai_client_takes(port, address):
+    assert url(server(expose={"service": {"port": port}})) == address

@@ -1,0 +1,99 @@
+"""Parsing beyond what the API server can know. The table of good and bad specs is in test_crd.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from octavo_operator.quantity import gib, parse_quantity
+from octavo_operator.settings import Settings, SettingsError, from_environment
+from octavo_operator.spec import Problem, in_fields, parse
+
+
+def problems(**spec: Any) -> str:
+    body = {"model": {"source": "hf://org/name"}} | spec
+    found = parse({"metadata": {"name": "x", "namespace": "d"}, "spec": body})
+    assert isinstance(found, tuple)
+    assert all(isinstance(problem, Problem) for problem in found)
+    return " ".join(map(str, found))
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"hardware": {"gpus": 2}}, ("spec.engine.tensorParallel", "hardware.gpus", "got 2", "one device")),
+        ({"engine": {"maxNumSeqs": 4096}}, ("spec.engine.maxNumBatchedTokens", "at least --max-num-seqs (4096)")),
+        ({"engine": {"noSuchField": 1}}, ("spec.engine.noSuchField",)),
+        ({"engine": {"maxModelLen": "many"}}, ("spec.engine.maxModelLen", "'many'")),
+    ],
+)
+def test_a_problem_names_the_field_the_value_and_what_would_be_right(spec, words):
+    told = problems(**spec)
+
+    assert [word for word in words if word not in told] == [], told
+
+
+def test_an_engines_words_are_told_in_the_fields_of_the_resource():
+    assert in_fields("set --max-model-len <= 9216 or raise --kv-cache-memory-bytes; see --seed") == (
+        "set spec.engine.maxModelLen <= 9216 or raise spec.engine.kvCacheMemory; see --seed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"), [("1", 1), ("1.5Gi", 1610612736), ("500m", 0.5), ("2k", 2000), (3, 3), ("1Ei", 2**60)]
+)
+def test_amounts_are_read_as_kubernetes_writes_them(text, amount):
+    assert parse_quantity(text) == amount
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1 Gi", "1GiB", "1e3", "Gi"])
+def test_what_is_no_amount_is_refused(text):
+    with pytest.raises(ValueError, match="not a quantity"):
+        parse_quantity(text)
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0.0 MiB"), (538 * 2**20, "538.0 MiB"), (15231233024, "14.2 GiB")])
+def test_amounts_of_memory_are_told_as_people_compare_them(count, text):
+    assert gib(count) == text
+
+
+def test_settings_come_from_the_variables_that_the_chart_sets():
+    environ = {
+        "OCTAVO_ENGINE_IMAGE": "r/e:1",
+        "OCTAVO_ENGINE_IMAGE_PULL_POLICY": "Never",
+        "OCTAVO_ENGINE_IMAGE_PULL_SECRETS": "a, b",
+        "OCTAVO_WATCH_NAMESPACES": "x,y",
+        "OCTAVO_NAMESPACE": "system",
+        "OCTAVO_IDENTITY": "pod-1",
+        "OCTAVO_LISTEN_PORT": "1234",
+        "OCTAVO_LOG_LEVEL": "debug",
+        "OCTAVO_LEASE_SECONDS": "30",
+    }
+    found = from_environment(environ)
+
+    assert (found.engine.image, found.engine.pull_policy, found.engine.pull_secrets) == ("r/e:1", "Never", ("a", "b"))
+    assert found.watch_namespaces == ("x", "y")
+    assert (found.namespace, found.identity, found.listen_port, found.lease_seconds) == ("system", "pod-1", 1234, 30)
+    assert from_environment({"OCTAVO_WATCH_NAMESPACES": "", "OCTAVO_IDENTITY": "i"}).watch_namespaces == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OCTAVO_LISTEN_PORT", "70000"),
+        ("OCTAVO_LISTEN_PORT", "http"),
+        ("OCTAVO_LEASE_SECONDS", "1"),
+        ("OCTAVO_LOG_LEVEL", "loud"),
+        ("OCTAVO_ENGINE_IMAGE_PULL_POLICY", "Sometimes"),
+    ],
+)
+def test_a_setting_outside_its_range_is_refused_by_name(name, value):
+    with pytest.raises(SettingsError, match=rf"{name}: got '{value}', expected"):
+        from_environment({name: value})
+
+
+def test_the_statuses_time_behind_the_engine_is_below_two_seconds():
+    settings = Settings()
+
+    assert settings.loading_poll_s + settings.statusz_timeout_s <= 2
