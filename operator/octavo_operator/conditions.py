@@ -106,6 +106,8 @@ class View:
         ending = len(self.replicas) - len(self.live)
         if ending:
             return f"{ending} {'pod is' if ending == 1 else 'pods are'} ending."
+        if len(self.live) > self.desired:
+            return f"{_pods(len(self.live) - self.desired)} too many, to be ended."
         return "Its pods are being created." if len(self.live) < self.desired else ""
 
 
@@ -116,7 +118,7 @@ def conditions(view: View) -> list[Finding]:
 def conditions_of_invalid(problems: Sequence[Problem], serving: int) -> list[Finding]:
     """Nothing is changed for a spec that cannot be served: pods of the one before it go on."""
     told = " ".join(f"{problem}." for problem in problems)
-    still = f" {serving} pods of the specification before it still serve." if serving else ""
+    still = f" Still serving: {_pods(serving)} of the specification before it." if serving else ""
     ready = Finding(names.READY, "False", INVALID_SPEC, told + still, trouble=True)
     stopped = Finding(names.PROGRESSING, "False", INVALID_SPEC, "It waits for the specification to be corrected.")
     others = (names.SCHEDULABLE, names.MODEL_CACHED, names.FITS, names.MONITORING_READY)
