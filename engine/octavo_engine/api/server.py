@@ -224,7 +224,8 @@ class _Server:
         status = await asyncio.to_thread(self._engine.end)
         failure = self._client.gone.result() or died(status)
         self._board.fail(failure)
-        log.error("the engine has ended code=%s active_requests=%d", failure.code, self._api.active)
+        if self._api.active:
+            log.error("the engine has ended code=%s active_requests=%d", failure.code, self._api.active)
         # Every stream has its final error event by now; let it reach its client.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._api.idle.wait(), LAST_WORDS_S)

@@ -6,7 +6,6 @@ reader ends this process at once: nobody could receive what it computes.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
@@ -179,9 +178,10 @@ def _unexpected(error: Exception) -> Failure:
 
 
 def _die(channel: Channel, failure: Failure) -> int:
-    log.error("%s: %s", failure.code, failure)
-    with contextlib.suppress(ChannelClosedError):  # the exit status still tells
-        channel.send(Fatal(failure))
+    try:
+        channel.send(Fatal(failure))  # the API process prints it, once for both
+    except ChannelClosedError:
+        log.error("%s: %s", failure.code, failure)
     return failure.code.exit_status
 
 

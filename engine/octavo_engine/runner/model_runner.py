@@ -143,7 +143,8 @@ class ModelRunner:
         rows, columns = torch.tensor([(i.row, i.start + i.count) for i in sampled]).to(self._device).unbind(1)
         # A request that just reached the longest length ends with this token: there is no column for it.
         inside = columns < self._plan.max_model_len
-        self._token_ids[rows[inside], columns[inside]] = tokens[inside].int()
+        # A -1 stays out of it: the warm-up's second step would look it up in the embedding and fail on that.
+        self._token_ids[rows[inside], columns[inside]] = tokens[inside].clamp(min=0).int()
         result: list[int] = tokens.tolist()
         return result
 
