@@ -175,3 +175,22 @@ def test_configs_of_older_transformers_give_the_same_model(tmp_path: Path):
 
     runner, _ = load(tmp_path)
     torch.testing.assert_close(logits_of(runner, tokens, []), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_a_request_whose_values_are_not_finite_harms_no_other(tmp_path: Path, enable_prefix_caching: bool):
+    """Its keys and values stayed in blocks that later requests got, and a NaN times a weight of nothing is a NaN."""
+    make(tmp_path, "Llama", {})
+    settings = {"block_size": 16, "max_model_len": 128, "enable_prefix_caching": enable_prefix_caching}
+    prompts = [[5] * n for n in (3, 30, 35, 50)]
+    runner, clean = load(tmp_path, **settings)
+    expected = generate(clean, prompts, 30)
+
+    room = runner._model.kv_bytes_per_token("float32") * 260
+    runner, engine = load(tmp_path, kv_cache_memory_bytes=room, **settings)
+    runner._decoder._tensors["embedding"][200] = float("inf")
+    sound, broken = [5] * 20, [200] * 40
+    for _ in range(3):
+        outputs = generate(engine, [broken, *prompts, sound + broken], 30)
+        assert outputs[1:5] == expected
+        assert outputs[0] == outputs[5] == []

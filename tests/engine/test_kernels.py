@@ -115,8 +115,8 @@ class Paged:
         ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
         needed = [-(-end // self.block_size) for end in ends]
         free = torch.randperm(sum(needed) + 3, generator=torch.Generator().manual_seed(1)).tolist()
-        # What other requests left in blocks and behind the last token must not matter.
-        self.cache = torch.full((2, len(free), self.kv_heads, self.block_size, self.head_dim), 3e4)
+        # What other requests have in their blocks must not matter, nor what is behind the last token.
+        self.cache = torch.full((2, len(free), self.kv_heads, self.block_size, self.head_dim), math.nan)
         self.tables = torch.full((len(ends), max(needed) + 2), free[-1])
         self.keys, self.values = [], []
         for index, end in enumerate(ends):
@@ -124,6 +124,7 @@ class Paged:
             value = noise(end, self.kv_heads, self.head_dim, seed=2 * index + 1)
             for block in range(needed[index]):
                 self.tables[index, block] = free.pop(0)
+                self.cache[:, self.tables[index, block]] = 3e4
             for position in range(end):
                 block = self.tables[index, position // self.block_size]
                 self.cache[0, block, :, position % self.block_size] = key[position]

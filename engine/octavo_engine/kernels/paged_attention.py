@@ -125,6 +125,11 @@ def _gather(
     else:  # only decodes are grouped, so there is one row each
         rows = torch.tensor([offsets[i] for i in members], device=device)
         tables = block_tables[torch.tensor(members, device=device), :blocks]
+    needed = [-(-(starts[i] + counts[i]) // block_size) for i in members]
+    if min(needed) < blocks:
+        # The shorter ones are padded with a block of their own: masked or not, another's may hold a NaN.
+        own = torch.arange(blocks, device=device) < torch.tensor(needed, device=device).unsqueeze(1)
+        tables = torch.where(own, tables, tables[:, :1])
     heads = torch.arange(num_kv_heads, device=device).view(1, -1, 1)
     index = tables.unsqueeze(1) * num_kv_heads + heads
     first = torch.tensor([starts[i] for i in members], device=device).unsqueeze(1)

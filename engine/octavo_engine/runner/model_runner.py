@@ -159,8 +159,12 @@ class ModelRunner:
             if item.new_blocks:
                 first = self._num_blocks_of[item.row]
                 last = self._num_blocks_of[item.row] = first + len(item.new_blocks)
-                blocks = torch.tensor(item.new_blocks, dtype=torch.int32)
-                self._block_tables[item.row, first:last] = blocks.to(self._device)
+                blocks = torch.tensor(item.new_blocks).to(self._device)
+                self._block_tables[item.row, first:last] = blocks.int()
+                # What a broken request left in a block would reach the next one: a masked position weighs nothing,
+                # but nothing times a NaN is a NaN. Blocks of a cached prefix, which come first, keep their content.
+                cached = item.start // self._plan.block_size if item.admission is not None else 0
+                self._kv_cache.index_fill_(2, blocks[cached:], 0)
 
     def _batch(self, plan: StepPlan) -> Batch:
         device, size = self._device, self._plan.block_size
