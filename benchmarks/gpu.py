@@ -3,8 +3,8 @@
     PYTHONPATH=engine python benchmarks/gpu.py [--output FILE] [--only decode,b1_1024_128] [--profile]
 
 Decode: time per output token at a context of 1,056 to 1,184 tokens, as (time for 160 tokens - time for 32) / 128 of
-`batch` requests at once, beside the floor: weights and KV cache read once at this device's copy rate, or the products at
-its matrix rate where that takes longer.
+`batch` requests at once, beside the floor: weights and KV cache read once at this device's copy rate, or the products
+at its matrix rate where that takes longer.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.core.engine import Engine
 from octavo_engine.core.messages import Submit
 from octavo_engine.core.scheduler import Scheduler, SchedulerConfig
+from octavo_engine.models import gpu_decoder
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.sampling_params import SamplingParams
 
@@ -44,9 +45,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", default="", help="names, comma-separated: decode and workloads")
     parser.add_argument("--profile", action="store_true", help="where the time of decode steps goes")
-    parser.add_argument("--max-num-seqs", type=int, default=512)
+    parser.add_argument("--max-num-seqs", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--trace", action="store_true", help="where the time of workloads goes, by kind of step")
+    parser.add_argument("--fused-up-to", type=int, help="tokens up to which a step takes the fused road")
     arguments = parser.parse_args()
+    if arguments.fused_up_to:
+        gpu_decoder.FUSED_TOKENS = arguments.fused_up_to
     only = [name for name in arguments.only.split(",") if name] or ["decode", *WORKLOADS]
     copy = copy_rate()
     config = EngineConfig(
@@ -58,7 +63,7 @@ def main() -> None:
     runner = ModelRunner(config)
     loaded = runner.load(MODEL, lambda stage, done, total: stages.append((stage.value, time.monotonic() - began)))
     start_s = time.monotonic() - began
-    firsts = {stage: at for stage, at in reversed(stages)}
+    firsts = dict(reversed(stages))
     print(f"loaded in {start_s:.1f} s", {k: round(v, 2) for k, v in reversed(firsts.items())}, flush=True)
     scheduler = Scheduler(
         SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens, 17000, config.block_size, False),
@@ -76,7 +81,7 @@ def main() -> None:
         if name == "decode":
             decode(engine, copy, peer, result, arguments.profile)
         else:
-            workload(engine, name, peer, result)
+            workload(engine, name, peer, result, arguments.trace)
     print(json.dumps(result, indent=1))
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
@@ -97,16 +102,22 @@ def copy_rate() -> float:
     return 2 * a.numel() * 10 / begin.elapsed_time(end) / 1e9
 
 
-def run(engine: Engine, requests: Workload) -> float:
-    """Seconds to finish all of them."""
+def run(engine: Engine, requests: Workload, trace: list[tuple[int, int, float]] | None = None) -> float:
+    """Seconds to finish all of them. trace gets (decodes, prompt tokens, seconds) of each step."""
     torch.cuda.synchronize()
     began = time.monotonic()
     for index, (prompt, output) in enumerate(requests):
         sampling = SamplingParams(temperature=1.0, max_tokens=output, ignore_eos=True)
         engine.submit(Submit(f"{began}-{index}", prompt, sampling))
     tokens = 0
+    last = time.monotonic()
     while engine.has_work:
-        tokens += sum(len(event.token_ids) for event in engine.step().events)
+        output = engine.step()
+        tokens += sum(len(event.token_ids) for event in output.events)
+        if trace is not None:
+            now = time.monotonic()
+            trace.append((len(output.events), output.stats.step_tokens, now - last))
+            last = now
     torch.cuda.synchronize()
     assert tokens == sum(output for _, output in requests), "tokens were lost"
     return time.monotonic() - began
@@ -156,8 +167,18 @@ def profile_decode(engine: Engine, batch: int) -> None:
         print(f"  {e.key[:60]:60s} {e.count // 8:4d} x {e.device_time_total / e.count:8.1f} us", flush=True)
 
 
-def workload(engine: Engine, name: str, peer: dict, result: dict[str, object]) -> None:
+def workload(engine: Engine, name: str, peer: dict, result: dict[str, object], tracing: bool) -> None:
     requests = WORKLOADS[name]()
+    if tracing:
+        trace: list[tuple[int, int, float]] = []
+        run(engine, requests, trace)
+        buckets: dict[str, list[float]] = {}
+        for decodes, tokens, seconds in trace:
+            kind = "prompts" if tokens > decodes + 64 else f"{1 << max(decodes - 1, 0).bit_length():5d}"
+            buckets.setdefault(kind, []).append(seconds)
+        for kind, seconds in sorted(buckets.items()):
+            mean = sum(seconds) / len(seconds) * 1e3
+            print(f"  {name} {kind}: {len(seconds)} steps, {mean:.2f} ms each, {sum(seconds):.2f} s", flush=True)
     seconds = [run(engine, requests) for _ in range(2)][-1]
     output = sum(count for _, count in requests)
     row: dict[str, float] = {"seconds": round(seconds, 3), "output_tokens_per_s": round(output / seconds, 1)}

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import triton
 
+from octavo_engine.kernels.gpu import decode_attention
 from octavo_engine.kernels.gpu.small_linear import Shape, num_shares, small_linear
 
 # name: outputs, inputs, gated, ends a residual branch
@@ -32,8 +33,17 @@ SHARED_MEMORY = 220_000
 
 
 def candidates(tokens: int, outputs: int, inputs: int, gated: bool) -> list[Shape]:
-    columns = max(16, triton.next_power_of_2(tokens))
     found = []
+    if tokens == 1:
+        for width, depth, stages, warps in itertools.product(
+            (2, 4, 8, 16), (512, 1024, 2048, 4096), (1, 2, 3), (2, 4, 8)
+        ):
+            each = width * (2 if gated else 1) * depth // (warps * 32)
+            staged = width * (2 if gated else 1) * depth * 2 * stages if stages > 1 else 0
+            if 32 <= each <= 256 and inputs % depth == 0 and staged <= SHARED_MEMORY:
+                found.append(Shape(width, depth, stages, warps))
+        return found
+    columns = max(16, triton.next_power_of_2(tokens))
     for width, depth, stages, warps in itertools.product(
         (16, 32, 64, 128), (64, 128, 256, 512), (2, 3, 4, 6), (2, 4, 8)
     ):
@@ -41,7 +51,7 @@ def candidates(tokens: int, outputs: int, inputs: int, gated: bool) -> list[Shap
         programs = outputs // width
         if tile * stages > SHARED_MEMORY or tile * stages < 32_000 or programs < 100 or inputs % depth:
             continue
-        if width * columns > 32 * warps * 64 or width < 16 * (warps // 4):
+        if width * columns * (2 if gated else 1) > 32 * warps * 128 or width < 16 * (warps // 4):
             continue
         found.append(Shape(width, depth, stages, warps))
     return found
@@ -84,7 +94,7 @@ def compile_all(job: tuple[str, int, list[Shape]]) -> None:
     for shape in shapes:
         try:
             case.call(shape, case.weights[0])
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a shape that does not compile is skipped, whatever the reason
             print("not compiled", name, tokens, shape, str(error)[:80], flush=True)
 
 
@@ -108,12 +118,56 @@ def timed(run: object, weights: list[torch.Tensor], repeats: int) -> float:
     return statistics.median(times)
 
 
+def attention() -> None:
+    """Microseconds of one layer of the shape 32/8 heads of 128, by parts wanted, warps and stages."""
+    heads, kv_heads, dim, size, layers = 32, 8, 128, 64, 8
+    for batch, context in (
+        (1, 1120),
+        (8, 1120),
+        (32, 1120),
+        (64, 1120),
+        (128, 1120),
+        (256, 1120),
+        (1, 16384),
+        (16, 16384),
+    ):
+        blocks = -(-context // size)
+        layers = max(1, min(8, int(24e9 / (batch * blocks * size * kv_heads * dim * 4))))
+        caches = [torch.randn(2, batch * blocks, kv_heads, size, dim, device="cuda").bfloat16() for _ in range(layers)]
+        tables = torch.randperm(batch * blocks, device="cuda").int().view(batch, blocks)
+        qkv = torch.randn(batch, (heads + 2 * kv_heads) * dim, device="cuda").bfloat16()
+        cos = torch.randn(context, dim // 2, device="cuda").bfloat16()
+        out = torch.empty(batch, heads * dim, device="cuda", dtype=torch.bfloat16)
+        results = []
+        for wanted, least in itertools.product((264, 528, 1056), (1, 2, 4)):
+            decode_attention.PROGRAMS_WANTED, decode_attention.MIN_BLOCKS_PER_PART = wanted, least
+            words = decode_attention.plan_parts(list(range(batch)), [context - 1] * batch, size, kv_heads)
+            words += [0] * (8 * decode_attention.max_parts(batch, kv_heads) - len(words))
+            parts = torch.tensor(words, device="cuda").int().view(-1, 8)
+            scratch = decode_attention.Scratch.allocate(batch, heads, kv_heads, dim, torch.device("cuda"))
+            for warps, stages in itertools.product((1, 2, 4), (2, 3, 4)):
+                us = timed(
+                    lambda c, p=parts, s=scratch, w=warps, n=stages: decode_attention.decode_attention(
+                        qkv, cos, cos, c, tables, p, s, out, dim**-0.5, num_stages=n, num_warps=w
+                    ),
+                    caches, 9,
+                )  # fmt: skip
+                results.append((round(us, 2), wanted, least, warps, stages))
+        results.sort()
+        nbytes = batch * context * kv_heads * dim * 4
+        print(batch, context, "TB/s", round(nbytes / results[0][0] / 1e6, 2), results[:5], flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", default="1,8,16,32,64")
     parser.add_argument("--products", default=",".join(PRODUCTS))
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--attention", action="store_true", help="time decode attention instead")
     arguments = parser.parse_args()
+    if arguments.attention:
+        attention()
+        return
     jobs = [
         (name, int(tokens), candidates(int(tokens), *PRODUCTS[name][:3]))
         for tokens in arguments.tokens.split(",")
@@ -126,20 +180,22 @@ def main() -> None:
     rows = []
     for name, tokens, shapes in jobs:
         case = Case(name, tokens, 2 if name == "head" else 4 if name == "gate_up" else 8)
+        call = case.call
         nbytes = case.weights[0].nbytes
         results = []
         for shape in shapes:
             try:
-                results.append((timed(lambda w, s=shape: case.call(s, w), case.weights[:4], 3), shape))
-            except Exception as error:
+                results.append((timed(lambda w, s=shape, c=call: c(s, w), case.weights[:4], 3), shape))
+            except Exception as error:  # noqa: BLE001 - a shape that does not compile is skipped, whatever the reason
                 print(name, tokens, shape, str(error)[:80])
         results.sort(key=lambda pair: pair[0])
         finals = sorted(
-            ((timed(lambda w, s=s: case.call(s, w), case.weights, 15), s) for _, s in results[:4]), key=lambda p: p[0]
+            ((timed(lambda w, s=s, c=call: c(s, w), case.weights, 15), s) for _, s in results[:4]), key=lambda p: p[0]
         )
         cublas = timed(case.cublas, case.weights, 15)
         row = {
-            "product": name, "tokens": tokens, "cublas_us": round(cublas, 2), "TBps": round(nbytes / finals[0][0] / 1e6, 3),
+            "product": name, "tokens": tokens, "cublas_us": round(cublas, 2),
+            "TBps": round(nbytes / finals[0][0] / 1e6, 3),
             "best": [(round(us, 2), s.width, s.depth, s.stages, s.warps) for us, s in finals],
         }  # fmt: skip
         rows.append(row)

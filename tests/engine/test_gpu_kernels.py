@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -18,7 +19,7 @@ pytest.importorskip("triton")
 
 from octavo_engine.kernels import silu_mul as reference_silu_mul
 from octavo_engine.kernels.gpu import norm, rope_kv, sample, silu_mul, small_linear, state
-from octavo_engine.kernels.gpu.decode_attention import PartTensors, decode_attention, max_parts, plan_parts
+from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, Scratch, decode_attention, max_parts, plan_parts
 from octavo_engine.kernels.gpu.decode_attention import reference as reference_decode
 from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, plan_tiles, prefill_attention
 from octavo_engine.kernels.gpu.prefill_attention import reference as reference_prefill
@@ -122,43 +123,51 @@ def test_silu_mul_gates(inner):
 
 @pytest.mark.parametrize("blocks_per_part", [None, 1, 3])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size", "window", "softcap"), HEADS)
-def test_decode_attention_sees_what_it_should(heads, kv_heads, dim, block_size, window, softcap, blocks_per_part):
+def test_decode_attention_writes_and_sees_what_it_should(
+    heads, kv_heads, dim, block_size, window, softcap, blocks_per_part
+):
     lengths = [1, 37, 5 * block_size + 3, 2 * block_size]
-    cache = random(2, 30, kv_heads, block_size, dim)
-    tables = torch.randint(0, 29, (4, 8), dtype=torch.int32, device=DEVICE)
-    # Behind a sequence's last key there may be anything: its last block is here its own, with NaN behind the end.
+    cache = random(2, 32, kv_heads, block_size, dim)
+    tables = torch.randperm(32, device=DEVICE).int().view(4, 8)
+    # Behind a sequence's last key there may be anything.
     last = -(-lengths[2] // block_size) - 1
-    tables[1, last] = 29
-    cache[:, 29, :, lengths[2] - last * block_size :] = float("nan")
+    cache[:, int(tables[1, last]), :, lengths[2] - last * block_size :] = float("nan")
     qkv = random(4, (heads + 2 * kv_heads) * dim)
+    cos, sin = random(8 * block_size, dim // 2), random(8 * block_size, dim // 2)
     rows, positions = ints([2, 0, 1, 3]), ints([n - 1 for n in lengths])
-    parts = plan_parts(lengths, block_size, kv_heads, window, blocks_per_part)
-    count = len(parts.token)
-    tensors = PartTensors(
-        ints([count, parts.blocks_per_part]), ints([*parts.token, 0]), ints([*parts.first_block, 0]),
-        ints(parts.first_part), ints(parts.num_parts),
-    )  # fmt: skip
-    partial = torch.full((count, kv_heads, heads // kv_heads, dim), float("nan"), device=DEVICE)
-    lse = torch.full((count, kv_heads, heads // kv_heads), float("nan"), device=DEVICE)
+    norms = {"query_norm": random(dim), "key_norm": random(dim), "eps": 1e-6} if heads == 8 else {}
+    words = plan_parts(rows.tolist(), positions.tolist(), block_size, kv_heads, window, blocks_per_part)
+    parts = ints(words + [0] * 2 * PART_WORDS).view(-1, PART_WORDS)
+    scratch = Scratch.allocate(4, heads, kv_heads, dim, DEVICE)
+    scratch.partial.fill_(float("nan"))
     out = torch.full((4, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE)
+    expected_cache = cache.clone()
+    options = {"window": window, "softcap": softcap, **norms}
+    expected = reference_decode(qkv, cos, sin, expected_cache, tables, rows, positions, heads, dim**-0.5, **options)
 
-    decode_attention(qkv, cache, tables, rows, positions, tensors, partial, lse, out, dim**-0.5, window, softcap)
+    decode_attention(qkv, cos, sin, cache, tables, parts, scratch, out, dim**-0.5, **options)
 
-    expected = reference_decode(qkv, cache, tables, rows, positions, heads, dim**-0.5, window, softcap)
     assert_close(out, expected)
+    assert_close(cache.nan_to_num(), expected_cache.nan_to_num())
+    assert not scratch.finished.any()
 
 
-def test_parts_fill_the_chip_and_never_outnumber_their_bound():
+def test_parts_cover_each_sequence_once_and_never_outnumber_their_bound():
     for lengths in ([1], [17000], [1120] * 32, [1] * 512, [100_000, 3, 64, 65], list(range(1, 400))):
-        for kv_heads in (1, 2, 8, 32):
-            parts = plan_parts(lengths, 64, kv_heads)
+        for kv_heads, window in itertools.product((1, 2, 8, 32), (None, 100, 4096)):
+            rows = [7 * index for index in range(len(lengths))]
+            words = plan_parts(rows, [n - 1 for n in lengths], 64, kv_heads, window)
+            parts = [words[at : at + PART_WORDS] for at in range(0, len(words), PART_WORDS)]
 
-            assert len(parts.token) <= max_parts(len(lengths), kv_heads)
-            assert sum(parts.num_parts) == len(parts.token)
-            for index, (first, count) in enumerate(zip(parts.first_part, parts.num_parts, strict=True)):
-                assert parts.token[first : first + count] == [index] * count
-                covered = count * parts.blocks_per_part
-                assert covered >= -(-lengths[index] // 64) > covered - parts.blocks_per_part
+            assert len(parts) <= max_parts(len(lengths), kv_heads)
+            covered: dict[int, list[int]] = {}
+            for index, (token, row, position, first, blocks, begin, count, _) in enumerate(parts):
+                assert (row, position) == (7 * token, lengths[token] - 1)
+                assert count == 1 or begin <= index < begin + count
+                covered.setdefault(token, []).extend(range(first, first + blocks))
+            for token, length in enumerate(lengths):
+                start = 0 if window is None else max(length - window, 0) // 64
+                assert covered[token] == list(range(start, -(-length // 64)))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size", "window", "softcap"), HEADS)
@@ -240,7 +249,9 @@ def test_draws_follow_the_distribution():
     assert chi_square < 31.3  # 11 degrees of freedom, p = 0.001
 
 
-@pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(1, 96, 128), (5, 130, 192), (33, 64, 256), (64, 4096, 512)])
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "inputs"), [(1, 96, 128), (1, 130, 192), (5, 130, 192), (33, 64, 256), (64, 4096, 512)]
+)
 def test_small_linear_fuses_what_surrounds_it(tokens, outputs, inputs):
     x, weight, bias = random(tokens, inputs), random(outputs, inputs) / 16, random(outputs)
     shape = small_linear.Shape(32, 64, 3, 4)

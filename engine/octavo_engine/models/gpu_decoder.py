@@ -1,7 +1,8 @@
 """The decoder family on a GPU: the same function as decoder.py, as kernels over buffers that are allocated once.
 
-Up to MAX_TOKENS tokens a step is bound by reading the weights, and takes the fused road of kernels/gpu/small_linear.py;
-beyond, the products are cuBLAS's and norms and activations kernels of their own. Called by runner/gpu_steps.py.
+Up to FUSED_TOKENS tokens a step is bound by reading the weights, and takes the fused road of
+kernels/gpu/small_linear.py; beyond, the products are cuBLAS's and norms and activations kernels of their own. Called by
+runner/gpu_steps.py.
 """
 
 from __future__ import annotations
@@ -12,29 +13,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo_engine.kernels.gpu.decode_attention import PartTensors, decode_attention, max_parts
+from octavo_engine.kernels.gpu.decode_attention import Scratch, decode_attention
 from octavo_engine.kernels.gpu.norm import add_rms_norm, embed_rms_norm
 from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, prefill_attention
 from octavo_engine.kernels.gpu.rope_kv import rope_kv
 from octavo_engine.kernels.gpu.silu_mul import silu_mul
-from octavo_engine.kernels.gpu.small_linear import MAX_TOKENS, choose_shape, num_shares, small_linear
+from octavo_engine.kernels.gpu.small_linear import choose_shape, num_shares, small_linear
 from octavo_engine.models.config import DecoderConfig
+
+FUSED_TOKENS = 64
+"""Up to as many tokens a step takes the fused road: beyond, cuBLAS gains more than the fused kernels save."""
 
 
 @dataclass(frozen=True)
 class DeviceStep:
     """The tokens of one step on the device; those of decodes, one each, come first.
 
-    ids, rows, positions: [num_tokens] int32, ids negative where token_ids holds the id. parts: of the decodes, by
-    sliding window. tiles: [n, 4] int32 of the prompts' chunks, or None. logit_tokens: [m] int32, the tokens that yield
-    logits, or None when each of them does.
+    ids, rows, positions: [num_tokens] int32, ids negative where token_ids holds the id. parts: [n, PART_WORDS] int32
+    of the decodes, by sliding window. tiles: [n, 4] int32 of the prompts' chunks, or None. logit_tokens: [m] int32, the
+    tokens that yield logits, or None when each of them does.
     """
 
     ids: Tensor
     rows: Tensor
     positions: Tensor
     num_decodes: int
-    parts: dict[int | None, PartTensors]
+    parts: dict[int | None, Tensor]
     tiles: Tensor | None
     logit_tokens: Tensor | None
 
@@ -73,11 +77,8 @@ class GpuDecoder:
         self._active = buffer(max_tokens, config.intermediate_size)
         self.logits = buffer(max_seqs, config.vocab_size)
         self._ends = buffer(2, max_seqs, config.hidden_size)
-        parts = max_parts(max_seqs, config.num_kv_heads)
-        group = config.num_heads // config.num_kv_heads
-        self._partial = buffer(parts, config.num_kv_heads, group, config.head_dim, dtype=torch.float32)
-        self._partial_lse = buffer(parts, config.num_kv_heads, group, dtype=torch.float32)
-        self._shares = buffer(2, -(-config.hidden_size // 16) * MAX_TOKENS, dtype=torch.float32)
+        self._scratch = Scratch.allocate(max_seqs, config.num_heads, config.num_kv_heads, config.head_dim, like.device)
+        self._shares = buffer(2, -(-config.hidden_size // 4) * FUSED_TOKENS, dtype=torch.float32)
         self._can_fuse = not config.mlp_bias
 
     def forward(self, step: DeviceStep) -> Tensor:
@@ -85,7 +86,7 @@ class GpuDecoder:
 
         Writes the tokens' keys and values, and their ids to token_ids.
         """
-        if step.ids.shape[0] <= MAX_TOKENS and self._can_fuse and step.logit_tokens is None:
+        if step.ids.shape[0] <= FUSED_TOKENS and self._can_fuse and step.logit_tokens is None:
             return self._fused(step)
         return self._plain(step)
 
@@ -167,17 +168,19 @@ class GpuDecoder:
 
     def _attend(self, index: int, weights: dict[str, Tensor], step: DeviceStep, qkv: Tensor, attended: Tensor) -> None:
         config, window = self.config, self.config.windows[index]
-        cache = self._kv_cache[index]
-        rope_kv(
-            qkv, self._cos, self._sin, step.rows, step.positions, self._block_tables, cache,
-            weights.get("query_norm"), weights.get("key_norm"), config.norm_eps,
-        )  # fmt: skip
-        if many := step.num_decodes:
+        cache, many = self._kv_cache[index], step.num_decodes
+        norms = weights.get("query_norm"), weights.get("key_norm")
+        if many:
             decode_attention(
-                qkv, cache, self._block_tables, step.rows, step.positions, step.parts[window], self._partial,
-                self._partial_lse, attended[:many], self._scale, window,
+                qkv, self._cos, self._sin, cache, self._block_tables, step.parts[window], self._scratch,
+                attended[:many], self._scale, query_norm=norms[0], key_norm=norms[1], eps=config.norm_eps,
+                window=window,
             )  # fmt: skip
         if step.tiles is not None:
+            rope_kv(
+                qkv[many:], self._cos, self._sin, step.rows[many:], step.positions[many:], self._block_tables, cache,
+                *norms, config.norm_eps,
+            )  # fmt: skip
             prefill_attention(
                 qkv, self._loads[index], self._block_tables, step.tiles, attended, config.num_kv_heads,
                 cache.shape[3], self._scale, window,

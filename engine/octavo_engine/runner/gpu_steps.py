@@ -18,7 +18,7 @@ from torch import Tensor
 
 from octavo_engine.core.step import Admission, StepItem, StepPlan
 from octavo_engine.kernels import sampling
-from octavo_engine.kernels.gpu.decode_attention import PartTensors, max_parts, plan_parts
+from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts, plan_parts
 from octavo_engine.kernels.gpu.prefill_attention import Chunk, max_tiles, plan_tiles
 from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
 from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_sampling
@@ -28,8 +28,9 @@ from octavo_engine.plan import Plan
 
 RING = 3
 """Pinned buffers: one being filled and one for each step that may be under way, whose copy may not have run yet."""
-GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-"""Decodes in a graph; a step takes the next larger one. Padding costs at most a quarter, and above 16 an eighth."""
+GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+GRAPH_SIZES += tuple(range(320, 1025, 64))
+"""Decodes in a graph; a step takes the next larger one. Padding is at most a fifth of a step above 8."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class GpuSteps:
         block_tables[max_seqs].fill_(plan.num_blocks)
 
         parts = max_parts(max_seqs, self._kv_heads)
-        described = 3 * max_tokens + len(self._windows) * (2 + 2 * parts + 2 * max_seqs)
+        described = 3 * max_tokens + len(self._windows) * PART_WORDS * parts
         described += 4 * max_tiles(max_tokens, max_seqs) + max_seqs + 64
         updates = 3 * block_tables.numel() + SAMPLING_WORDS * max_seqs
         self._described = torch.zeros(described, dtype=torch.int32, device=self._device)
@@ -72,6 +73,7 @@ class GpuSteps:
         self._pinned = [_Pinned(described) for _ in range(RING)]
         self._pinned_updates = [_Pinned(updates) for _ in range(RING)]
         self._hosts = [torch.zeros(max_seqs, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
+        self._zeros = array("i", bytes(4 * PART_WORDS * parts))
         self._launches = 0
         self._admissions: dict[int, Admission] = {}
         self._num_blocks_of: dict[int, int] = {}
@@ -89,7 +91,7 @@ class GpuSteps:
         sampled = [item for item in plan.items if item.samples]
         size = self._graph_size(plan, len(sampled))
         if size is not None:
-            self._describe(turn, *self._decodes(plan.items, size))
+            self._describe(turn, plan.items, size)
             self._graphs[size].replay()
             logits = None
         else:
@@ -163,42 +165,33 @@ class GpuSteps:
         if admitted:
             set_sampling(self._updates[len(blocks) : total].view(-1, SAMPLING_WORDS), self._state)
 
-    def _decodes(self, items: Sequence[StepItem], size: int) -> tuple[list[int], list[int]]:
-        """The words that describe decodes, padded to `size`, and each sequence's length."""
+    def _describe(self, turn: int, items: Sequence[StepItem], size: int) -> None:
+        """Copy decodes, padded to `size`, to where the graph of that size reads them (see `_graph_step`)."""
         padding = size - len(items)
         ids = [self._id_of(item) for item in items] + [0] * padding
         rows = [item.row for item in items] + [self._max_seqs] * padding
         positions = [item.start for item in items] + [0] * padding
-        return [*ids, *rows, *positions], [position + 1 for position in positions]
-
-    def _describe(self, turn: int, words: list[int], lengths: list[int]) -> None:
-        """Copy a step of decodes to where the graph of its size reads it (see `_graph_step`)."""
         pinned = self._pinned[turn]
-        pinned.write(0, words)
-        at = len(words)
+        pinned.write(0, [*ids, *rows, *positions])
+        at = 3 * size
         for window in self._windows:
-            at = self._write_parts(pinned, at, lengths, window)
+            at = self._write_parts(pinned, at, rows, positions, window)
         self._described[:at].copy_(pinned.tensor[:at], non_blocking=True)
 
-    def _write_parts(self, pinned: _Pinned, at: int, lengths: list[int], window: int | None) -> int:
-        """header, token[W], first_block[W], first_part[n], num_parts[n] with W = max_parts(n)."""
-        many = len(lengths)
-        room = max_parts(many, self._kv_heads)
-        parts = plan_parts(lengths, self._plan.block_size, self._kv_heads, window)
-        pinned.write(at, [len(parts.token), parts.blocks_per_part])
-        pinned.write(at + 2, parts.token)
-        pinned.write(at + 2 + room, parts.first_block)
-        pinned.write(at + 2 + 2 * room, parts.first_part)
-        pinned.write(at + 2 + 2 * room + many, parts.num_parts)
-        return at + 2 + 2 * room + 2 * many
+    def _write_parts(
+        self, pinned: _Pinned, at: int, rows: Sequence[int], positions: Sequence[int], window: int | None
+    ) -> int:
+        """Parts of these decodes, zeros up to as many as there can be; returns where they end."""
+        room = PART_WORDS * max_parts(len(rows), self._kv_heads)
+        words = plan_parts(rows, positions, self._plan.block_size, self._kv_heads, window)
+        pinned.write(at, words)
+        pinned.write(at + len(words), self._zeros[: room - len(words)])
+        return at + room
 
-    def _read_parts(self, at: int, many: int) -> tuple[PartTensors, int]:
-        """Views of what `_write_parts` wrote, on the device."""
-        room = max_parts(many, self._kv_heads)
-        header, token, first_block, first_part, num_parts = self._described[at : at + 2 + 2 * room + 2 * many].split(
-            [2, room, room, many, many]
-        )
-        return PartTensors(header, token, first_block, first_part, num_parts), at + 2 + 2 * room + 2 * many
+    def _read_parts(self, at: int, many: int) -> tuple[Tensor, int]:
+        """A view of what `_write_parts` wrote, on the device, and where it ends."""
+        end = at + PART_WORDS * max_parts(many, self._kv_heads)
+        return self._described[at:end].view(-1, PART_WORDS), end
 
     def _graph_step(self, size: int) -> DeviceStep:
         """A step of `size` decodes, as views of the described buffer."""
@@ -233,7 +226,7 @@ class GpuSteps:
         where = at
         if decodes:
             for window in self._windows:
-                at = self._write_parts(pinned, at, [item.start + 1 for item in decodes], window)
+                at = self._write_parts(pinned, at, rows[: len(decodes)], positions[: len(decodes)], window)
         tiles = plan_tiles(chunks)
         tiles_at = at
         pinned.write(at, tiles)
@@ -292,7 +285,7 @@ class GpuSteps:
         sizes = [size for size in sizes if size <= GRAPH_SIZES[-1]]
         pool = torch.cuda.graph_pool_handle()
         for size in sorted(sizes, reverse=True):
-            self._describe(0, *self._decodes([], size))
+            self._describe(0, [], size)
             step = self._graph_step(size)
             self._run(step)  # compiles what is not in the cache yet, which a capture could not
             torch.cuda.synchronize()

@@ -1,9 +1,12 @@
-"""Attention of one new token per sequence over its keys and values in blocks.
+"""Attention of one new token per sequence over its keys and values in blocks, and all that stands around it.
 
 The work is bound by reading the cache, so it is cut into parts of roughly equal size: a *part* is a run of blocks of
-one sequence for one KV head. The host lists the parts (`plan_parts`), long sequences yield several, and a second small
-kernel combines those. All query heads of a KV head are rows of one product, padded to the 16 rows of a matrix unit.
-(Dao et al., "Flash-Decoding for long-context inference", 2023)
+one sequence for one KV head. The host lists the parts (`plan_parts`); long sequences yield several, and the program
+that finishes last combines them, always in the same order. All query heads of a KV head are rows of one product,
+padded to the 16 rows of a matrix unit. (Dao et al., "Flash-Decoding for long-context inference", 2023)
+
+Rotating the query and writing the new key and value are done here too: a kernel of their own took 2.5 to 4 us a layer,
+2 % of a step. Each part rotates the query for itself; the part with the last block writes before it reads.
 """
 
 from __future__ import annotations
@@ -17,22 +20,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS_WANTED = 528
-"""Parts times KV heads that fill the chip: four for each of the 132 multiprocessors of an H100 or H200."""
+from octavo_engine.kernels.gpu import rope_kv
+
+PROGRAMS_WANTED = 264
+"""Parts times KV heads that fill the chip: two for each of the 132 multiprocessors of an H100 or H200. Twice or four
+times as many were as fast from 32 sequences on and 5 % slower below."""
 MIN_BLOCKS_PER_PART = 2
 """Below 128 tokens in a part, starting and combining it costs more than reading it."""
 LOG2_E = math.log2(math.e)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """token, first_block: of each part. first_part, num_parts: of each sequence. All in the order of the batch."""
+PART_WORDS = 8
+"""token, row, position, first block, blocks, first part of the sequence, parts of the sequence, nothing.
 
-    token: list[int]
-    first_block: list[int]
-    first_part: list[int]
-    num_parts: list[int]
-    blocks_per_part: int
+One record tells a program all that it needs, where arrays by token and row were a chain of four dependent loads.
+A record without blocks is no work."""
 
 
 def max_parts(num_sequences: int, kv_heads: int) -> int:
@@ -41,122 +43,159 @@ def max_parts(num_sequences: int, kv_heads: int) -> int:
 
 
 def plan_parts(
-    lengths: Sequence[int],
-    block_size: int,
-    kv_heads: int,
-    window: int | None = None,
+    rows: Sequence[int], positions: Sequence[int], block_size: int, kv_heads: int, window: int | None = None,
     blocks_per_part: int | None = None,
-) -> Parts:
-    """Cut sequences of these lengths (keys to see, the new one included) into parts.
+) -> list[int]:  # fmt: skip
+    """Cut the sequences whose new tokens are at these rows and positions into parts: PART_WORDS for each.
 
     blocks_per_part: fixed, so that a sequence's parts do not depend on its neighbours (needs room for as many parts);
-    None chooses it so that the chip is full and `max_parts` holds.
+    None chooses it so that the chip is full and there are at most `max_parts`.
     """
-    firsts = [0] * len(lengths) if window is None else [max(n - window, 0) // block_size for n in lengths]
-    counts = [-(-n // block_size) - first for n, first in zip(lengths, firsts, strict=True)]
+    lasts = [position // block_size + 1 for position in positions]
+    firsts = [0] * len(lasts) if window is None else [max(p + 1 - window, 0) // block_size for p in positions]
     if blocks_per_part is None:
         room = max(PROGRAMS_WANTED // kv_heads, 1)
-        blocks_per_part = max(-(-sum(counts) // room), MIN_BLOCKS_PER_PART)
-    token: list[int] = []
-    first_block: list[int] = []
-    first_part: list[int] = []
-    num_parts: list[int] = []
-    for index, (first, count) in enumerate(zip(firsts, counts, strict=True)):
-        first_part.append(len(token))
-        if count <= blocks_per_part:
-            num_parts.append(1)
-            token.append(index)
-            first_block.append(first)
-        else:
-            starts = range(first, first + count, blocks_per_part)
-            num_parts.append(len(starts))
-            token += [index] * len(starts)
-            first_block += starts
-    return Parts(token, first_block, first_part, num_parts, blocks_per_part)
-
-
-@dataclass(frozen=True)
-class PartTensors:
-    """`Parts` on the device, int32. header: [2], the number of parts and the blocks of each; grids may be larger."""
-
-    header: Tensor
-    token: Tensor
-    first_block: Tensor
-    first_part: Tensor
-    num_parts: Tensor
+        blocks_per_part = max(-(-(sum(lasts) - sum(firsts)) // room), MIN_BLOCKS_PER_PART)
+    words: list[int] = []
+    for token, (row, position, first, last) in enumerate(zip(rows, positions, firsts, lasts, strict=True)):
+        if last - first <= blocks_per_part:
+            words += (token, row, position, first, last - first, 0, 1, 0)
+            continue
+        begin, count = len(words) // PART_WORDS, -(-(last - first) // blocks_per_part)
+        for start in range(first, last, blocks_per_part):
+            words += (token, row, position, start, min(blocks_per_part, last - start), begin, count, 0)
+    return words
 
 
 def decode_attention(
-    qkv: Tensor, kv_cache: Tensor, block_tables: Tensor, rows: Tensor, positions: Tensor, parts: PartTensors,
-    partial: Tensor, partial_lse: Tensor, out: Tensor, scale: float, window: int | None = None, softcap: float = 0.0,
-    num_stages: int = 2,
+    qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, block_tables: Tensor, parts: Tensor, scratch: Scratch,
+    out: Tensor, scale: float, *, query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None, eps: float = 0.0, window: int | None = None, softcap: float = 0.0,
+    num_stages: int = 2, num_warps: int = 2,
 ) -> None:  # fmt: skip
-    """softmax(q·k * scale) · v of the token at each position over itself and the keys before it.
+    """Write each token's key and value, then softmax(q·k * scale) · v over it and the keys before it.
 
-    qkv: [>= num_sequences, (heads + 2 * kv_heads) * head_dim], queries first and rotated.
-    kv_cache: [2, num_blocks, kv_heads, block_size, head_dim]; rows, positions: [num_sequences] int32.
-    partial: [>= parts, kv_heads, group, head_dim] float32, partial_lse: [>= parts, kv_heads, group] float32: scratch.
-    out: [num_sequences, heads * head_dim]. window: keys a query sees, itself included. softcap: 0 is off.
+    qkv: [>= num_sequences, (heads + 2 * kv_heads) * head_dim]: query, key and value before rotation.
+    cos, sin: [max_len, head_dim / 2]. parts: [n, PART_WORDS] int32 from `plan_parts`, zeros behind the last one.
+    kv_cache: [2, num_blocks, kv_heads, block_size, head_dim]. out: [num_sequences, heads * head_dim].
+    query_norm, key_norm: [head_dim] weights of RMSNorm over each head before rotation, or None.
+    window: keys a query sees, itself included. softcap: 0 is off.
     """
     _, _, kv_heads, block_size, dim = kv_cache.shape
-    num = out.shape[0]
-    heads = out.shape[1] // dim
-    group = heads // kv_heads
-    common = {
-        "KV_HEADS": kv_heads, "GROUP": group, "DIM": dim, "DIM_BLOCK": triton.next_power_of_2(dim),
-    }  # fmt: skip
-    grid = (min(parts.token.shape[0], max_parts(num, kv_heads)), kv_heads)
-    _decode[grid](
-        qkv, qkv.stride(0), kv_cache[0], kv_cache[1], block_tables, block_tables.stride(0), rows, positions,
-        parts.header, parts.token, parts.first_block, parts.num_parts, partial, partial_lse, out, scale * LOG2_E,
-        softcap, BLOCK_SIZE=block_size, ROWS=max(16, triton.next_power_of_2(group)), WINDOW=window or 0,
-        SOFTCAP=softcap > 0, STAGES=num_stages, num_warps=2 if block_size <= 64 else 4, **common,
+    group = out.shape[1] // dim // kv_heads
+    _decode[(parts.shape[0], kv_heads)](
+        qkv, qkv.stride(0), cos, sin, kv_cache[0], kv_cache[1], block_tables, block_tables.stride(0), parts,
+        scratch.partial, scratch.lse, scratch.finished, out, query_norm, key_norm, eps, scale * LOG2_E, softcap,
+        KV_HEADS=kv_heads, GROUP=group,
+        HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), BLOCK_SIZE=block_size,
+        ROWS=max(16, triton.next_power_of_2(group)), WINDOW=window or 0, SOFTCAP=softcap > 0, STAGES=num_stages,
+        num_warps=num_warps if block_size <= 64 else 4,
     )  # fmt: skip
-    _combine[(num, heads)](
-        partial, partial_lse, out, parts.first_part, parts.num_parts, AT_ONCE=16, num_warps=1, **common
-    )
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Where the parts of a sequence meet."""
+
+    partial: Tensor  # [parts, kv_heads, group, head_dim] float32
+    lse: Tensor  # [parts, kv_heads, group] float32
+    finished: Tensor  # [num_sequences, kv_heads] int32, zero between launches
+
+    @classmethod
+    def allocate(cls, num_sequences: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> Scratch:
+        parts, group = max_parts(num_sequences, kv_heads), heads // kv_heads
+        return cls(
+            torch.empty(parts, kv_heads, group, dim, dtype=torch.float32, device=device),
+            torch.empty(parts, kv_heads, group, dtype=torch.float32, device=device),
+            torch.zeros(num_sequences, kv_heads, dtype=torch.int32, device=device),
+        )
+
+
+@triton.jit
+def _rotated(at, inside, column, cos, sin, norm, eps, HALF: tl.constexpr):
+    """Heads at `at` ([n, HALF] pointers to their lower halves), normed and rotated: both halves in the type of `at`."""
+    kind = at.dtype.element_ty
+    low = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+    if norm is not None:
+        scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
+        low_weight = tl.load(norm + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+        high_weight = tl.load(norm + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+        low = ((low * scale).to(kind).to(tl.float32) * low_weight).to(kind).to(tl.float32)
+        high = ((high * scale).to(kind).to(tl.float32) * high_weight).to(kind).to(tl.float32)
+    return (low * cos - high * sin).to(kind), (high * cos + low * sin).to(kind)
 
 
 @triton.jit
 def _decode(
-    qkv, stride_token, keys, values, block_tables, stride_table, rows, positions, header, part_token, part_first_block,
-    num_parts, partial, partial_lse, out, scale, softcap,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    qkv, stride_token, cos, sin, keys, values, block_tables, stride_table, parts, partial, partial_lse, finished, out,
+    query_norm, key_norm, eps, scale, softcap,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
     kv_head = tl.program_id(1)
-    if part >= tl.load(header):
+    DIM: tl.constexpr = 2 * HALF
+    record = parts + part * 8
+    token = tl.load(record).to(tl.int64)
+    table = block_tables + tl.load(record + 1).to(tl.int64) * stride_table
+    position = tl.load(record + 2)
+    first = tl.load(record + 3)
+    num_blocks = tl.load(record + 4)
+    begin = tl.load(record + 5)
+    count = tl.load(record + 6)
+    if num_blocks == 0:
         return
-    token = tl.load(part_token + part).to(tl.int64)
-    first = tl.load(part_first_block + part)
-    table = block_tables + tl.load(rows + token).to(tl.int64) * stride_table
-    length = tl.load(positions + token) + 1
-    end = tl.minimum(tl.cdiv(length, BLOCK_SIZE), first + tl.load(header + 1))
+    length = position + 1
+    end = first + num_blocks
 
     row = tl.arange(0, ROWS)
-    column = tl.arange(0, DIM_BLOCK)
+    column = tl.arange(0, HALF_BLOCK)
     key = tl.arange(0, BLOCK_SIZE)
-    in_dim = column < DIM
+    in_half = column < HALF
+    in_group = (row < GROUP)[:, None] & in_half[None, :]
+    c = tl.load(cos + position * HALF + column, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + position * HALF + column, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    base = qkv + token * stride_token
     at_query = (kv_head * GROUP + row)[:, None] * DIM + column[None, :]
-    in_group = (row < GROUP)[:, None] & in_dim[None, :]
-    query = tl.load(qkv + token * stride_token + at_query, mask=in_group, other=0.0)
+    query_low, query_high = _rotated(base + at_query, in_group, column, c, s, query_norm, eps, HALF)
+    if end == position // BLOCK_SIZE + 1:
+        # One row of a tile: a vector of its own would need other code for the same rotation.
+        at_key = tl.zeros([1, 1], tl.int32) + (GROUP * KV_HEADS + kv_head) * DIM + column[None, :]
+        key_low, key_high = _rotated(base + at_key, in_half[None, :], column, c, s, key_norm, eps, HALF)
+        at_value = base + at_key + KV_HEADS * DIM
+        value_low = tl.load(at_value, mask=in_half[None, :], other=0.0)
+        value_high = tl.load(at_value + HALF, mask=in_half[None, :], other=0.0)
+        block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
+        to = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE) * DIM + column[None, :]
+        tl.store(keys + to, key_low, mask=in_half[None, :])
+        tl.store(keys + to + HALF, key_high, mask=in_half[None, :])
+        tl.store(values + to, value_low, mask=in_half[None, :])
+        tl.store(values + to + HALF, value_high, mask=in_half[None, :])
+    tl.debug_barrier()  # the loop reads what was written
 
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
+    sums_low = tl.zeros([ROWS, HALF_BLOCK], tl.float32)
+    sums_high = tl.zeros([ROWS, HALF_BLOCK], tl.float32)
     for index in tl.range(first, end, num_stages=STAGES):
         block = tl.load(table + index).to(tl.int64)
-        base = (block * KV_HEADS + kv_head) * (BLOCK_SIZE * DIM)
+        start = (block * KV_HEADS + kv_head) * (BLOCK_SIZE * DIM)
         at = index * BLOCK_SIZE + key
         seen = at < length
         if WINDOW > 0:
             seen = seen & (at >= length - WINDOW)
-        if DIM == DIM_BLOCK:
-            k = tl.load(keys + base + key[None, :] * DIM + column[:, None])  # [DIM, BLOCK_SIZE]
+        at_k = keys + start + key[None, :] * DIM + column[:, None]  # [HALF, BLOCK_SIZE]
+        at_v = values + start + key[:, None] * DIM + column[None, :]  # [BLOCK_SIZE, HALF]
+        # What lies behind the last key is another request's leftover: finite or not, it must not be added up.
+        if HALF == HALF_BLOCK:
+            k_low, k_high = tl.load(at_k), tl.load(at_k + HALF)
+            readable = seen[:, None]
         else:
-            k = tl.load(keys + base + key[None, :] * DIM + column[:, None], mask=in_dim[:, None], other=0.0)
-        scores = tl.dot(query, k) * scale
+            k_low = tl.load(at_k, mask=in_half[:, None], other=0.0)
+            k_high = tl.load(at_k + HALF, mask=in_half[:, None], other=0.0)
+            readable = seen[:, None] & in_half[None, :]
+        scores = tl.dot(query_high, k_high, tl.dot(query_low, k_low)) * scale
         if SOFTCAP:
             # In units of log2 e: softcap * tanh(x / softcap) with x = scores / log2 e.
             x = scores * (0.6931471805599453 / softcap)
@@ -167,64 +206,60 @@ def _decode(
         weights = tl.exp2(scores - new_best[:, None])
         total = total * shrink + tl.sum(weights, 1)
         best = new_best
-        # What lies behind the last key is another request's leftover: finite or not, it must not be read.
-        v = tl.load(
-            values + base + key[:, None] * DIM + column[None, :], mask=seen[:, None] & in_dim[None, :], other=0.0
-        )  # [BLOCK_SIZE, DIM]
-        sums = sums * shrink[:, None] + tl.dot(weights.to(v.dtype), v)
-    result = sums / total[:, None]
-    if tl.load(num_parts + token) == 1:
-        tl.store(out + token * (KV_HEADS * GROUP * DIM) + at_query, result.to(out.dtype.element_ty), mask=in_group)
+        v_low = tl.load(at_v, mask=readable, other=0.0)
+        v_high = tl.load(at_v + HALF, mask=readable, other=0.0)
+        weights = weights.to(v_low.dtype)
+        sums_low = tl.dot(weights, v_low, sums_low * shrink[:, None])
+        sums_high = tl.dot(weights, v_high, sums_high * shrink[:, None])
+    result_low = sums_low / total[:, None]
+    result_high = sums_high / total[:, None]
+    to_out = out + token * (KV_HEADS * GROUP * DIM) + at_query
+    if count == 1:
+        tl.store(to_out, result_low.to(out.dtype.element_ty), mask=in_group)
+        tl.store(to_out + HALF, result_high.to(out.dtype.element_ty), mask=in_group)
     else:
         to = (part * KV_HEADS + kv_head) * GROUP + row
-        tl.store(partial + to[:, None] * DIM + column[None, :], result, mask=in_group)
+        tl.store(partial + to[:, None] * DIM + column[None, :], result_low, mask=in_group)
+        tl.store(partial + to[:, None] * DIM + HALF + column[None, :], result_high, mask=in_group)
         tl.store(partial_lse + to, best + tl.log2(total), mask=row < GROUP)
-
-
-@triton.jit
-def _combine(
-    partial, partial_lse, out, first_part, num_parts,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    count = tl.load(num_parts + token)
-    if count == 1:
-        return
-    first = tl.load(first_part + token)
-    column = tl.arange(0, DIM_BLOCK)
-    in_dim = column < DIM
-    best = float("-inf")
-    total = 0.0
-    sums = tl.zeros([DIM_BLOCK], tl.float32)
-    for start in range(0, count, AT_ONCE):
-        index = start + tl.arange(0, AT_ONCE)
-        inside = index < count
-        at = (first + index) * (KV_HEADS * GROUP) + head
-        lse = tl.load(partial_lse + at, mask=inside, other=float("-inf"))
-        new_best = tl.maximum(best, tl.max(lse, 0))
-        weights = tl.exp2(lse - new_best)
-        shrink = tl.exp2(best - new_best)
-        part = tl.load(
-            partial + at[:, None] * DIM + column[None, :], mask=inside[:, None] & in_dim[None, :], other=0.0
-        )  # [AT_ONCE, DIM]
-        sums = sums * shrink + tl.sum(part * weights[:, None], 0)
-        total = total * shrink + tl.sum(weights, 0)
-        best = new_best
-    result = sums / total
-    tl.store(out + (token * (KV_HEADS * GROUP) + head) * DIM + column, result.to(out.dtype.element_ty), mask=in_dim)
+        tl.debug_barrier()  # every thread's part is written before the count says so
+        counter = finished + token * KV_HEADS + kv_head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
+            tl.store(counter, 0)
+            best = tl.full([ROWS], float("-inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            sums_low = tl.zeros([ROWS, HALF_BLOCK], tl.float32)
+            sums_high = tl.zeros([ROWS, HALF_BLOCK], tl.float32)
+            for other in tl.range(begin, begin + count, num_stages=4):
+                of = (other * KV_HEADS + kv_head) * GROUP + row
+                at_low = partial + of[:, None] * DIM + column[None, :]
+                # From the second-level cache: the first-level one of this processor may hold an older layer's.
+                lse = tl.load(partial_lse + of, mask=row < GROUP, other=0.0, cache_modifier=".cg")
+                low = tl.load(at_low, mask=in_group, other=0.0, cache_modifier=".cg")
+                high = tl.load(at_low + HALF, mask=in_group, other=0.0, cache_modifier=".cg")
+                new_best = tl.maximum(best, lse)
+                shrink = tl.exp2(best - new_best)
+                weight = tl.exp2(lse - new_best)
+                sums_low = sums_low * shrink[:, None] + low * weight[:, None]
+                sums_high = sums_high * shrink[:, None] + high * weight[:, None]
+                total = total * shrink + weight
+                best = new_best
+            tl.store(to_out, (sums_low / total[:, None]).to(out.dtype.element_ty), mask=in_group)
+            tl.store(to_out + HALF, (sums_high / total[:, None]).to(out.dtype.element_ty), mask=in_group)
 
 
 def reference(
-    qkv: Tensor, kv_cache: Tensor, block_tables: Tensor, rows: Tensor, positions: Tensor, heads: int, scale: float,
+    qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, block_tables: Tensor, rows: Tensor, positions: Tensor,
+    heads: int, scale: float, *, query_norm: Tensor | None = None, key_norm: Tensor | None = None, eps: float = 0.0,
     window: int | None = None, softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """The same, a sequence at a time, in float32. → [num_sequences, heads * head_dim]"""
-    results = []
-    for i, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
-        results.append(
-            reference_one(qkv[i : i + 1], kv_cache, block_tables[row], position, heads, scale, window, softcap)
-        )
+    """The same, a sequence at a time, in float32; writes kv_cache. → [num_sequences, heads * head_dim]"""
+    qkv = qkv.clone()
+    rope_kv.reference(qkv, cos, sin, rows, positions, block_tables, kv_cache, query_norm, key_norm, eps)
+    results = [
+        reference_one(qkv[i : i + 1], kv_cache, block_tables[row], position, heads, scale, window, softcap)
+        for i, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True))
+    ]
     return torch.cat(results).to(qkv.dtype)
 
 

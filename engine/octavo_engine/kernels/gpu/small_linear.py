@@ -1,6 +1,6 @@
 """Products of a few tokens with a weight matrix, bound by reading the weights, with what surrounds them fused in.
 
-The weights fill the rows of the matrix unit and the tokens its columns, so that 1 to 64 tokens waste nothing. A program
+The weights fill the rows of the matrix unit and the tokens its columns, so that few tokens waste nothing. A program
 owns WIDTH rows of the weights and reads them once, from end to end: no split over the inner dimension, so the sum's
 order is fixed and the result does not depend on the batch.
 
@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_TOKENS = 64
+MAX_TOKENS = 128
+"""Tokens that a program holds at most."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,32 @@ class Shape:
 
 
 def choose_shape(tokens: int, outputs: int, inputs: int, gated: bool = False) -> Shape:
-    """Measured on H100 and H200; see benchmarks/notes.md."""
-    columns = max(16, triton.next_power_of_2(tokens))
-    width = 32 if outputs <= 8192 and not gated else 64
-    if gated:
-        width = 32
-    depth = 256 if width == 32 and columns <= 32 and inputs % 256 == 0 and not gated else 128
+    """What `benchmarks/tune_small_linear.py` found for the shapes of 8 billion parameters, carried over by size.
+
+    Narrow matrices are cut finely, so that each multiprocessor gets two programs or more; wide ones coarsely, so that
+    the tokens are read less often.
+    """
+    if tokens == 1:
+        # A whole tile of 16 to 32 KiB is asked for at once, and a program has one or a few of them.
+        shape = (
+            Shape(2, 4096, 1, 8)
+            if gated
+            else Shape(8, 2048, 1, 4)
+            if outputs * inputs < 2**25
+            else Shape(4, 2048, 1, 8)
+        )
+    elif gated:
+        shape = Shape(64, 128, 4 if tokens <= 32 else 3, 4)
+    elif outputs > 32768:
+        shape = Shape(64, 128, 6, 4) if tokens <= 16 else Shape(128, 128, 2, 8)
+    elif tokens <= 32:
+        shape = Shape(32, 256, 6, 2) if inputs > 8192 else Shape(16, 256, 4, 2)
+    else:
+        shape = Shape(32, 256, 4, 4)
+    depth = shape.depth
     while inputs % depth:
         depth //= 2
-    return Shape(width, depth, 4, 4)
+    return Shape(shape.width, depth, shape.stages, shape.warps)
 
 
 def num_shares(outputs: int, shape: Shape) -> int:
@@ -63,6 +81,9 @@ def small_linear(
     """
     tokens, inputs = x.shape
     outputs = out.shape[1]
+    if tokens == 1:
+        _one_token(x, weight, out, shape, bias, norm_shares, eps, gated, residual, next_norm, shares)
+        return
     columns = max(16, triton.next_power_of_2(tokens))
     grid = (triton.cdiv(outputs, shape.width), triton.cdiv(tokens, MAX_TOKENS))
     _small_linear[grid](
@@ -71,6 +92,62 @@ def small_linear(
         DEPTH=shape.depth, STAGES=shape.stages, GATED=gated,
         SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]), num_warps=shape.warps,
     )  # fmt: skip
+
+
+def _one_token(
+    x: Tensor, weight: Tensor, out: Tensor, shape: Shape, bias: Tensor | None, norm_shares: Tensor | None, eps: float,
+    gated: bool, residual: Tensor | None, next_norm: Tensor | None, shares: Tensor | None,
+) -> None:  # fmt: skip
+    inputs, outputs = x.shape[1], out.shape[1]
+    _one_token_linear[(triton.cdiv(outputs, shape.width),)](
+        x, weight, bias, norm_shares, 0 if norm_shares is None else norm_shares.shape[0], residual, next_norm, shares,
+        out, eps, INPUTS=inputs, OUTPUTS=outputs, WIDTH=shape.width, DEPTH=shape.depth, STAGES=shape.stages,
+        GATED=gated, SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]),
+        num_warps=shape.warps,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_norm_shares"])
+def _one_token_linear(
+    x, weight, bias, norm_shares, num_norm_shares, residual, next_norm, shares, out, eps,
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    """The same for a single token, without matrix units: weights go from memory to registers, many at a time."""
+    program = tl.program_id(0)
+    output = program * WIDTH + tl.arange(0, WIDTH)
+    inner = tl.arange(0, DEPTH)
+    is_output = output < OUTPUTS
+    at_weight = tl.where(is_output, output, 0).to(tl.int64)[:, None] * INPUTS + inner[None, :]
+    if norm_shares is not None:
+        share = tl.arange(0, SHARES)
+        squares = tl.load(norm_shares + share, mask=share < num_norm_shares, other=0.0)
+    sums = tl.zeros([WIDTH], tl.float32)
+    up_sums = tl.zeros([WIDTH], tl.float32)
+    for start in tl.range(0, INPUTS, DEPTH, num_stages=STAGES):
+        w = tl.load(weight + at_weight + start, eviction_policy="evict_first").to(tl.float32)
+        v = tl.load(x + start + inner).to(tl.float32)[None, :]
+        if GATED:
+            u = tl.load(weight + OUTPUTS * INPUTS + at_weight + start, eviction_policy="evict_first").to(tl.float32)
+            up_sums += tl.sum(u * v, 1)
+        sums += tl.sum(w * v, 1)
+    if norm_shares is not None:
+        scale = tl.rsqrt(tl.sum(squares, 0) / INPUTS + eps)
+        sums *= scale
+        up_sums *= scale
+    if bias is not None:
+        sums += tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
+    if GATED:
+        sums = (sums / (1.0 + tl.exp(-sums))) * up_sums
+    if residual is not None:
+        sums = sums.to(kind).to(tl.float32) + tl.load(residual + output, mask=is_output, other=0.0).to(tl.float32)
+        kept = sums.to(kind)
+        tl.store(residual + output, kept, mask=is_output)
+        sums = kept.to(tl.float32)
+        tl.store(shares + program, tl.sum(tl.where(is_output, sums * sums, 0.0), 0))
+        sums *= tl.load(next_norm + output, mask=is_output, other=0.0).to(tl.float32)
+    tl.store(out + output, sums.to(kind), mask=is_output)
 
 
 @triton.jit(do_not_specialize=["tokens", "num_norm_shares"])
@@ -87,7 +164,8 @@ def _small_linear(
     is_output = output < OUTPUTS
     # Rows past the end read the first row instead: a mask on every load would cost more than the waste.
     at_weight = tl.where(is_output, output, 0).to(tl.int64)[:, None] * INPUTS + inner[None, :]
-    at_x = tl.where(is_token, token, 0)[None, :] * INPUTS + inner[:, None]
+    # Tokens past the end read nothing: all programs asking for the same row sixteen times slowed a product by 7 %.
+    at_x = token[None, :] * INPUTS + inner[:, None]
     if norm_shares is not None:
         # Asked for before the weights and used after them: its latency hides behind theirs.
         share = tl.arange(0, SHARES)
@@ -99,7 +177,7 @@ def _small_linear(
     up_sums = tl.zeros([WIDTH, COLUMNS], tl.float32)
     for start in tl.range(0, INPUTS, DEPTH, num_stages=STAGES):
         w = tl.load(weight + at_weight + start, eviction_policy="evict_first")
-        v = tl.load(x + at_x + start)
+        v = tl.load(x + at_x + start, mask=is_token[None, :], other=0.0)
         sums = tl.dot(w, v, sums)
         if GATED:
             u = tl.load(weight + OUTPUTS * INPUTS + at_weight + start, eviction_policy="evict_first")
