@@ -5,14 +5,18 @@ The tests of this file share one server and run in the order in which they stand
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import demo
+import programs
 import pytest
 import yaml
 
@@ -172,19 +176,34 @@ def test_a_pod_finds_the_service_by_its_name(installed, loaded_images):
 
 
 def test_prometheus_scrapes_what_the_operator_wired(installed):
+    if not programs.is_built("prometheus"):
+        pytest.skip("Prometheus is not built: run `python tests/cluster/cluster.py build prometheus`")
     url = installed.start_prometheus()
-    import urllib.parse
-    import urllib.request
 
     def sample() -> list[Any] | None:
         query = urllib.parse.urlencode({"query": 'vllm:generation_tokens_total{model_name="smollm2"}'})
-        with urllib.request.urlopen(f"{url}/api/v1/query?{query}", timeout=10) as answer:
+        with (
+            contextlib.suppress(OSError),  # it does not listen yet
+            urllib.request.urlopen(f"{url}/api/v1/query?{query}", timeout=10) as answer,
+        ):
             return json.load(answer)["data"]["result"] or None
+        return None
 
     found = wait_for(sample, "Prometheus to have a sample of the engine", 60)
 
     assert float(found[0]["value"][1]) > 0
     assert found[0]["metric"]["namespace"] == "default"
+
+
+def test_the_pod_runs_as_nobody_special_and_plans_the_model_that_it_serves(installed):
+    def inside(*command: str) -> str:
+        return installed.kubectl("exec", f"deployment/{SERVER}", "--", *command)
+
+    plan = inside("octavo", "plan", f"/models/{models.NAME}", "--memory", "4G")
+
+    assert inside("python3", "-c", "import os; print(os.getuid())") == "10001\n"
+    assert "8192" in plan.replace(",", "")
+    assert "LlamaForCausalLM" in plan or "weights" in plan.lower()
 
 
 def test_describe_tells_what_runs_and_what_happened(installed):
@@ -205,16 +224,19 @@ def test_scaling_to_two_gives_two_ready_replicas(installed):
 
 
 def test_a_change_of_the_context_rolls_without_a_failed_request(installed):
-    # Asked from the node in a loop while the pod is replaced: each answer must be whole.
+    # Asked from the node while the pod is replaced: short questions one after the other, and a long answer that is
+    # being written when its pod is told to go.
     address = installed.kubectl("get", "service", SERVER, "-o", "jsonpath={.spec.clusterIP}:{.spec.ports[0].port}")
-    body = json.dumps({**QUESTION, "max_tokens": 4})
-    curl = f"curl -sS -o /dev/null -w '%{{http_code}}\\n' --max-time 60 http://{address}/v1/chat/completions"
-    curl += f" -H 'Content-Type: application/json' -d {shlex.quote(body)}"
-    stop = installed.state / "stop-asking"
-    answers = installed.state / "answers"
-    loop = f"while [ ! -e {stop} ]; do {curl} >> {answers} 2>&1; sleep 0.05; done"
-    installed.start_program("asking", ["bash", "-c", loop])
+    curl = f"curl -sSN --max-time 120 http://{address}/v1/chat/completions -H 'Content-Type: application/json'"
+    short = shlex.quote(json.dumps({**QUESTION, "max_tokens": 4}))
+    long = shlex.quote(json.dumps({**QUESTION, "max_tokens": 300, "ignore_eos": True, "stream": True}))
+    stop, codes, stream = (installed.state / name for name in ("stop-asking", "codes", "stream"))
+    ask_again = f"{curl} -o /dev/null -w '%{{http_code}}\\n' -d {short} >> {codes} 2>&1; sleep 0.05"
+    installed.start_program("streaming", ["bash", "-c", f"{curl} -d {long} > {stream} 2>&1"])
+    installed.start_program("asking", ["bash", "-c", f"while [ ! -e {stop} ]; do {ask_again}; done"])
+    wait_for(lambda: stream.exists() and stream.read_text().count("data: {") > 5, "the long answer to begin", 60)
     patch = {"spec": {"engine": {"maxModelLen": 2048}}}
+    before = pods(installed)[0]["metadata"]["name"]
     try:
         installed.kubectl("patch", "llm", SERVER, "--type=merge", "-p", json.dumps(patch))
 
@@ -225,10 +247,15 @@ def test_a_change_of_the_context_rolls_without_a_failed_request(installed):
         wait_for(changed, "the new context to be in effect", 180)
     finally:
         stop.touch()
-    codes = answers.read_text().split()
+    # Its pod goes on with it after the new one has taken over.
+    wait_for(lambda: "[DONE]" in stream.read_text(), "the long answer to end", 60)
+    answers = codes.read_text().split()
+    events = [line for line in stream.read_text().splitlines() if line]
 
-    assert len(codes) > 5
-    assert set(codes) == {"200"}, {code: codes.count(code) for code in set(codes)}
+    assert pods(installed)[0]["metadata"]["name"] != before
+    assert len(answers) > 5
+    assert set(answers) == {"200"}, {code: answers.count(code) for code in set(answers)}
+    assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
 
 
 def test_a_killed_engine_is_reported_and_comes_back(installed):
@@ -267,6 +294,12 @@ def test_a_bad_model_name_is_seen_on_the_resource_with_its_fix(installed):
 
 
 def test_the_operator_killed_in_the_middle_ends_the_same(installed):
+    def restarts() -> int:
+        selector = "app.kubernetes.io/name=octavo-operator"
+        path = "jsonpath={.items[0].status.containerStatuses[0].restartCount}"
+        return int(installed.kubectl("get", "pods", "-n", "octavo-system", "-l", selector, "-o", path) or 0)
+
+    before = restarts()
     installed.kubectl("patch", "llm", SERVER, "--type=merge", "-p", '{"spec":{"engine":{"maxModelLen":1024}}}')
     installed.run(["pkill", "-9", "-f", "octavo-operator"])
 
@@ -275,6 +308,8 @@ def test_the_operator_killed_in_the_middle_ends_the_same(installed):
         return document if document and document["status"]["engine"]["maxModelLen"] == 1024 else None
 
     wait_for(changed, "the change to be in effect", 180)
+
+    assert restarts() > before
 
 
 def test_a_field_outside_its_range_is_refused_by_name(installed):
@@ -295,3 +330,17 @@ def test_deletion_leaves_nothing(installed):
         return True if not left.strip() else None
 
     wait_for(gone, "every child to be gone", 90)
+
+
+def test_uninstalling_leaves_the_definition_of_servers_and_nothing_else(installed):
+    # The definition stays because with it every server would go.
+    installed.run(["helm", "uninstall", "octavo", "-n", "octavo-system", "--wait", "--timeout=60s"])
+
+    def left(kinds: str) -> list[str]:
+        return installed.kubectl("get", kinds, "-A", "-l", "app.kubernetes.io/instance=octavo", "-o", "name").split()
+
+    wait_for(lambda: not left("pods"), "the operator's pod to be gone", 60)
+
+    kinds = "deployments,replicasets,serviceaccounts,roles,rolebindings,clusterroles,clusterrolebindings,crds"
+    assert left(kinds) == []
+    assert "llmservers.octavo.dev" in installed.kubectl("get", "crds", "-o", "name")
