@@ -124,6 +124,12 @@ class LLM:
 
     def _run(self, prompts: list[_Encoded], sampling: list[SamplingParams], use_tqdm: bool) -> list[RequestOutput]:
         limit = self.effective.max_model_len
+        for params in sampling:
+            if params.stop_token_ids and max(params.stop_token_ids) >= self._tokenizer.vocab_size:
+                raise ValueError(
+                    f"stop_token_ids: {max(params.stop_token_ids)} is outside the vocabulary of "
+                    f"{self._tokenizer.vocab_size}"
+                )
         outputs, answers = [], {}
         for (text, ids), params in zip(prompts, sampling, strict=True):
             output = RequestOutput(str(self._num_requests), text, ids)

@@ -246,6 +246,7 @@ def test_logits_that_are_not_finite_give_minus_one_and_leave_the_others_alone(ba
         ({"repetition_penalty": 0.5}, 0),
         ({"banned": (0,)}, 1),
         ({"banned": (0, 1)}, 2),
+        ({"banned": (0, 999)}, 1),  # an id beyond the vocabulary ended the whole engine
     ],
 )
 def test_what_was_said_before_is_less_likely(settings: dict[str, Any], expected: int):

@@ -109,6 +109,13 @@ def test_a_prompt_that_cannot_be_is_refused_and_nothing_stays_behind(llm, prompt
     assert llm.generate("The capital of France is", GREEDY, use_tqdm=False)[0].outputs[0].text.startswith(" Paris")
 
 
+def test_a_stop_token_outside_the_vocabulary_is_refused(llm):
+    with pytest.raises(ValueError, match="stop_token_ids: 49152 is outside the vocabulary of 49152"):
+        llm.generate("x", SamplingParams(stop_token_ids=[1, 49152]), use_tqdm=False)
+
+    assert not llm._engine.has_work
+
+
 def test_an_interrupt_leaves_the_engine_empty(llm, monkeypatch):
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt

@@ -180,6 +180,7 @@ class Api:
         max_tokens_param: str,
     ) -> web.StreamResponse:
         n = generation.sampling.n
+        model.check_stop_token_ids(generation.sampling.stop_token_ids)
         sequences = []
         for prompt in prompts:
             max_tokens = model.max_tokens(generation.max_tokens, len(prompt), max_tokens_param)

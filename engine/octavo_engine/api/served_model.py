@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -129,6 +130,14 @@ class ServedModel:
             raise bad_request(
                 f"Token id {max(token_ids)} is out of vocabulary: ids are 0 to {self.tokenizer.vocab_size - 1}.",
                 "prompt",
+            )
+
+    def check_stop_token_ids(self, token_ids: Sequence[int]) -> None:
+        """An id that no token has would never stop anything: the client takes this for another model."""
+        if token_ids and max(token_ids) >= self.tokenizer.vocab_size:
+            raise bad_request(
+                f"stop_token_ids: {max(token_ids)} is out of vocabulary: ids are 0 to {self.tokenizer.vocab_size - 1}.",
+                "stop_token_ids",
             )
 
     def max_tokens(self, asked: int | None, prompt_tokens: int, param: str) -> int:

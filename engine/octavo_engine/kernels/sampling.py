@@ -80,7 +80,8 @@ def _penalize(logits: Tensor, row: SampleRow) -> None:
         ids, counts = output.unique(return_counts=True)
         logits[ids] -= s.presence_penalty + s.frequency_penalty * counts
     if row.banned:
-        logits[list(row.banned)] = float("-inf")
+        # A tokenizer may name an end token that the embedding has no row for.
+        logits[[token for token in row.banned if token < logits.shape[0]]] = float("-inf")
 
 
 def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:

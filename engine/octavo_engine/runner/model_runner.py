@@ -68,7 +68,9 @@ class ModelRunner:
             tensors = weights.allocate(model, dtype, device)
             # A row and a block more than planned: what pads a step to the size of a CUDA graph needs a place.
             padding = int(device.type == "cuda")
-            self._kv_cache = torch.zeros(
+            # On a CPU pages that no block has used yet must not be touched: four gigabytes of zeros take seconds.
+            fresh = torch.empty if device.type == "cpu" else torch.zeros
+            self._kv_cache = fresh(
                 (model.num_layers, 2, plan.num_blocks + padding, model.num_kv_heads, plan.block_size, model.head_dim),
                 dtype=dtype, device=device,
             )  # fmt: skip

@@ -361,6 +361,17 @@ async def test_ids_outside_the_vocabulary_are_refused(server, http) -> None:
     assert (status, body["error"]["param"]) == (400, "prompt")
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_stop_tokens_outside_the_vocabulary_are_refused(server, http, path) -> None:
+    """With min_tokens such an id used to end the engine, and with it everybody's requests."""
+    body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "stop_token_ids": [1, 257], "min_tokens": 1}
+    status, answer = await post(http, server, path, **body)
+
+    assert status == 400
+    assert answer["error"]["param"] == "stop_token_ids"
+    assert "257 is out of vocabulary: ids are 0 to 256" in answer["error"]["message"]
+
+
 async def test_images_and_template_overrides_are_refused_with_their_place(server, http) -> None:
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]
     _, first = await post(http, server, "/v1/chat/completions", messages=image)
