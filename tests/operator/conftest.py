@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE.parent / "cluster")]
 
 from fixtures import cluster  # noqa: E402 -- the path above leads to it
@@ -21,17 +19,10 @@ __all__ = ["api", "cluster", "engines", "operator", "stage"]
 @pytest.fixture(scope="session")
 def api(cluster) -> Iterator[object]:
     """The API server as an administrator, with the CRD and the chart's roles on it."""
-    import programs
-    from stage import Api
+    from stage import Api, chart
 
-    helm = programs.folder("helm") / "helm"
-    if not helm.exists():
-        pytest.skip("helm is not built: run `python tests/cluster/cluster.py build helm`")
-    chart = [str(helm), "template", "octavo", str(ROOT / "helm/octavo"), "-n", "octavo-system"]
-    shown = [f"--show-only=templates/{name}.yaml" for name in ("crd", "rbac", "serviceaccount")]
-    manifests = subprocess.run([*chart, "--kube-version=1.34.0", *shown], capture_output=True, text=True, check=True)
     cluster.kubectl("create", "namespace", "octavo-system")
-    cluster.kubectl("apply", "--server-side", "-f", "-", stdin=manifests.stdout)
+    cluster.kubectl("apply", "--server-side", "-f", "-", stdin=chart("octavo", "crd", "rbac", "serviceaccount"))
     cluster.kubectl("wait", "--for=condition=Established", "crd/llmservers.octavo.dev", "--timeout=30s")
     made = Api(cluster)
     yield made

@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import yaml
 
 from octavo_engine.status import Effective, Failure, Load, Progress, Statusz
@@ -175,6 +176,19 @@ EFFECTIVE = Effective(
 )
 
 
+def chart(release: str, *templates: str, values: tuple[str, ...] = ()) -> str:
+    """What the chart makes of these templates, by the real helm."""
+    import programs
+
+    helm = programs.folder("helm") / "helm"
+    if not helm.exists():
+        pytest.skip("helm is not built: run `python tests/cluster/cluster.py build helm`")
+    command = [str(helm), "template", release, str(ROOT / "helm/octavo"), "-n", "octavo-system"]
+    command += ["--kube-version=1.34.0", *(f"--show-only=templates/{name}.yaml" for name in templates)]
+    command += [f"--set={value}" for value in values]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 class Stage:
     """One namespace with one staged node, and what happens in it."""
 
@@ -184,8 +198,9 @@ class Stage:
         self.api, self.engines = api, engines
         self.namespace = f"stage-{next(self._numbers)}"
         self.node = self.namespace
+        self._nodes: list[str] = []
         api.request("POST", "/api/v1/namespaces", {"metadata": {"name": self.namespace}})
-        self._make_node()
+        self.add_node(self.node)
         wait_for(lambda: api.get(f"/api/v1/namespaces/{self.namespace}/serviceaccounts/default"), "a service account")
 
     def remove(self) -> None:
@@ -194,19 +209,21 @@ class Stage:
         for pod in self.list("pods"):
             self.forget(pod["metadata"]["name"])
         self.api.request("DELETE", f"/api/v1/namespaces/{self.namespace}")
-        self.api.request("DELETE", f"/api/v1/nodes/{self.node}")
+        for name in self._nodes:
+            self.api.request("DELETE", f"/api/v1/nodes/{name}")
 
-    def _make_node(self) -> None:
-        labels = {NODE_LABEL: self.node, "kubernetes.io/hostname": self.node}
-        self.api.request("POST", "/api/v1/nodes", {"metadata": {"name": self.node, "labels": labels}})
+    def add_node(self, name: str, gpus: int = 0) -> None:
+        labels = {NODE_LABEL: self.node, "kubernetes.io/hostname": name}
+        self.api.request("POST", "/api/v1/nodes", {"metadata": {"name": name, "labels": labels}})
+        self._nodes.append(name)
         now = _now()
         condition = {"type": "Ready", "status": "True", "reason": "Staged", "message": "staged by a test"}
         condition |= {"lastHeartbeatTime": now, "lastTransitionTime": now}
-        amounts = {"cpu": "64", "memory": "512Gi", "pods": "200"}
+        amounts = {"cpu": "64", "memory": "512Gi", "pods": "200", "nvidia.com/gpu": str(gpus)}
         status = {"conditions": [condition], "capacity": amounts, "allocatable": amounts}
-        self.api.merge(f"/api/v1/nodes/{self.node}/status", {"status": status})
+        self.api.merge(f"/api/v1/nodes/{name}/status", {"status": status})
         # Until the controllers have seen the node as ready, it carries a taint.
-        wait_for(lambda: not (self.api.get(f"/api/v1/nodes/{self.node}") or {})["spec"].get("taints"), "a clean node")
+        wait_for(lambda: not (self.api.get(f"/api/v1/nodes/{name}") or {})["spec"].get("taints"), "a clean node")
 
     def path(self, kind: str, name: str = "", subresource: str = "") -> str:
         tail = "".join(f"/{part}" for part in (name, subresource) if part)
@@ -373,10 +390,12 @@ def _now() -> str:
 class Operator:
     """`octavo-operator run` as a process in the cluster's network, with the rights that the chart gives it."""
 
-    def __init__(self, cluster: Any, identity: str, port: int, **environment: str) -> None:
+    def __init__(
+        self, cluster: Any, identity: str, port: int, account: str = "octavo-operator", **environment: str
+    ) -> None:
         self.cluster, self.identity, self.port = cluster, identity, port
         kubeconfig = cluster.state / f"{identity}.kubeconfig"
-        token = cluster.kubectl("create", "token", "octavo-operator", "-n", "octavo-system", "--duration=2h").strip()
+        token = cluster.kubectl("create", "token", account, "-n", "octavo-system", "--duration=2h").strip()
         config = yaml.safe_load((cluster.state / "root/etc/kubernetes/pki/admin.kubeconfig").read_text())
         config["users"][0]["user"] = {"token": token}
         kubeconfig.write_text(yaml.safe_dump(config))
@@ -405,7 +424,7 @@ class Operator:
 
     def get(self, path: str) -> str:
         url = f"http://127.0.0.1:{self.port}{path}"
-        return str(self.cluster.run(["curl", "-sS", "--max-time", "5", "-w", "%{http_code}", url]).stdout)
+        return str(self.cluster.run(["curl", "-sS", "--max-time", "5", "-w", "%{http_code}", url], check=False).stdout)
 
     def metric(self, name: str) -> float:
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name) and line[0] != "#"]

@@ -252,6 +252,22 @@ def test_a_pod_without_a_node_is_told_with_what_is_missing(stage):
     assert ("Warning", "InsufficientMemory") in stage.events()
 
 
+def test_among_many_gpus_the_last_pods_wait_and_the_resource_stays_readable(stage):
+    for number in range(6):
+        stage.add_node(f"{stage.node}-gpu-{number}", gpus=8)
+    stage.serve(replicas=50, hardware={"gpus": 1, "nodeSelector": {"octavo.dev/staged": stage.node}})
+    found = stage.wait_condition("Schedulable", "False", "InsufficientGPU", timeout_s=60)
+    wait_for(lambda: sum("nodeName" in pod["spec"] for pod in stage.pods()) == 48, "48 pods on nodes", 60, 0.2)
+    wait_for(
+        lambda: [pod["stage"] for pod in stage.status()["pods"]][:3] == ["pending", "pending", "creating"], "order"
+    )
+
+    # The staged node without GPUs counts among the nodes that have none free.
+    assert "7 of 8 nodes have no nvidia.com/gpu free, and each pod needs 1" in found["message"]
+    assert stage.status()["ready"] == "0/50"
+    assert len(stage.status()["pods"]) == 16
+
+
 def test_a_node_selector_that_no_node_has_is_told(stage):
     stage.serve(hardware={"nodeSelector": {"gpu": "h900"}})
     found = stage.wait_condition("Schedulable", "False", "NoMatchingNode")

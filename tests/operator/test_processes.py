@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from stage import ApiError, Operator, wait_for
+from stage import ApiError, Operator, Stage, chart, wait_for
 
 LEASE = "/apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator"
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -19,8 +19,8 @@ def start(cluster, api):
     """Starts operators; those that still run at the end of the test are stopped."""
     started = []
 
-    def one(identity, port, **environment):
-        started.append(Operator(cluster, identity, port, **environment))
+    def one(identity, port, account="octavo-operator", **environment):
+        started.append(Operator(cluster, identity, port, account, **environment))
         return started[-1]
 
     yield one
@@ -103,6 +103,34 @@ def test_an_operator_that_loses_its_lease_ends_with_a_failure(api, start):
     assert lease["spec"]["holderIdentity"] == "thief"
     assert status == 1
     assert re.search(r"ERROR .* the lease is lost", running.log())
+
+
+def test_an_operator_of_some_namespaces_needs_no_rights_beyond_them(stage, api, cluster, engines, start):
+    other = Stage(api, engines)
+    try:
+        values = (f"watchNamespaces={{{stage.namespace}}}", "rbac.aggregate=false")
+        roles = chart("narrow", "rbac", "serviceaccount", values=values)
+        cluster.kubectl("apply", "-f", "-", stdin=roles)
+        running = start(
+            "narrow",
+            18097,
+            account="narrow-operator",
+            OCTAVO_WATCH_NAMESPACES=stage.namespace,
+            OCTAVO_LEASE_SECONDS="3",
+        )
+        running.wait_leading()
+        other.serve()
+        stage.serve()
+        stage.wait_pods(1)
+        stage.wait_condition("MonitoringReady", "True", "ScrapeAnnotations")
+        time.sleep(6)  # a resync
+
+        assert "ClusterRole" not in roles
+        assert other.status() == {}
+        assert "WARNING" not in running.log()
+        assert "ERROR" not in running.log()
+    finally:
+        other.remove()
 
 
 def test_without_an_api_server_the_operator_says_so_and_is_not_ready(start, tmp_path):
