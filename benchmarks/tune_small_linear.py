@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import triton
 
-from octavo_engine.kernels.gpu import decode_attention
 from octavo_engine.kernels.gpu.small_linear import Shape, num_shares, small_linear
 
 # name: outputs, inputs, gated, ends a residual branch
@@ -118,56 +117,12 @@ def timed(run: object, weights: list[torch.Tensor], repeats: int) -> float:
     return statistics.median(times)
 
 
-def attention() -> None:
-    """Microseconds of one layer of the shape 32/8 heads of 128, by parts wanted, warps and stages."""
-    heads, kv_heads, dim, size, layers = 32, 8, 128, 64, 8
-    for batch, context in (
-        (1, 1120),
-        (8, 1120),
-        (32, 1120),
-        (64, 1120),
-        (128, 1120),
-        (256, 1120),
-        (1, 16384),
-        (16, 16384),
-    ):
-        blocks = -(-context // size)
-        layers = max(1, min(8, int(24e9 / (batch * blocks * size * kv_heads * dim * 4))))
-        caches = [torch.randn(2, batch * blocks, kv_heads, size, dim, device="cuda").bfloat16() for _ in range(layers)]
-        tables = torch.randperm(batch * blocks, device="cuda").int().view(batch, blocks)
-        qkv = torch.randn(batch, (heads + 2 * kv_heads) * dim, device="cuda").bfloat16()
-        cos = torch.randn(context, dim // 2, device="cuda").bfloat16()
-        out = torch.empty(batch, heads * dim, device="cuda", dtype=torch.bfloat16)
-        results = []
-        for wanted, least in itertools.product((264, 528, 1056), (1, 2, 4)):
-            decode_attention.PROGRAMS_WANTED, decode_attention.MIN_BLOCKS_PER_PART = wanted, least
-            words = decode_attention.plan_parts(list(range(batch)), [context - 1] * batch, size, kv_heads)
-            words += [0] * (8 * decode_attention.max_parts(batch, kv_heads) - len(words))
-            parts = torch.tensor(words, device="cuda").int().view(-1, 8)
-            scratch = decode_attention.Scratch.allocate(batch, heads, kv_heads, dim, torch.device("cuda"))
-            for warps, stages in itertools.product((1, 2, 4), (2, 3, 4)):
-                us = timed(
-                    lambda c, p=parts, s=scratch, w=warps, n=stages: decode_attention.decode_attention(
-                        qkv, cos, cos, c, tables, p, s, out, dim**-0.5, num_stages=n, num_warps=w
-                    ),
-                    caches, 9,
-                )  # fmt: skip
-                results.append((round(us, 2), wanted, least, warps, stages))
-        results.sort()
-        nbytes = batch * context * kv_heads * dim * 4
-        print(batch, context, "TB/s", round(nbytes / results[0][0] / 1e6, 2), results[:5], flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", default="1,8,16,32,64")
     parser.add_argument("--products", default=",".join(PRODUCTS))
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--attention", action="store_true", help="time decode attention instead")
     arguments = parser.parse_args()
-    if arguments.attention:
-        attention()
-        return
     jobs = [
         (name, int(tokens), candidates(int(tokens), *PRODUCTS[name][:3]))
         for tokens in arguments.tokens.split(",")

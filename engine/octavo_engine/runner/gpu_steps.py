@@ -28,8 +28,10 @@ from octavo_engine.plan import Plan
 
 RING = 3
 """Pinned buffers: one being filled and one for each step that may be under way, whose copy may not have run yet."""
-GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-GRAPH_SIZES += tuple(range(320, 1025, 64))
+GRAPH_SIZES = (
+    *(1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256),
+    *range(320, 1025, 64),
+)
 """Decodes in a graph; a step takes the next larger one. Padding is at most a fifth of a step above 8."""
 
 
