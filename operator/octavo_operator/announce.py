@@ -12,6 +12,7 @@ from typing import Any, Literal
 from octavo_operator import names
 from octavo_operator.changes import Changes
 from octavo_operator.conditions import Finding
+from octavo_operator.failures import reason_of
 from octavo_operator.report import LastFailure
 
 MESSAGE_MAX = 1000
@@ -37,12 +38,13 @@ def announcements(
         told.append(Announcement("Normal", "Deleted", "Deleted " + _kinds(changes.delete) + ", no longer wanted."))
     before = {condition["type"]: condition for condition in previous.get("conditions", [])}
     known = {condition["reason"] for condition in before.values() if condition["status"] == "False"}
-    if failure is not None and _differs(failure, previous.get("lastFailure") or {}):
-        reason = "".join(part.capitalize() for part in failure.code.split("_"))
-        fix = f" Fix: {failure.fix}" if failure.fix else ""
-        told.append(Announcement("Warning", reason, f"Pod {failure.pod}: {failure.message}{fix}"))
-        known.add(reason)
-        known |= {finding.reason for finding in findings if failure.message in finding.message}
+    # A pod that fails again and again is one transition: its reason stands in the conditions until it is up.
+    if failure is not None and _is_new(failure, previous.get("lastFailure") or {}):
+        reason = reason_of(failure.code)
+        if reason not in known:
+            fix = f" Fix: {failure.fix}" if failure.fix else ""
+            told.append(Announcement("Warning", reason, f"Pod {failure.pod}: {failure.message}{fix}"))
+            known.add(reason)
     # Ready repeats the cause that another condition is about, so it is asked last.
     for finding in sorted(findings, key=lambda finding: finding.type == names.READY):
         if finding.trouble and finding.reason not in known:
@@ -61,5 +63,5 @@ def _kinds(objects: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(str(body["kind"]) for body in objects)
 
 
-def _differs(failure: LastFailure, before: Mapping[str, Any]) -> bool:
+def _is_new(failure: LastFailure, before: Mapping[str, Any]) -> bool:
     return (failure.time, failure.pod, failure.code) != (before.get("time"), before.get("pod"), before.get("code"))

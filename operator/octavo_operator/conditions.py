@@ -187,7 +187,7 @@ def _model_cached(view: View) -> Finding:
     for replica in view.replicas:
         if replica.stage == Stage.DOWNLOADING:
             return Finding(names.MODEL_CACHED, "False", "Downloading", _capital(replica.words()) + ".")
-    return Finding(names.MODEL_CACHED, "Unknown", "NotLookedYet", "No engine has looked for the model yet.")
+    return Finding(names.MODEL_CACHED, "Unknown", "NotLookedYet", "No engine has told of the model yet.")
 
 
 def _fits(view: View) -> Finding:

@@ -28,9 +28,7 @@ class Failure:
 
     @property
     def reason(self) -> str:
-        """KV_CACHE_TOO_SMALL → KvCacheTooSmall, as reasons of conditions are written."""
-        known = {OOM_KILLED: "OOMKilled"}
-        return known.get(self.code, "".join(part.capitalize() for part in self.code.split("_")))
+        return reason_of(self.code)
 
     @property
     def sentence(self) -> str:
@@ -41,6 +39,11 @@ class Failure:
     def report(self) -> LastFailure:
         time = write_time(self.finished_at) if self.finished_at else None
         return LastFailure(time=time, pod=self.pod, code=self.code, message=self.message, fix=self.fix or None)
+
+
+def reason_of(code: str) -> str:
+    """KV_CACHE_TOO_SMALL → KvCacheTooSmall, as reasons of conditions and events are written."""
+    return "OOMKilled" if code == OOM_KILLED else "".join(part.capitalize() for part in code.split("_"))
 
 
 def failure_of(pod: Pod, memory_limit: str | None = None) -> Failure | None:
