@@ -124,6 +124,11 @@ def on_own_cluster(python: str, report: Report) -> None:
     with report.step("Prepare the model"):
         model = model_folder(python, report)
     with report.step("Start Kubernetes"):
+        names = {target: images.name_of(target) for target in images.TARGETS}
+        if cluster.is_up() and not all(images.is_loaded(name, cluster.inside) for name in names.values()):
+            # Pods that run keep the build that they started with, as its name is the same.
+            report.say("the images have changed: it starts anew")
+            cluster.down()
         seconds = cluster.up()
         report.say(f"one node, Ready after {seconds:.1f} s" if seconds > 1 else "it was running")
     kubernetes = Kubernetes(
@@ -135,8 +140,8 @@ def on_own_cluster(python: str, report: Report) -> None:
     remember({"mode": "own"})
     try:
         with report.step("Bring the images to the node"):
-            for target in images.TARGETS:
-                cluster.load(images.name_of(target), report.dim)
+            for name in names.values():
+                cluster.load(name, report.dim)
         with report.step("Fill a PersistentVolumeClaim with the model"):
             volume = cluster.state / "volumes" / CLAIM
             shutil.copytree(model, volume / MODEL_FOLDER, dirs_exist_ok=True)
@@ -144,7 +149,7 @@ def on_own_cluster(python: str, report: Report) -> None:
             bound = "--for=jsonpath={.status.phase}=Bound"
             kubernetes.kubectl("wait", bound, f"pvc/{CLAIM}", "-n", NAMESPACE, "--timeout=60s")
             report.say(f"{size_of(model) / 1e6:.0f} MB in the claim {CLAIM}, folder {MODEL_FOLDER}")
-        serve(kubernetes, {target: images.name_of(target) for target in images.TARGETS}, report)
+        serve(kubernetes, names, report)
     except BaseException:
         with contextlib.suppress(OSError, ClusterError):
             logs = machine.cache_dir() / "demo-logs"

@@ -148,6 +148,15 @@ def load(image: str, inside: Inside, store: Path, say: Say) -> None:
     say(f"loaded {image} in {time.monotonic() - started:.1f} s")
 
 
+def is_loaded(image: str, inside: Inside) -> bool:
+    """Whether the node has exactly this build of the image."""
+    if not shutil.which("buildah"):
+        return False
+    with locked():
+        _, manifest = push_to_layout(image)
+        return _digests_in_containerd(inside).get(image) == manifest
+
+
 def push(image: str, registry: str) -> str:
     """Push to a registry that the user may write to. Returns the name there, which changes with the content."""
     identity = _image_id(image) if shutil.which("buildah") else _docker_id(image)
@@ -206,7 +215,18 @@ def locked() -> Iterator[None]:
     """One build or load at a time: they share the stores, and two would only slow each other down."""
     with (_folder() / "lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            # buildah mounts its store over itself and leaves it so.
+            for folder in mounts():
+                subprocess.run(["umount", folder], capture_output=True)
+
+
+def mounts() -> list[str]:
+    """What is mounted below buildah's store, the last first."""
+    rows = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [row.split()[4] for row in reversed(rows) if row.split()[4].startswith(f"{_storage()}/")]
 
 
 def _storage() -> Path:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import demo
+import images
 import pytest
 import sizes
 
@@ -89,6 +90,11 @@ def test_a_change_of_our_source_makes_one_small_layer(loaded_images, target):
 
     assert any(part.startswith("octavo_") for part in top.parts)
     assert top.size_bytes < 5e6
+
+
+def test_a_build_leaves_no_mount(loaded_images):
+    with images.locked():  # another build would have its own
+        assert images.mounts() == []
 
 
 def test_the_engine_image_serves_plans_and_compiles_without_a_shell(cluster, loaded_images):
