@@ -68,7 +68,8 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             _number(name, getattr(self, name), -2.0, 2.0)
         _number("temperature", self.temperature, 0.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, low_included=False)
+        # Logits divided by less than that leave the range of float16, and nobody means it.
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0, low_included=False)
         _integer("top_k", self.top_k, -1, 2**31 - 1)
         _number("min_p", self.min_p, 0.0, 1.0)
@@ -123,8 +124,7 @@ def _number(name: str, value: object, low: float, high: float, low_included: boo
     )
     if not ok:
         brackets = "[" if low_included else "("
-        expected = f"in {brackets}{low:g}, {high:g}]" if high < math.inf else f"a finite number above {low:g}"
-        raise SamplingError(name, value, expected)
+        raise SamplingError(name, value, f"in {brackets}{low:g}, {high:g}]")
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:

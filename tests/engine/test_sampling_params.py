@@ -19,7 +19,7 @@ HUGE = 2**31
         ("n", [0, -1, 129, 1.0, True, "1", None]),
         ("presence_penalty", [-2.1, 2.1, math.nan, math.inf, "1", None, True]),
         ("frequency_penalty", [-2.1, 2.1, math.nan, "1"]),
-        ("repetition_penalty", [0, -1.0, math.inf, math.nan, "1"]),
+        ("repetition_penalty", [0, 1e-300, -1.0, 101, math.inf, math.nan, "1"]),
         ("temperature", [-0.1, 2.1, math.nan, math.inf, "hot", None, True]),
         ("top_p", [0, -0.1, 1.1, math.nan, None]),
         ("top_k", [-2, HUGE, 1.5, True, None]),
@@ -65,7 +65,8 @@ def test_values_that_contradict_each_other_are_refused(settings: dict[str, Any],
         {"n": 1}, {"n": 128}, {"temperature": 0}, {"temperature": 2}, {"top_p": 1}, {"top_p": 1e-6}, {"min_p": 0},
         {"min_p": 1}, {"top_k": 0}, {"top_k": -1}, {"top_k": 1}, {"seed": -(2**63)}, {"seed": 2**63 - 1},
         {"max_tokens": None, "min_tokens": 1000}, {"max_tokens": 1}, {"presence_penalty": -2},
-        {"frequency_penalty": 2}, {"repetition_penalty": 0.01}, {"stop": ["x"] * MAX_STOP_STRINGS},
+        {"frequency_penalty": 2}, {"repetition_penalty": 0.01}, {"repetition_penalty": 100},
+        {"stop": ["x"] * MAX_STOP_STRINGS},
     ],
 )  # fmt: skip
 def test_the_ends_of_each_range_belong_to_it(settings: dict[str, Any]):

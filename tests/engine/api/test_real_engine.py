@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import random
@@ -107,6 +108,16 @@ async def wait_running(server: Real, count: int) -> None:
     raise TimeoutError(server.statusz()["load"])
 
 
+async def wait_idle(server: Real) -> None:
+    """Within five seconds nothing runs, nothing waits and no block is held."""
+    for _ in range(100):
+        load = server.statusz()["load"]
+        if load["running"] == load["waiting"] == 0 and load["kv_usage"] == 0:
+            return
+        await asyncio.sleep(0.05)
+    raise TimeoutError(load)
+
+
 async def test_two_hundred_streams_cancelled_at_random_leave_nothing(real: Real, http: aiohttp.ClientSession) -> None:
     rng = random.Random(1)
 
@@ -118,16 +129,9 @@ async def test_two_hundred_streams_cancelled_at_random_leave_nothing(real: Real,
         await asyncio.gather(task, return_exceptions=True)
 
     await asyncio.gather(*(cancelled(index) for index in range(200)))
-    ended = time.monotonic()
-    for _ in range(200):
-        load = real.statusz()["load"]
-        if load["running"] == load["waiting"] == 0 and load["kv_usage"] == 0:
-            break
-        await asyncio.sleep(0.05)
-    idle_after_s = time.monotonic() - ended
+    await wait_idle(real)
 
-    assert (load["running"], load["waiting"], load["kv_usage"], load["waiting_prefill_tokens"]) == (0, 0, 0, 0)
-    assert idle_after_s < 5
+    assert real.statusz()["load"]["waiting_prefill_tokens"] == 0
     started = time.monotonic()
     final = json.loads((await events(http, real, "The capital of France is", max_tokens=4))[-2])
     assert final["choices"][0]["finish_reason"] == "length"
@@ -177,3 +181,61 @@ async def test_sigterm_lets_twenty_streams_finish_and_ends_with_status_0(
         assert stream[-1] == "[DONE]"
         assert json.loads(stream[-2])["choices"][0]["finish_reason"] == "length"
     assert await asyncio.to_thread(real.process.wait, 20) == 0
+
+
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "Hello"}]
+ODD: list[tuple[str, dict[str, Any] | bytes, int, str]] = [
+    (TEXT, {"prompt": ""}, 400, "prompt"),
+    (TEXT, {"prompt": ["a", ""]}, 400, "prompt"),
+    (TEXT, {"prompt": "a\u0000b \U0001f600 \u200b", "max_tokens": 2}, 200, ""),
+    (TEXT, {"prompt": [0, 49151], "max_tokens": 2}, 200, ""),
+    (TEXT, {"prompt": [49152]}, 400, "49152 is out of vocabulary"),
+    (TEXT, {"prompt": [2**70]}, 400, "prompt"),
+    (TEXT, {"prompt": [1] * 8192, "max_tokens": 1}, 400, "maximum context length is 8192"),
+    (TEXT, {"prompt": "x " * 2_000_000}, 400, "maximum context length is 8192"),
+    (TEXT, {"prompt": "x", "logprobs": 1}, 400, "logprobs is not supported yet"),
+    (TEXT, {"prompt": "x", "n": 2, "temperature": 0}, 400, "n must be 1"),
+    (TEXT, {"prompt": "x", "n": 3, "max_tokens": 2, "seed": 1}, 200, ""),
+    (TEXT, {"prompt": "x", "stop_token_ids": [999999], "min_tokens": 2}, 400, "out of vocabulary"),
+    (TEXT, {"prompt": "x", "stop_token_ids": list(range(1000)), "min_tokens": 3, "max_tokens": 3}, 200, ""),
+    (TEXT, {"prompt": "x", "top_k": 2**31 - 1, "top_p": 1e-30, "min_p": 1, "max_tokens": 2}, 200, ""),
+    (TEXT, {"prompt": "x", "seed": -(2**63), "temperature": 2, "max_tokens": 2}, 200, ""),
+    (TEXT, {"prompt": "x", "repetition_penalty": 1e-300}, 400, "repetition_penalty must be in [0.01, 100]"),
+    (TEXT, {"prompt": "x x x", "repetition_penalty": 0.01, "max_tokens": 4}, 200, ""),
+    (TEXT, {"prompt": "x x x", "repetition_penalty": 100, "max_tokens": 4}, 200, ""),
+    (TEXT, {"prompt": "x", "presence_penalty": 2, "frequency_penalty": -2, "max_tokens": 4}, 200, ""),
+    (TEXT, {"prompt": "x", "temperature": 1e-30, "max_tokens": 2}, 200, ""),
+    (TEXT, {"prompt": "x", "max_tokens": 10**30}, 400, "max_tokens must be"),
+    (TEXT, {"prompt": "x", "max_tokens": 8193}, 400, "max_model_len=8192"),
+    (TEXT, b'{"prompt": "x", "temperature": NaN}', 400, "temperature must be"),
+    (TEXT, b'{"prompt": "\\ud83d"}', 400, "not valid JSON"),
+    (TEXT, b'{"prompt": "\xff"}', 400, "not valid JSON"),
+    (TEXT, b'{"prompt":' + b"[" * 100_000, 400, "not valid JSON"),
+    (TEXT, b'{"prompt": "' + b"a" * (33 * 2**20) + b'"}', 413, "too large"),
+    (CHAT, {"messages": []}, 400, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": None}]}, 400, "template"),
+    (CHAT, {"messages": [{"role": "\u0000", "content": "<|im_end|>" * 50}], "max_tokens": 2}, 200, ""),
+    (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "tools is not supported yet"),
+    (CHAT, {"messages": HELLO, "stop": ["\u00e9", "\n\n", "."], "max_tokens": 20}, 200, ""),
+]
+
+
+async def test_odd_requests_are_answered_and_so_is_the_next(real: Real, http: aiohttp.ClientSession) -> None:
+    async def post(path: str, body: dict[str, Any] | bytes) -> tuple[int, str]:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        async with http.post(
+            real.url + path, data=io.BytesIO(data), headers={"Content-Type": "application/json"}
+        ) as answer:
+            return answer.status, await answer.text()
+
+    plain = {"prompt": "The capital of France is", "max_tokens": 2, "temperature": 0}
+    for path, body, status, words in ODD:
+        got, text = await post(path, body)
+        assert (got, words in text) == (status, True), (path, str(body)[:100], text[:300])
+        assert "Traceback" not in text
+        assert " Paris" in (await post(TEXT, plain))[1], f"after {str(body)[:100]}"
+
+    together = await asyncio.gather(*(post(path, body) for path, body, _, _ in ODD))
+    assert [status for status, _ in together] == [status for _, _, status, _ in ODD]
+    await wait_idle(real)
