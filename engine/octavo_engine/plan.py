@@ -100,6 +100,13 @@ def make_plan(config: EngineConfig, model: DecoderConfig, dtype: str, memory: De
         kv_budget = min(kv_budget, CPU_KV_CACHE_LIMIT_BYTES)
     if config.kv_cache_memory_bytes is not None:
         kv_budget = config.kv_cache_memory_bytes
+        # What was asked for is not cut down silently, and what cannot be is told before anything is loaded.
+        if kv_budget > (room := memory.free_bytes - weights):
+            raise ConfigError(
+                "--kv-cache-memory-bytes", kv_budget,
+                f"at most {max(room, 0)}: {memory.name} has {_gib(memory.free_bytes)} free and the weights take "
+                f"{_gib(weights)}",
+            )  # fmt: skip
     num_blocks = max(kv_budget // block_bytes, 0)
     fits = num_blocks * config.block_size
     max_model_len = min(wanted, fits) if config.max_model_len is None else config.max_model_len

@@ -17,6 +17,7 @@ from torch import Tensor
 import models
 from octavo_engine import LLM, RequestOutput, SamplingParams
 
+pytestmark = pytest.mark.timeout(900)  # minutes on two cores that something else keeps busy as well
 NUM_TOKENS = 64
 TIE = 1e-4
 LONG = "The lighthouse keeper wrote down the weather, the ships and the birds of every single day. "

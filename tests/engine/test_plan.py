@@ -242,6 +242,17 @@ def test_the_size_of_the_cache_can_be_given_instead():
     assert result.num_blocks == 2 * GIB // (result.kv_bytes_per_token * 64)
 
 
+def test_a_cache_larger_than_the_free_memory_is_refused_with_what_is_possible():
+    model = model_of(LLAMA_8B)
+    with pytest.raises(ConfigError) as refused:
+        plan(model, gpu(80, free_gib=24), kv_cache_memory_bytes=20 * GIB)
+    assert "a test GPU has 24.00 GiB free and the weights take 14.96 GiB" in str(refused.value)
+    most = re.search(r"expected at most (\d+)", str(refused.value))
+    assert most is not None
+
+    assert plan(model, gpu(80, free_gib=24), kv_cache_memory_bytes=int(most[1]), max_model_len=64).num_blocks > 0
+
+
 def test_the_length_is_the_models_own_or_what_fits_when_none_is_given():
     assert plan(model_of(LLAMA_8B), gpu(80)).max_model_len == 131072
     shorter = plan(model_of(LLAMA_8B), gpu(24), max_num_seqs=8, max_num_batched_tokens=512)

@@ -116,6 +116,7 @@ HUGE = {"hidden_size": 65536, "intermediate_size": 65536, "num_hidden_layers": 5
         ),
         (weights(poison), [], FailureCode.SELF_TEST_FAILED, "not finite"),
         (config(), ["--kv-cache-memory-bytes=20k"], FailureCode.KV_CACHE_TOO_SMALL, "one request of 256 tokens"),
+        (config(), ["--kv-cache-memory-bytes=100000G"], FailureCode.INVALID_CONFIG, "GiB free and the weights take"),
         (config(), ["--max-model-len=300"], FailureCode.INVALID_CONFIG, "--max-model-len: got 300"),
         (config(), ["--chat-template=/nowhere"], FailureCode.INVALID_CONFIG, "--chat-template"),
         (config(), ["--api-key-file=/nowhere"], FailureCode.INVALID_CONFIG, "--api-key-file"),
