@@ -18,7 +18,13 @@ from octavo_engine.kernels.gpu.norm import add_rms_norm, embed_rms_norm
 from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, prefill_attention
 from octavo_engine.kernels.gpu.rope_kv import rope_kv
 from octavo_engine.kernels.gpu.silu_mul import silu_mul
-from octavo_engine.kernels.gpu.small_linear import choose_shape, num_shares, small_linear
+from octavo_engine.kernels.gpu.small_linear import (
+    Shape,
+    choose_shape,
+    num_shares,
+    shared_memory_bytes,
+    small_linear,
+)
 from octavo_engine.models.config import DecoderConfig
 
 FUSED_TOKENS = 64
@@ -79,6 +85,7 @@ class GpuDecoder:
         self._ends = buffer(2, max_seqs, config.hidden_size)
         self._scratch = Scratch.allocate(max_seqs, config.num_heads, config.num_kv_heads, config.head_dim, like.device)
         self._shares = buffer(2, -(-config.hidden_size // 4) * FUSED_TOKENS, dtype=torch.float32)
+        self._shared_memory = shared_memory_bytes(like.device)
         self._can_fuse = not config.mlp_bias
 
     def forward(self, step: DeviceStep) -> Tensor:
@@ -125,10 +132,10 @@ class GpuDecoder:
         hidden, inner = config.hidden_size, config.intermediate_size
         residual, normed = self._residual[:count], self._normed[:count]
         qkv, attended, active = self._qkv[:count], self._attended[:count], self._active[:count]
-        out_shape = choose_shape(count, hidden, attended.shape[1])
-        down_shape = choose_shape(count, hidden, inner)
-        qkv_shape = choose_shape(count, config.qkv_size, hidden)
-        gate_shape = choose_shape(count, inner, hidden, gated=True)
+        out_shape = self._shape(count, hidden, attended.shape[1])
+        down_shape = self._shape(count, hidden, inner)
+        qkv_shape = self._shape(count, config.qkv_size, hidden)
+        gate_shape = self._shape(count, inner, hidden, gated=True)
 
         def shares(which: int, many: int) -> Tensor:
             return self._shares[which, : many * count].view(many, count)
@@ -162,9 +169,12 @@ class GpuDecoder:
             )  # fmt: skip
             before = after_down
         logits = self.logits[:count]
-        head_shape = choose_shape(count, config.vocab_size, hidden)
+        head_shape = self._shape(count, config.vocab_size, hidden)
         small_linear(normed, self._head, logits, shape=head_shape, norm_shares=before, eps=config.norm_eps)
         return logits
+
+    def _shape(self, tokens: int, outputs: int, inputs: int, gated: bool = False) -> Shape:
+        return choose_shape(tokens, outputs, inputs, gated, self._shared_memory)
 
     def _attend(self, index: int, weights: dict[str, Tensor], step: DeviceStep, qkv: Tensor, attended: Tensor) -> None:
         config, window = self.config, self.config.windows[index]

@@ -34,11 +34,13 @@ class Shape:
     warps: int
 
 
-def choose_shape(tokens: int, outputs: int, inputs: int, gated: bool = False) -> Shape:
+def choose_shape(
+    tokens: int, outputs: int, inputs: int, gated: bool = False, shared_memory_bytes: int = 227 * 1024
+) -> Shape:
     """What `benchmarks/tune_small_linear.py` found for the shapes of 8 billion parameters, carried over by size.
 
     Narrow matrices are cut finely, so that each multiprocessor gets two programs or more; wide ones coarsely, so that
-    the tokens are read less often.
+    the tokens are read less often. shared_memory_bytes: what a program may have on this device.
     """
     if tokens == 1:
         # A whole tile of 16 to 32 KiB is asked for at once, and a program has one or a few of them.
@@ -54,10 +56,22 @@ def choose_shape(tokens: int, outputs: int, inputs: int, gated: bool = False) ->
         shape = Shape(32, 256, 6, 2) if inputs > 8192 else Shape(16, 256, 4, 2)
     else:
         shape = Shape(32, 256, 4, 4)
-    depth = shape.depth
+    depth, stages = shape.depth, shape.stages
     while inputs % depth:
         depth //= 2
-    return Shape(shape.width, depth, shape.stages, shape.warps)
+    columns = 0 if tokens == 1 else min(max(16, triton.next_power_of_2(tokens)), MAX_TOKENS)
+    row_bytes = 2 * (shape.width * (2 if gated else 1) + columns)
+    while columns and depth * row_bytes * stages > shared_memory_bytes and stages > 2:
+        stages -= 1
+    while columns and depth * row_bytes * stages > shared_memory_bytes and depth > 32:
+        depth //= 2
+    return Shape(shape.width, depth, stages, shape.warps)
+
+
+def shared_memory_bytes(device: torch.device) -> int:
+    """What a program may have at most, as triton's launcher checks it."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return int(properties["max_shared_mem"])
 
 
 def num_shares(outputs: int, shape: Shape) -> int:

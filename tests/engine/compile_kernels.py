@@ -1,0 +1,114 @@
+"""Compile every Triton kernel for a target, without a GPU. Run by test_gpu_kernels_compile.py in a process of its own.
+
+python compile_kernels.py cuda 90 32    prints a line for each kernel: name, bytes of shared memory
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from octavo_engine.kernels.gpu import (
+    decode_attention,
+    norm,
+    prefill_attention,
+    rope_kv,
+    sample,
+    silu_mul,
+    small_linear,
+    state,
+)
+
+HALF, FLOAT, INT, LONG = "*bf16", "*fp32", "*i32", "*i64"
+TILE = "tensordesc<bf16[64,128]>"
+HEADS = {"KV_HEADS": 8, "GROUP": 4}
+SHARED_MEMORY = {"80": 163 * 1024, "89": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}
+
+
+def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any], int]]:
+    """name, kernel, types of the arguments that are not compile-time values, those values, warps."""
+    found: list[tuple[str, Any, list[str], dict[str, Any], int]] = [
+        ("add_rms_norm", norm._add_rms_norm, [HALF] * 4 + ["fp32"], {"HIDDEN": 4096, "BLOCK": 4096}, 8),
+        (
+            "embed_rms_norm", norm._embed_rms_norm,
+            [INT] * 4 + ["i32"] + [HALF] * 4 + [FLOAT, "fp32"], {"HIDDEN": 4096, "BLOCK": 4096}, 8,
+        ),
+        (
+            "rope_kv", rope_kv._rope_kv,
+            [HALF, "i32", HALF, HALF, INT, INT, INT, "i32"] + [HALF] * 4 + ["fp32"],
+            {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_SIZE": 64, "AT_ONCE": 4}, 1,
+        ),
+        ("silu_mul", silu_mul._silu_mul, [HALF, HALF], {"INNER": 14336, "BLOCK": 1024}, 4),
+        (
+            "decode_attention", decode_attention._decode,
+            [HALF, "i32", HALF, HALF, HALF, HALF, INT, "i32", INT, FLOAT, FLOAT, INT, HALF, "fp32", "fp32", "fp32"],
+            {**HEADS, "query_norm": None, "key_norm": None, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_SIZE": 64, "ROWS": 16,
+             "WINDOW": 0, "SOFTCAP": False, "STAGES": 2}, 2,
+        ),
+        (
+            "prefill_attention", prefill_attention._prefill,
+            [HALF, "i32", TILE, TILE, INT, "i32", INT, HALF, "i32", "fp32", "fp32"],
+            {**HEADS, "DIM": 128, "DIM_BLOCK": 128, "BLOCK_SIZE": 64, "TILE": 64, "WINDOW": 0, "SOFTCAP": False,
+             "STAGES": 3}, 4,
+        ),
+        (
+            "cutoff", sample._cutoff, [HALF, INT, INT, INT, FLOAT, INT, FLOAT, FLOAT, FLOAT],
+            {"VOCAB": 128256, "AT_ONCE": 8192}, 16,
+        ),
+        (
+            "noisy_best", sample._noisy_best, [HALF, INT, INT, INT, FLOAT, LONG, FLOAT, FLOAT, INT],
+            {"VOCAB": 128256, "SLICE": 4096}, 4,
+        ),
+        (
+            "pick", sample._pick, [FLOAT, INT, INT, INT, INT, INT, "i32", "i32", INT],
+            {"SLICES": 32, "SLICES_BLOCK": 32}, 1,
+        ),
+        ("set_blocks", state._set_blocks, [INT, "i32", INT, "i32"], {"AT_ONCE": 256}, 4),
+        ("set_sampling", state._set_sampling, [INT, FLOAT, INT, FLOAT, FLOAT, LONG], {"WORDS": 8}, 1),
+    ]  # fmt: skip
+    one = small_linear.choose_shape(1, 14336, 4096, gated=True)
+    nothing = {"bias": None, "residual": None, "next_norm": None, "shares": None}
+    found.append((
+        "one_token_linear", small_linear._one_token_linear, [HALF, HALF, FLOAT, "i32", HALF, "fp32"],
+        {**nothing, "INPUTS": 4096, "OUTPUTS": 14336, "WIDTH": one.width, "DEPTH": one.depth, "STAGES": one.stages,
+         "GATED": True, "SHARES": 128}, one.warps,
+    ))  # fmt: skip
+    for name, columns, outputs, inputs, gated in (
+        ("small_linear_gated", 64, 14336, 4096, True), ("small_linear_down", 16, 4096, 14336, False),
+    ):  # fmt: skip
+        shape = small_linear.choose_shape(columns, outputs, inputs, gated, shared_memory)
+        common = {
+            "INPUTS": inputs, "OUTPUTS": outputs, "WIDTH": shape.width, "COLUMNS": columns, "DEPTH": shape.depth,
+            "STAGES": shape.stages, "GATED": gated, "FULL": False,
+        }  # fmt: skip
+        if gated:
+            types = [HALF, HALF, FLOAT, "i32", HALF, "i32", "fp32"]
+            found.append((name, small_linear._small_linear, types, {**nothing, **common, "SHARES": 128}, shape.warps))
+        else:
+            types = [HALF, HALF, "i32", HALF, HALF, FLOAT, HALF, "i32", "fp32"]
+            values = {"bias": None, "norm_shares": None, **common, "SHARES": 1}
+            found.append((name, small_linear._small_linear, types, values, shape.warps))
+    return found
+
+
+def main() -> None:
+    backend, arch, warp_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, warp_size)
+    for name, kernel, types, values, warps in kernels(SHARED_MEMORY[arch]):
+        arguments = iter(types)
+        signature = {n: "constexpr" if n in values else next(arguments) for n in kernel.arg_names}
+        constants = {(kernel.arg_names.index(n),): value for n, value in values.items()}
+        aligned = {
+            (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind[0] == "*"
+        }
+        source = ASTSource(kernel, signature, constants, aligned)
+        compiled = triton.compile(source, target=target, options={"num_warps": warps})
+        print(name, compiled.metadata.shared, flush=True)
+
+
+if __name__ == "__main__":
+    main()

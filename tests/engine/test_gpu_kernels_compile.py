@@ -1,0 +1,33 @@
+"""Every Triton kernel compiles for every kind of device that Octavo names, on a machine that has none of them.
+
+AMD's gfx942 is experimental: that it compiles is all that is tried.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parent))
+
+SHARED_MEMORY = {"80": 163 * 1024, "89": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda 80 32", "cuda 89 32", "cuda 90 32", "cuda 100 32", "hip gfx942 64"])
+def test_every_kernel_compiles_and_fits_into_shared_memory(target):
+    # In a process of its own: here the kernels may be interpreted ones, which cannot be compiled.
+    script = Path(__file__).parent / "compile_kernels.py"
+    done = subprocess.run(
+        [sys.executable, str(script), *target.split()], capture_output=True, text=True, timeout=280,
+        env={"PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr[-2000:]
+    sizes = {name: int(size) for name, size in (line.split() for line in done.stdout.splitlines())}
+    assert len(sizes) == 14
+    assert max(sizes.values()) <= SHARED_MEMORY[target.split()[1]], sizes
