@@ -69,6 +69,7 @@ def download(
     """Blocks until the model is complete in the cache. weights False: only config and tokenizer. Raises FatalError."""
     import huggingface_hub  # here and not above: half a second that local folders need not wait for
 
+    bar = _bar_class(report)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             folder = huggingface_hub.snapshot_download(
@@ -76,7 +77,7 @@ def download(
                 revision=revision,
                 cache_dir=download_dir,
                 allow_patterns=[*TEXT_FILES, *(WEIGHT_FILES if weights else ())],
-                tqdm_class=_bar_class(report),
+                tqdm_class=bar,
             )
         except Exception as error:
             failure = explain(name, revision, error)
@@ -109,6 +110,13 @@ def explain(name: str, revision: str | None, error: Exception) -> Failure:
             "check the spelling and --revision; a private model needs HF_TOKEN",
             detail=detail,
         )
+    if (status := getattr(getattr(error, "response", None), "status_code", None)) in (401, 403):
+        return Failure(
+            FailureCode.MODEL_GATED,
+            f"The Hugging Face Hub refused access to {where} (HTTP {status}).",
+            "check HF_TOKEN: it is missing, wrong, or of an account without access",
+            detail=detail,
+        )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return Failure(
             FailureCode.DOWNLOAD_FAILED,
@@ -136,7 +144,7 @@ def _bar_class(report: Report) -> type[Any]:
     """A progress bar that draws nothing and reports: the Hub client's only way to tell how far it is."""
     from tqdm.std import tqdm
 
-    class Bar(tqdm[Any]):
+    class Bar(tqdm):  # type: ignore[type-arg]  # generic in the type stubs alone
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)
             self._bytes = options.get("unit") == "B"
