@@ -58,6 +58,13 @@ class Reconciler:
     def __init__(self, cluster: Cluster, engines: Engines, settings: Settings, clock: Callable[[], datetime]) -> None:
         self._cluster, self._engines, self._settings, self._clock = cluster, engines, settings, clock
         self._seen: dict[Key, _Seen] = {}
+        self._pod_monitors_known = False
+
+    async def learn_kinds(self) -> bool:
+        """Asks whether the cluster has PodMonitors. True when that changed: every server is to be looked at then."""
+        before = self._pod_monitors_known
+        self._pod_monitors_known = await self._cluster.knows("PodMonitor")
+        return self._pod_monitors_known != before
 
     async def look(self, key: Key, changed: bool) -> Next:
         seen = await self._observe(key, changed)
@@ -96,13 +103,15 @@ class Reconciler:
         resource = await self._cluster.get(names.KIND, namespace, name)
         if resource is None:
             return None
-        known = await self._cluster.knows("PodMonitor")
+        known = self._pod_monitors_known
         kinds = (*CHILDREN, "PodMonitor") if known else CHILDREN
         found, pods = await asyncio.gather(
             asyncio.gather(*(self._cluster.get(kind, namespace, name) for kind in kinds)),
             self._cluster.list("Pod", namespace, labels=f"{names.SERVER_LABEL}={name}"),
         )
         children = {kind: child for kind, child in zip(kinds, found, strict=True) if child is not None}
+        for document in (resource, *children.values()):
+            document["metadata"].pop("managedFields", None)  # half of what it takes to remember them
         world = World(children, tuple(map(observed.read_pod, pods)), pod_monitors_known=known)
         self._seen[key] = _Seen(resource, world)
         return self._seen[key]

@@ -25,6 +25,9 @@ from octavo_operator.workers import Next, Workers
 
 log = logging.getLogger(__name__)
 
+KINDS_POLL_S = 10.0
+"""Between looks at whether the cluster has PodMonitors."""
+
 
 async def run(settings: Settings) -> int:
     """The exit status: 0 when asked to end, 1 when the lease is lost or a watch failed beyond repair."""
@@ -63,6 +66,7 @@ async def _lead(settings: Settings, cluster: Cluster, leader: Leader, stop: asyn
         with metrics.LOOKS.time():
             return await reconciler.look(key, changed)
 
+    await reconciler.learn_kinds()
     workers = Workers(look, _on_error)
     metrics.SERVERS.set_function(lambda: len(workers.keys))
     watches = kopf.operator(
@@ -75,25 +79,28 @@ async def _lead(settings: Settings, cluster: Cluster, leader: Leader, stop: asyn
     )
     try:
         # kopf has its own handlers for signals from here on, and its end is ours.
-        ended = await _first(watches, stop.wait(), leader.hold(), _resync(settings, cluster, workers))
+        ended = await _first(watches, stop.wait(), leader.hold(), _tend(settings, cluster, reconciler, workers))
         return 1 if ended == 2 else 0
     finally:
         await workers.close()
         await engines.close()
 
 
-async def _resync(settings: Settings, cluster: Cluster, workers: Workers) -> None:
-    """Wakes every server from time to time: what a watch lost is found then, and what no watch covers."""
+async def _tend(settings: Settings, cluster: Cluster, reconciler: Reconciler, workers: Workers) -> None:
+    """What no watch tells: kinds that come and go, and from time to time every server, in case a watch lost one."""
+    resync_at = time.monotonic() + settings.resync_s
     while True:
-        await asyncio.sleep(settings.resync_s)
+        await asyncio.sleep(min(KINDS_POLL_S, settings.resync_s))
         try:
-            for namespace in settings.watch_namespaces or (None,):
-                for document in await cluster.list(names.KIND, namespace):
-                    workers.wake(handlers.key_of_server(document))
+            if await reconciler.learn_kinds() or time.monotonic() >= resync_at:
+                resync_at = time.monotonic() + settings.resync_s
+                for namespace in settings.watch_namespaces or (None,):
+                    for document in await cluster.list(names.KIND, namespace):
+                        workers.wake(handlers.key_of_server(document))
+                for key in workers.keys:  # those that are gone, too
+                    workers.wake(key)
         except UnavailableError as error:
             log.warning("the servers could not be listed: %s", error)
-        for key in workers.keys:
-            workers.wake(key)
 
 
 async def _first(*coroutines: object) -> int:

@@ -299,6 +299,10 @@ class Stage:
         found = self.list("events", f"?fieldSelector=involvedObject.name%3D{name},involvedObject.kind%3DLLMServer")
         return [(event["type"], event["reason"]) for event in found]
 
+    def wait_event(self, kind: str, reason: str, name: str = "qwen") -> None:
+        """Events come a moment after the status that they are about."""
+        wait_for(lambda: (kind, reason) in self.events(name), f"a {kind} event {reason} among {self.events(name)}", 5)
+
     def run_pod(self, pod: Document, *, ready: bool = False, restarts: int = 0, last: Document | None = None) -> str:
         """What a kubelet reports of a running container. Returns the pod's address."""
         address = pod.get("status", {}).get("podIP") or self.engines.new_address()

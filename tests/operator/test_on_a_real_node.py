@@ -49,7 +49,7 @@ def test_an_image_that_cannot_be_pulled_is_named(stage):
 
     assert "localhost:1/no/engine:1" in found["message"]
     assert "engine.image" in found["message"]
-    assert ("Warning", "ImagePull") in stage.events()
+    stage.wait_event("Warning", "ImagePull")
 
 
 def test_a_token_secret_that_is_not_there_is_named_and_its_coming_is_seen(stage):

@@ -48,6 +48,7 @@ def test_an_operator_killed_in_the_middle_of_it_is_followed_by_one_that_ends_it(
         stage.wait_condition("Progressing", "False", "Settled")
 
     assert len(stage.pods()) == 1
+    stage.wait_event("Normal", "Ready")
     assert stage.events().count(("Normal", "Ready")) == 1
 
 
