@@ -1,4 +1,4 @@
-"""The command `octavo`: serve, plan, drain. Import-light: what a subcommand needs is imported when it runs."""
+"""The command `octavo`: serve, plan, bench, drain. Import-light: what a subcommand needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return ExitStatus.OK
     name = arguments[0]
+    if name == "bench":
+        return _bench(arguments[1:])
     if name not in commands:
         if not name.startswith("-"):
             near = difflib.get_close_matches(name, commands, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join([*commands, 'bench'])}"
             raise UsageError(f"octavo: unknown command {name!r}: {hint}")
         parser.parse_args(arguments)  # --help, --version
         return ExitStatus.OK
@@ -84,6 +86,7 @@ def _parsers() -> tuple[ArgumentParser, dict[str, tuple[ArgumentParser, Callable
         help="Memory of the GPU to plan for (24G = 24 GiB). Default: plan for this machine's CPU.",
     )
     add_arguments(plan, [EngineConfig])
+    commands.add_parser("bench", help="measure speed: bench serve, bench throughput, bench latency")
     return parser, {"serve": (serve, _serve), "drain": (drain, _drain), "plan": (plan, _plan)}
 
 
@@ -127,6 +130,14 @@ def _plan(namespace: argparse.Namespace) -> int:
         return error.failure.code.exit_status
     print(describe(plan, model, memory))
     return ExitStatus.OK
+
+
+def _bench(arguments: list[str]) -> int:
+    # Its flags are made only when it is called: `octavo serve --help` should not wait for them.
+    from octavo_engine.bench.cli import add_commands, run
+
+    parser = ArgumentParser(prog="octavo bench", description="Measure how fast a server or an engine is.")
+    return run(add_commands(parser), arguments, parser)
 
 
 def _drain(namespace: argparse.Namespace) -> int:

@@ -38,7 +38,13 @@ class LLM:
     """
 
     def __init__(
-        self, model: str, *, tokenizer: str | None = None, chat_template: str | None = None, **settings: Any
+        self,
+        model: str,
+        *,
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        skip_tokenizer_init: bool = False,
+        **settings: Any,
     ) -> None:
         self._config = _config(model, tokenizer, settings)
         # As in the engine process: waiting threads must not starve each other. Too late once torch is imported.
@@ -55,10 +61,13 @@ class LLM:
         except ConfigError as error:
             raise ValueError(str(error)) from error
         self.effective: Effective = loaded.effective
-        self._tokenizer = Tokenizer.load(texts)
-        self._template = ChatTemplate.load(
-            texts, self._tokenizer.special_tokens, Path(chat_template) if chat_template else None
-        )
+        self._tokenizer = None if skip_tokenizer_init else Tokenizer.load(texts)
+        self._template = None
+        if self._tokenizer is not None:
+            template = Path(chat_template) if chat_template else None
+            self._template = ChatTemplate.load(texts, self._tokenizer.special_tokens, template)
+        self._eos = self._tokenizer.eos_token_ids if self._tokenizer else ()
+        self.vocab_size: int = self._tokenizer.vocab_size if self._tokenizer else loaded.model.vocab_size
         self._defaults = generation_defaults(found.path)
         scheduler = Scheduler(
             SchedulerConfig(
@@ -105,11 +114,14 @@ class LLM:
         conversations: Sequence[Sequence[Message]] = [messages] if one else messages  # type: ignore[list-item,assignment]
         texts = [self._template.render(c, add_generation_prompt=add_generation_prompt) for c in conversations]
         encoded: list[_Encoded] = [
-            (text, self._checked(self._tokenizer.encode(text, add_special_tokens=False))) for text in texts
+            (text, self._checked(self.get_tokenizer().encode(text, add_special_tokens=False))) for text in texts
         ]
         return self._run(encoded, self._sampling(sampling_params, len(encoded)), use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:
+        """Raises ValueError when it was skipped."""
+        if self._tokenizer is None:
+            raise ValueError("skip_tokenizer_init: prompts must be token ids, and there is no text")
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -125,10 +137,9 @@ class LLM:
     def _run(self, prompts: list[_Encoded], sampling: list[SamplingParams], use_tqdm: bool) -> list[RequestOutput]:
         limit = self.effective.max_model_len
         for params in sampling:
-            if params.stop_token_ids and max(params.stop_token_ids) >= self._tokenizer.vocab_size:
+            if params.stop_token_ids and max(params.stop_token_ids) >= self.vocab_size:
                 raise ValueError(
-                    f"stop_token_ids: {max(params.stop_token_ids)} is outside the vocabulary of "
-                    f"{self._tokenizer.vocab_size}"
+                    f"stop_token_ids: {max(params.stop_token_ids)} is outside the vocabulary of {self.vocab_size}"
                 )
         outputs, answers = [], {}
         for (text, ids), params in zip(prompts, sampling, strict=True):
@@ -138,10 +149,12 @@ class LLM:
             for index in range(params.n):
                 room = limit - len(ids)
                 each = one_sequence(params, index, min(params.max_tokens or room, room))
-                stream = TextStream(self._tokenizer, each) if params.detokenize else None
+                stream = None
+                if params.detokenize and self._tokenizer is not None:
+                    stream = TextStream(self._tokenizer, each)
                 answer = _Answer(output, index, stream, frozenset(params.stop_token_ids))
                 answers[f"{output.request_id}-{index}"] = answer
-                self._engine.submit(Submit(f"{output.request_id}-{index}", ids, each, self._tokenizer.eos_token_ids))
+                self._engine.submit(Submit(f"{output.request_id}-{index}", ids, each, self._eos))
         try:
             self._drain(answers, use_tqdm)
         finally:
@@ -173,7 +186,7 @@ class LLM:
                 raise ValueError(f'a prompt needs "prompt" or "prompt_token_ids", got the keys {sorted(prompt)}')
             return self._encode(prompt["prompt"] if ids is None else ids)
         if isinstance(prompt, str):
-            return prompt, self._checked(self._tokenizer.encode(prompt))
+            return prompt, self._checked(self.get_tokenizer().encode(prompt))
         return None, self._checked(list(prompt))
 
     def _checked(self, ids: list[int]) -> list[int]:
@@ -181,8 +194,8 @@ class LLM:
         if not 0 < len(ids) < limit:
             raise ValueError(f"a prompt must have 1 to {limit - 1} tokens (max_model_len {limit}), got {len(ids)}")
         for token in (min(ids), max(ids)):
-            if not 0 <= token < self._tokenizer.vocab_size:
-                raise ValueError(f"token id {token} is outside the vocabulary of {self._tokenizer.vocab_size}")
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
         return ids
 
     def _sampling(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

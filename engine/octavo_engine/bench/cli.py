@@ -1,0 +1,261 @@
+"""The flags of `octavo bench latency | throughput | serve`, and what each of them runs."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from octavo_engine.config import (
+    ArgumentParser,
+    ConfigError,
+    EngineConfig,
+    UsageError,
+    add_arguments,
+    from_namespace,
+)
+from octavo_engine.status import API_PORT, ExitStatus, FatalError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def add_commands(parser: argparse.ArgumentParser) -> dict[str, tuple[ArgumentParser, Command]]:
+    """The sub-parsers of `octavo bench`, by name."""
+    commands = parser.add_subparsers(metavar="KIND", parser_class=ArgumentParser)
+    made: dict[str, tuple[ArgumentParser, Command]] = {}
+    for name, run, text in (
+        ("serve", _serve, "time a running server through HTTP"),
+        ("throughput", _throughput, "time the engine with all requests at once"),
+        ("latency", _latency, "time a batch of requests, over and over"),
+    ):
+        made[name] = (commands.add_parser(name, help=text, description=text.capitalize() + "."), run)
+    serve, _ = made["serve"]
+    serve.add_argument("--base-url", help="Address of the server. Default: http://HOST:PORT.")
+    serve.add_argument("--host", default="localhost", help="Default: %(default)s.")
+    serve.add_argument("--port", type=int, default=API_PORT, help="Default: %(default)s.")
+    serve.add_argument("--model", help="Name of the model. Default: the one that the server names.")
+    serve.add_argument("--tokenizer", help="Tokenizer of the sharegpt dataset, an id or a folder. Default: MODEL.")
+    serve.add_argument(
+        "--vocab-size", type=int, default=10_000, help="Random prompts take ids below it. Default: %(default)s."
+    )
+    serve.add_argument(
+        "--request-rate", type=float, default=float("inf"), help="Requests per second. Default: inf, all at once."
+    )
+    serve.add_argument(
+        "--burstiness", type=float, default=1.0,
+        help="1 is a Poisson process, less comes in bursts, more is steadier. Default: %(default)s.",
+    )  # fmt: skip
+    serve.add_argument("--max-concurrency", type=int, help="Requests at once at most. Default: no limit.")
+    serve.add_argument("--num-warmups", type=int, default=0, help="Requests sent before. Default: %(default)s.")
+    serve.add_argument("--temperature", type=float, help="Default: the server's.")
+    serve.add_argument(
+        "--metric-percentiles", default="99", help="Percentiles to report, as 50,90,99. Default: %(default)s."
+    )
+    serve.add_argument(
+        "--goodput", nargs="+", default=[], metavar="METRIC:MS",
+        help="Count requests within these bounds: ttft:200 tpot:50 e2el:5000.",
+    )  # fmt: skip
+    _dataset_arguments(serve, num_prompts=1000)
+    for name in ("throughput", "latency"):
+        command, _ = made[name]
+        command.add_argument("model_positional", metavar="MODEL", nargs="?", help="Hugging Face id or folder.")
+        if name == "throughput":
+            _dataset_arguments(command, num_prompts=1000)
+        else:
+            command.add_argument("--batch-size", type=int, default=8, help="Requests at once. Default: %(default)s.")
+            command.add_argument("--input-len", type=int, default=32, help="Default: %(default)s.")
+            command.add_argument("--output-len", type=int, default=128, help="Default: %(default)s.")
+            command.add_argument("--num-iters-warmup", type=int, default=3, help="Default: %(default)s.")
+            command.add_argument("--num-iters", type=int, default=10, help="Default: %(default)s.")
+        add_arguments(command, [EngineConfig])
+    for command, _ in made.values():
+        command.add_argument("--output-json", type=Path, metavar="FILE", help="Write the figures there as JSON.")
+        command.add_argument("--disable-tqdm", action="store_true", help="No progress bar.")
+    return made
+
+
+def _dataset_arguments(parser: argparse.ArgumentParser, num_prompts: int) -> None:
+    from octavo_engine.bench.datasets import DATASETS, Shape
+
+    default = Shape()
+    parser.add_argument("--dataset-name", choices=DATASETS, default="random", help="Default: %(default)s.")
+    parser.add_argument("--dataset-path", type=Path, metavar="FILE", help="File of the sharegpt dataset.")
+    parser.add_argument("--num-prompts", type=int, default=num_prompts, help="Default: %(default)s.")
+    parser.add_argument(
+        "--input-len", "--random-input-len", type=int, default=default.input_len, dest="input_len",
+        help="Tokens of made-up prompts. Default: %(default)s.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output-len", "--random-output-len", type=int, default=default.output_len, dest="output_len",
+        help="Tokens of their answers. Default: %(default)s.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--range-ratio", "--random-range-ratio", type=float, default=0.0, dest="range_ratio",
+        help="Lengths vary by that share up and down. Default: %(default)s.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prefix-len", "--random-prefix-len", type=int, default=0, dest="prefix_len",
+        help="Tokens at the beginning that prompts share. Default: %(default)s.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-prefixes", type=int, default=default.num_prefixes,
+        help="Different beginnings of prefix_repetition. Default: %(default)s.",
+    )  # fmt: skip
+    if not any(action.dest == "seed" for action in parser._actions):
+        parser.add_argument("--dataset-seed", type=int, default=0, help="Default: %(default)s.")
+
+
+def run(commands: dict[str, tuple[ArgumentParser, Command]], arguments: list[str], bench: ArgumentParser) -> int:
+    """`octavo bench KIND …`"""
+    if not arguments or arguments[0] not in commands:
+        if not arguments or not arguments[0].startswith("-"):
+            given = repr(arguments[0]) if arguments else "nothing"
+            raise UsageError(f"octavo bench: got {given}, expected one of {', '.join(commands)}")
+        bench.parse_args(arguments)  # --help
+        return ExitStatus.OK
+    command, run_it = commands[arguments[0]]
+    namespace = command.parse_args(arguments[1:])
+    try:
+        return run_it(namespace)
+    except FatalError as error:
+        print(f"octavo bench: {error.failure}", file=sys.stderr)
+        return error.failure.code.exit_status
+
+
+def _serve(namespace: argparse.Namespace) -> int:
+    from octavo_engine.bench import report, serve
+
+    base_url = (namespace.base_url or f"http://{namespace.host}:{namespace.port}").rstrip("/").removesuffix("/v1")
+    api_key = os.environ.get("OPENAI_API_KEY")
+    if not namespace.request_rate > 0 or not namespace.burstiness > 0:
+        name = "burstiness" if namespace.request_rate > 0 else "request-rate"
+        raise ConfigError(f"--{name}", getattr(namespace, name.replace("-", "_")), "a number above 0")
+    percentiles = _numbers("--metric-percentiles", namespace.metric_percentiles)
+    goodput = _goodput(namespace.goodput)
+    try:
+        model = namespace.model or asyncio.run(serve.served_model(base_url, api_key))
+    except OSError as error:
+        print(f"octavo bench serve: {error}", file=sys.stderr)
+        return 1
+    samples = _samples(namespace, namespace.vocab_size, namespace.tokenizer or namespace.model or model)
+    target = serve.Target(base_url, model, api_key, temperature=namespace.temperature)
+    load = serve.Load(namespace.request_rate, namespace.burstiness, namespace.max_concurrency, namespace.dataset_seed)
+    progress = not namespace.disable_tqdm
+    if namespace.num_warmups:
+        asyncio.run(serve.run(target, samples[: namespace.num_warmups], serve.Load(), False))
+    answers, duration = asyncio.run(serve.run(target, samples, load, progress))
+    result = report.summary(answers, duration, percentiles, goodput)
+    print(report.table(result, percentiles))
+    failures = [answer.error for answer in answers if answer.error]
+    for text in sorted(set(failures))[:3]:
+        print(f"failed {failures.count(text)} times: {text}", file=sys.stderr)
+    details = {
+        "input_lens": [a.prompt_len for a in answers], "output_lens": [a.output_len for a in answers],
+        "ttfts": [a.ttft_s for a in answers], "itls": [a.itls_s for a in answers],
+        "start_times": [a.started_s for a in answers], "model_id": model, "request_rate": str(namespace.request_rate),
+        "burstiness": namespace.burstiness, "max_concurrency": namespace.max_concurrency,
+    }  # fmt: skip
+    _write(namespace.output_json, {**result, **details})
+    return 1 if failures else ExitStatus.OK
+
+
+def _throughput(namespace: argparse.Namespace) -> int:
+    from octavo_engine.bench import offline
+
+    llm, vocab_size = _llm(namespace)
+    result = offline.throughput(llm, _samples(namespace, vocab_size, namespace.model), not namespace.disable_tqdm)
+    rates = (result[f"{what}_per_second"] for what in ("requests", "tokens", "output_tokens"))
+    print("Throughput: {:.2f} requests/s, {:.2f} total tokens/s, {:.2f} output tokens/s".format(*rates))
+    _write(namespace.output_json, result)
+    return ExitStatus.OK
+
+
+def _latency(namespace: argparse.Namespace) -> int:
+    from octavo_engine.bench import datasets, offline
+
+    for name in ("batch_size", "num_iters"):
+        if getattr(namespace, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}", getattr(namespace, name), "1 or more")
+    # The same prompts come again and again: found in the cache, they would measure nothing.
+    namespace.enable_prefix_caching = False
+    llm, vocab_size = _llm(namespace)
+    shape = datasets.Shape(namespace.input_len, namespace.output_len)
+    samples = datasets.made_up("random", namespace.batch_size, shape, vocab_size, 0)
+    result = offline.latency(llm, samples, namespace.num_iters_warmup, namespace.num_iters, not namespace.disable_tqdm)
+    print(f"Avg latency: {result['avg_latency']:.4f} seconds")
+    for percent, seconds in result["percentiles"].items():
+        print(f"{percent}% percentile latency: {seconds:.4f} seconds")
+    _write(namespace.output_json, result)
+    return ExitStatus.OK
+
+
+def _llm(namespace: argparse.Namespace) -> tuple[Any, int]:
+    """The engine in this process, and its vocabulary's size."""
+    if namespace.model_positional is not None:
+        namespace.model = namespace.model_positional
+    config = from_namespace(EngineConfig, namespace)
+    config.check()
+    from dataclasses import fields
+
+    from octavo_engine.llm import LLM
+
+    settings = {f.name: getattr(config, f.name) for f in fields(EngineConfig) if f.name != "model"}
+    llm = LLM(config.model, **settings, skip_tokenizer_init=getattr(namespace, "dataset_name", "random") != "sharegpt")
+    return llm, llm.vocab_size
+
+
+def _samples(namespace: argparse.Namespace, vocab_size: int, tokenizer: str) -> list[Any]:
+    from octavo_engine.bench import datasets
+
+    count = namespace.num_prompts
+    if count < 1:
+        raise ConfigError("--num-prompts", count, "1 or more")
+    seed: int = getattr(namespace, "dataset_seed", 0) or getattr(namespace, "seed", 0)
+    if namespace.dataset_name == "sharegpt":
+        if namespace.dataset_path is None:
+            raise ConfigError("--dataset-path", None, "the file of the sharegpt dataset")
+        from octavo_engine.api.find_model import local_folder
+        from octavo_engine.api.tokenizer import Tokenizer
+
+        folder = local_folder(tokenizer)
+        if folder is None:
+            raise ConfigError("--tokenizer", tokenizer, "a folder with tokenizer.json")
+        encode = Tokenizer.load(folder.path).encode
+        return list(datasets.sharegpt(namespace.dataset_path, count, encode, seed))
+    shape = datasets.Shape(
+        namespace.input_len, namespace.output_len, namespace.range_ratio, namespace.prefix_len, namespace.num_prefixes
+    )
+    return list(datasets.made_up(namespace.dataset_name, count, shape, vocab_size, seed))
+
+
+def _numbers(flag: str, text: str) -> list[float]:
+    try:
+        numbers = [float(word) for word in text.split(",")]
+    except ValueError:
+        numbers = [-1.0]
+    if not all(0 <= number <= 100 for number in numbers):
+        raise ConfigError(flag, text, "numbers from 0 to 100 with commas between them")
+    return numbers
+
+
+def _goodput(words: list[str]) -> dict[str, float]:
+    bounds = {}
+    for word in words:
+        name, _, bound = word.partition(":")
+        try:
+            bounds[name] = float(bound)
+        except ValueError:
+            raise ConfigError("--goodput", word, "METRIC:MILLISECONDS, as in ttft:200") from None
+        if name not in ("ttft", "tpot", "e2el"):
+            raise ConfigError("--goodput", word, "one of ttft, tpot and e2el before the colon")
+    return bounds
+
+
+def _write(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result) + "\n")

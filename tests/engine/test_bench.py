@@ -1,0 +1,204 @@
+"""`octavo bench`: what is sent, how answers are timed, and which figures come of it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from octavo_engine import cli
+from octavo_engine.bench import datasets, report, serve
+from octavo_engine.config import ConfigError
+
+
+def test_random_prompts_have_the_lengths_that_were_asked_for_and_nothing_in_common():
+    samples = datasets.made_up("random", 20, datasets.Shape(100, 30), 5000, seed=1)
+
+    assert [(len(s.prompt), s.output_len) for s in samples] == [(100, 30)] * 20
+    assert len({tuple(s.prompt[:8]) for s in samples}) == 20
+    assert all(datasets.FIRST_ID <= token < 5000 for s in samples for token in s.prompt)
+    assert samples == datasets.made_up("random", 20, datasets.Shape(100, 30), 5000, seed=1)
+
+
+def test_lengths_vary_within_the_range_ratio():
+    lengths = [len(s.prompt) for s in datasets.made_up("random", 200, datasets.Shape(100, 30, 0.2), 5000, seed=1)]
+
+    assert 80 <= min(lengths) < 90
+    assert 110 < max(lengths) <= 120
+
+
+def test_prefix_repetition_shares_as_many_beginnings_as_asked():
+    shape = datasets.Shape(100, 30, prefix_len=60, num_prefixes=3)
+    samples = datasets.made_up("prefix_repetition", 12, shape, 5000, seed=1)
+
+    assert len({tuple(s.prompt[:60]) for s in samples}) == 3
+    assert len({tuple(s.prompt) for s in samples}) == 12
+    assert all(len(s.prompt) == 100 for s in samples)
+
+
+@pytest.mark.parametrize(
+    ("shape", "flag"),
+    [
+        (datasets.Shape(0, 1), "--input-len"), (datasets.Shape(1, 0), "--output-len"),
+        (datasets.Shape(9, 9, 1.0), "--range-ratio"), (datasets.Shape(9, 9, prefix_len=9), "--prefix-len"),
+    ],
+)  # fmt: skip
+def test_impossible_lengths_are_refused_by_name(shape, flag):
+    with pytest.raises(ConfigError, match=flag):
+        datasets.made_up("random", 1, shape, 5000, 0)
+
+
+def test_a_sharegpt_file_gives_questions_with_the_lengths_of_their_answers(tmp_path):
+    def conversation(question: int, answer: int) -> dict[str, Any]:
+        return {"conversations": [{"from": "human", "value": "q " * question}, {"from": "gpt", "value": "a " * answer}]}
+
+    file = tmp_path / "sharegpt.json"
+    alone = {"conversations": [{"from": "human", "value": "nobody answers"}]}
+    file.write_text(json.dumps([conversation(10, 20), conversation(2, 20), conversation(9, 3000), alone]))
+
+    samples = datasets.sharegpt(file, 5, lambda text: list(range(len(text.split()))), seed=0)
+
+    assert [(len(s.prompt), s.output_len) for s in samples] == [(10, 20)]
+
+
+def test_a_file_that_is_no_sharegpt_file_is_refused_with_its_name(tmp_path):
+    file = tmp_path / "other.json"
+    file.write_text('{"rows": []}')
+
+    with pytest.raises(ConfigError, match=r"other\.json"):
+        datasets.sharegpt(file, 5, list, seed=0)
+
+
+def test_poisson_arrivals_have_the_rate_that_was_asked_for():
+    moments = serve.arrivals(4000, serve.Load(request_rate=20.0, seed=3))
+    gaps = [b - a for a, b in itertools.pairwise(moments)]
+
+    assert moments[0] == 0.0
+    assert 4000 / moments[-1] == pytest.approx(20.0, rel=0.05)
+    # The gaps of a Poisson process spread as much as their mean.
+    deviation = (sum((gap - 0.05) ** 2 for gap in gaps) / len(gaps)) ** 0.5
+    assert deviation == pytest.approx(0.05, rel=0.1)
+    assert serve.arrivals(3, serve.Load()) == [0.0, 0.0, 0.0]
+
+
+def test_percentiles_interpolate():
+    assert report.percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
+    assert report.percentile([1.0, 2.0], 99) == pytest.approx(1.99)
+    assert report.percentile([], 50) == 0.0
+
+
+def test_the_summary_counts_what_was_answered_and_what_was_good():
+    answers = [
+        report.Answer(10, 0.0, 0.1, 0.5, [0.2, 0.2], 3),
+        report.Answer(20, 0.2, 0.3, 0.7, [0.4], 2),
+        report.Answer(30, 0.3, error="HTTP 503: no"),
+    ]
+
+    result = report.summary(answers, 2.0, [50.0, 99.0], {"ttft": 200.0})
+
+    assert (result["completed"], result["failed"]) == (2, 1)
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (30, 5)
+    assert result["output_throughput"] == 2.5
+    assert result["request_goodput"] == 0.5
+    assert result["max_concurrent_requests"] == 2
+    assert result["mean_ttft_ms"] == pytest.approx(200.0)
+    assert result["p50_itl_ms"] == pytest.approx(200.0)
+    assert result["median_tpot_ms"] == pytest.approx(300.0)
+    assert "P99 E2EL (ms):" in report.table(result, [50.0, 99.0])
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
+    """A server that streams three tokens 50 ms apart, and the bodies that it got. The prompt [7] is refused."""
+    bodies: list[dict[str, Any]] = []
+
+    async def models(request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "tiny"}]})
+
+    async def completions(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        bodies.append(body)
+        if body["prompt"] == [7]:
+            return web.json_response({"error": {"message": "busy"}}, status=503)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b": a comment\n\n")
+        for _ in range(3):
+            await asyncio.sleep(0.05)
+            await response.write(b'data: {"choices": [{"text": "x"}]}\n\n')
+        usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 3}
+        await response.write(b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    app = web.Application()
+    app.router.add_get("/v1/models", models)
+    app.router.add_post("/v1/completions", completions)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}", bodies
+    await runner.cleanup()
+
+
+async def test_answers_are_timed_token_by_token(server):
+    url, bodies = server
+    target = serve.Target(url, await serve.served_model(url, None))
+
+    answers, duration = await serve.run(target, [datasets.Sample([5, 6], 3)] * 4, serve.Load(), False)
+
+    assert [a.error for a in answers] == [""] * 4
+    assert [a.output_len for a in answers] == [3] * 4
+    assert all(0.04 < a.ttft_s < 0.5 and len(a.itls_s) == 2 and min(a.itls_s) > 0.02 for a in answers)
+    assert 0.14 < duration < 2
+    assert bodies[0]["model"] == "tiny"
+    assert bodies[0]["ignore_eos"] is True
+
+
+async def test_a_refused_request_is_counted_and_tells_why(server):
+    url, _ = server
+
+    answers, _ = await serve.run(serve.Target(url, "tiny"), [datasets.Sample([7], 3)], serve.Load(), False)
+
+    assert answers[0].error.startswith("HTTP 503")
+
+
+async def test_no_more_requests_are_under_way_than_allowed(server):
+    url, _ = server
+
+    answers, _ = await serve.run(
+        serve.Target(url, "tiny"), [datasets.Sample([5], 3)] * 6, serve.Load(max_concurrency=2), False
+    )
+
+    assert report.summary(answers, 1.0, [], {})["max_concurrent_requests"] <= 2
+    assert max(a.started_s for a in answers) > 0.25
+
+
+def test_a_server_that_is_not_there_is_named(capsys):
+    assert cli.main(["bench", "serve", "--port", "1", "--num-prompts", "1"]) == 1
+
+    assert "octavo serve" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_offline_benchmarks_run_on_a_real_model(tmp_path, capsys):
+    import models
+
+    model, file = str(models.smollm2()), tmp_path / "out.json"
+    common = [model, "--device=cpu", "--max-model-len=128", "--output-len=4", "--disable-tqdm", f"--output-json={file}"]
+
+    assert cli.main(["bench", "latency", *common, "--batch-size=2", "--num-iters=2", "--num-iters-warmup=0"]) == 0
+    latency = json.loads(file.read_text())
+    assert cli.main(["bench", "throughput", *common, "--num-prompts=3", "--input-len=10"]) == 0
+    throughput = json.loads(file.read_text())
+
+    assert len(latency["latencies"]) == 2
+    assert throughput["num_requests"] == 3
+    assert throughput["total_num_tokens"] == 3 * 14
+    assert "requests/s" in capsys.readouterr().out
