@@ -61,7 +61,7 @@ class LLM:
         except ConfigError as error:
             raise ValueError(str(error)) from error
         self.effective: Effective = loaded.effective
-        self._tokenizer = None if skip_tokenizer_init else Tokenizer.load(texts)
+        self._tokenizer = None if skip_tokenizer_init else Tokenizer.load(texts, model_folder=found.path)
         self._template = None
         if self._tokenizer is not None:
             template = Path(chat_template) if chat_template else None
@@ -263,7 +263,7 @@ def _config(model: str, tokenizer: str | None, settings: dict[str, Any]) -> Engi
 
 
 def _find(name: str, config: EngineConfig, weights: bool = True) -> ModelFolder:
-    folder = local_folder(name)
+    folder = local_folder(name, of="model" if weights else "tokenizer")
     if folder is not None:
         return folder
     revision = config.revision if weights else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 import models
@@ -138,3 +140,17 @@ def test_settings_are_checked_by_name():
         LLM(str(models.smollm2()), max_model_len=9000)
     with pytest.raises(FatalError, match="neither a folder nor"):
         LLM("./nowhere")
+
+
+def test_a_tokenizer_may_come_from_a_folder_of_its_own(tmp_path):
+    """It was refused for having no config.json, and the model's own end tokens and vocabulary were not read."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(models.smollm2() / name, tmp_path)
+    llm = LLM(str(models.smollm2()), tokenizer=str(tmp_path), kv_cache_memory_bytes=2**26, max_num_seqs=16)
+    (output,) = llm.generate("The capital of France is", GREEDY, use_tqdm=False)
+
+    assert output.outputs[0].text.startswith(" Paris")
+    assert llm.get_tokenizer().eos_token_ids == (2,)
+    assert llm.get_tokenizer().vocab_size == 49152
+    with pytest.raises(FatalError, match=r"has no tokenizer.json, so it is not a tokenizer's folder"):
+        LLM(str(models.smollm2()), tokenizer=str(tmp_path.parent))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from octavo_engine.status import Failure, FailureCode, FatalError
 
@@ -35,16 +35,18 @@ class ModelFolder:
     resolved_revision: str | None = None
 
 
-def local_folder(name: str) -> ModelFolder | None:
+def local_folder(name: str, *, of: Literal["model", "tokenizer"] = "model") -> ModelFolder | None:
     """The folder when `name` is one, None when it names a model on the Hub. Raises FatalError: neither."""
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        file = "config.json" if of == "model" else "tokenizer.json"
+        if not (path / file).is_file():
+            holds = "config.json, tokenizer.json and the safetensors files" if of == "model" else file
             raise FatalError(
                 Failure(
                     FailureCode.MODEL_INVALID,
-                    f"{path} has no config.json, so it is not a model's folder.",
-                    "name the folder that holds config.json, tokenizer.json and the safetensors files",
+                    f"{path} has no {file}, so it is not a {of}'s folder.",
+                    f"name the folder that holds {holds}",
                 )
             )
         return ModelFolder(path.resolve())

@@ -159,7 +159,7 @@ class _Server:
         self._screen.ready(effective, self._url, self._names[0], self._api.keys.required)
 
     async def _find(self, name: str, revision: str | None, *, weights: bool) -> ModelFolder:
-        if (folder := find_model.local_folder(name)) is not None:
+        if (folder := find_model.local_folder(name, of="model" if weights else "tokenizer")) is not None:
             return folder
         self._board.enter(Stage.DOWNLOADING)
         moved_at = time.monotonic()
