@@ -92,6 +92,7 @@ class Reconciler:
         new = status.status_of(view, findings, world.pods, seen.resource.get("status", {}), now)
         await self._report(key, seen, new, findings, todo, now)
         if any(cause.about is About.OBJECTS for cause in causes):
+            self._seen.pop(key, None)  # nobody watches what stands in the way: it is read again
             return Next(REFUSED_POLL_S)
         return Next(self._settings.settled_poll_s if view.settled else self._settings.loading_poll_s)
 

@@ -53,6 +53,7 @@ async def run(settings: Settings) -> int:
         finally:
             metrics.LEADER.set(0)
             await leader.release()
+            log.info("ended identity=%s", settings.identity)
     finally:
         await http.cleanup()
         await cluster.close()

@@ -411,7 +411,6 @@ class Operator:
             "OCTAVO_LISTEN_HOST": "127.0.0.1",
             "OCTAVO_LISTEN_PORT": str(port),
             "OCTAVO_LEASE_SECONDS": "3",
-            "OCTAVO_RESYNC_SECONDS": "5",
             **environment,
         }
         self._log = cluster.logs / f"{identity}-{port}-{time.monotonic():.0f}.log"

@@ -112,19 +112,14 @@ def test_an_operator_of_some_namespaces_needs_no_rights_beyond_them(stage, api, 
         values = (f"watchNamespaces={{{stage.namespace}}}", "rbac.aggregate=false")
         roles = chart("narrow", "rbac", "serviceaccount", values=values)
         cluster.kubectl("apply", "-f", "-", stdin=roles)
-        running = start(
-            "narrow",
-            18097,
-            account="narrow-operator",
-            OCTAVO_WATCH_NAMESPACES=stage.namespace,
-            OCTAVO_LEASE_SECONDS="3",
-        )
+        settings = {"OCTAVO_WATCH_NAMESPACES": stage.namespace, "OCTAVO_RESYNC_SECONDS": "2"}
+        running = start("narrow", 18097, account="narrow-operator", **settings)
         running.wait_leading()
         other.serve()
         stage.serve()
         stage.wait_pods(1)
         stage.wait_condition("MonitoringReady", "True", "ScrapeAnnotations")
-        time.sleep(6)  # a resync
+        time.sleep(3)  # a resync
 
         assert "ClusterRole" not in roles
         assert other.status() == {}
