@@ -92,7 +92,6 @@ class ServedModel:
             if isinstance(prompt, str):
                 prompts.append(self._encode(prompt, special, "prompt"))
             else:
-                self._check_ids(prompt)
                 prompts.append(self._fitting(prompt, "prompt"))
         return prompts
 
@@ -116,6 +115,11 @@ class ServedModel:
             raise _empty_prompt()
         if len(token_ids) >= self.max_model_len:
             raise self._too_long(str(len(token_ids)), param)
+        # Also of text: some tokenizers know tokens that the model has no embedding for.
+        if max(token_ids) >= self.tokenizer.vocab_size:
+            raise bad_request(
+                f"Token id {max(token_ids)} is out of vocabulary: ids are 0 to {self.tokenizer.vocab_size - 1}.", param
+            )
         return token_ids
 
     def _too_long(self, count: str, param: str) -> ApiError:
@@ -124,13 +128,6 @@ class ServedModel:
             f"tokens in the {param}, which leaves no room for output. Please reduce the length of the {param}.",
             param,
         )
-
-    def _check_ids(self, token_ids: list[int]) -> None:
-        if token_ids and max(token_ids) >= self.tokenizer.vocab_size:
-            raise bad_request(
-                f"Token id {max(token_ids)} is out of vocabulary: ids are 0 to {self.tokenizer.vocab_size - 1}.",
-                "prompt",
-            )
 
     def check_stop_token_ids(self, token_ids: Sequence[int]) -> None:
         """An id that no token has would never stop anything: the client takes this for another model."""
