@@ -171,6 +171,12 @@ def on_current_cluster(python: str, report: Report) -> None:
         context = unnamed.kubectl("config", "current-context").strip()
         kubernetes = Kubernetes(kubectl, helm, dict(os.environ), context)
         report.say(f"context {context}, server {kubernetes.kubectl('version', '-o', 'json') and 'answers'}")
+        installed = kubernetes.helm("list", "-n", SYSTEM_NAMESPACE, "-q", "-f", f"^{RELEASE}$").strip()
+        if installed and remembered().get("context") != context:
+            raise DemoError(
+                f"{context} has a release {RELEASE} in {SYSTEM_NAMESPACE} that is not the demo's, and the demo would "
+                f"change it and remove it with all servers. Octavo is there: kubectl apply -f {EXAMPLE}"
+            )
         remember({"mode": "current", "kubeconfig": os.environ.get("KUBECONFIG", ""), "context": context})
     with report.step("Build the images and bring them to the cluster"):
         names = images_for(kubernetes, report)
@@ -190,6 +196,7 @@ def serve(kubernetes: Kubernetes, names: dict[str, str], report: Report) -> None
     with report.step("Install the chart"):
         command = ["upgrade", "--install", RELEASE, str(REPOSITORY / "helm/octavo"), "-n", SYSTEM_NAMESPACE]
         command += ["--create-namespace", "--wait", "--timeout", "3m"]
+        command += ["--set", "crds.keep=false"]  # the release is the demo's own, and demo-down leaves nothing
         for target, name in names.items():
             command += ["--set", f"{target}.image={name}"]
         report.say(f"helm upgrade --install {RELEASE} helm/octavo -n {SYSTEM_NAMESPACE} --create-namespace …")
@@ -513,20 +520,29 @@ def go_on(first: Sequence[str]) -> None:
 
 def remember(facts: dict[str, str]) -> None:
     machine.cache_dir().mkdir(parents=True, exist_ok=True)
-    (machine.cache_dir() / "demo.json").write_text(json.dumps(facts))
+    _memory().write_text(json.dumps(facts))
+
+
+def remembered() -> dict[str, str]:
+    """Where `up` last ran; nothing before the first time and after `down`."""
+    facts: dict[str, str] = json.loads(_memory().read_text()) if _memory().exists() else {}
+    return facts
+
+
+def _memory() -> Path:
+    return machine.cache_dir() / "demo.json"
 
 
 def down(report: Report) -> None:
-    memory = machine.cache_dir() / "demo.json"
-    facts = json.loads(memory.read_text()) if memory.exists() else {"mode": "own"}
-    if facts["mode"] == "current":
+    facts = remembered()
+    if facts.get("mode") == "current":
         with report.step(f"Remove the demo from {facts['context']}"):
             remove_from_current(facts)
     with report.step("Stop the demo's own Kubernetes"):
         cluster = Cluster(OWN_CLUSTER)
         cluster.down()
         report.say("no process, mount, interface, rule or cgroup is left" if not cluster.leftovers() else "")
-    memory.unlink(missing_ok=True)
+    _memory().unlink(missing_ok=True)
     print(f"{bold('Gone.')} What was downloaded and built stays in {machine.cache_dir()} for the next time.")
 
 
