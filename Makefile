@@ -12,7 +12,7 @@ BASE_PYTHON ?= $(shell tests/find-python)
 VENV   ?= $(OCTAVO_CACHE)/venv-$(shell $(BASE_PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 PYTHON  = $(VENV)/bin/python
 CLUSTER = $(BASE_PYTHON) tests/cluster/cluster.py
-TEST_PROGRAMS = k8s etcd coredns helm prometheus kwok
+TEST_PROGRAMS = k8s etcd coredns helm prometheus
 PYTEST ?= $(PYTHON) -m pytest
 export PYTHONPATH = $(CURDIR)/engine:$(CURDIR)/operator
 
@@ -28,7 +28,7 @@ demo-down:  ## remove everything that `make demo` started
 	@$(BASE_PYTHON) tests/cluster/demo.py down
 
 test: venv model test-cluster-ready  ## every test that this machine can run
-	$(PYTEST) --cov --cov-report=term:skip-covered $(ARGS)
+	$(PYTEST) --cov --cov-report=term:skip-covered --durations=15 $(ARGS)
 	@$(MAKE) --no-print-directory test-other-pythons
 
 check: venv  ## style, types, import contracts

@@ -69,6 +69,11 @@ def pods(cluster: Cluster, name: str = SERVER) -> list[dict[str, Any]]:
     return items
 
 
+def staying(cluster: Cluster) -> list[str]:
+    """Names of the pods that are not on their way out."""
+    return [pod["metadata"]["name"] for pod in pods(cluster) if not pod["metadata"].get("deletionTimestamp")]
+
+
 def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 120, every_s: float = 0.2) -> T:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -83,8 +88,7 @@ def ready_with(cluster: Cluster, replicas: int) -> dict[str, Any] | None:
     status = document.get("status", {})
     settled = status.get("observedGeneration") == document["metadata"]["generation"]
     if settled and condition(document, "Ready")["status"] == "True" and status.get("readyReplicas") == replicas:
-        running = [pod for pod in pods(cluster) if not pod["metadata"].get("deletionTimestamp")]
-        return document if len(running) == replicas else None
+        return document if len(staying(cluster)) == replicas else None
     return None
 
 
@@ -236,7 +240,7 @@ def test_a_change_of_the_context_rolls_without_a_failed_request(installed):
     installed.start_program("asking", ["bash", "-c", f"while [ ! -e {stop} ]; do {ask_again}; done"])
     wait_for(lambda: stream.exists() and stream.read_text().count("data: {") > 5, "the long answer to begin", 60)
     patch = {"spec": {"engine": {"maxModelLen": 2048}}}
-    before = pods(installed)[0]["metadata"]["name"]
+    before = staying(installed)
     try:
         installed.kubectl("patch", "llm", SERVER, "--type=merge", "-p", json.dumps(patch))
 
@@ -260,7 +264,7 @@ def test_a_change_of_the_context_rolls_without_a_failed_request(installed):
 
 
 def test_a_killed_engine_is_reported_and_comes_back(installed):
-    pod = next(p for p in pods(installed) if not p["metadata"].get("deletionTimestamp"))
+    (pod,) = staying(installed)
     # From the node: the engine process by its command line, inside this cluster's PID namespace.
     installed.run(["pkill", "-9", "-f", "octavo_engine.core.process"])
 
@@ -272,7 +276,7 @@ def test_a_killed_engine_is_reported_and_comes_back(installed):
     document = wait_for(restarted, "the failure on the resource", 60)
     wait_for(lambda: ready_with(installed, 1), "the server to be Ready again", 120)
 
-    assert document["status"]["lastFailure"]["pod"] == pod["metadata"]["name"]
+    assert document["status"]["lastFailure"]["pod"] == pod
     assert document["status"]["lastFailure"]["message"]
 
 
