@@ -357,7 +357,10 @@ async def _stream(
     # Headers go out with the first output: until then a failure can still be told with its own status code.
     pieces = await answer.next()
     response = web.StreamResponse(headers=sse.HEADERS)
-    await response.prepare(request)
+    try:
+        await response.prepare(request)
+    except ConnectionError:
+        return response  # hung up before the first token
     try:
         while True:
             chunks = b"".join(
