@@ -50,8 +50,10 @@ test-fast: venv model  ## everything that needs neither a cluster nor minutes
 test-other-pythons:  ## the import-light tests on the other supported Pythons
 	@tests/other-pythons $(BASE_PYTHON)
 
+# The compiler keeps the processors busy, the images the network and the disk.
 test-cluster-ready:
-	@if $(CLUSTER) install && $(CLUSTER) check; then $(CLUSTER) build $(TEST_PROGRAMS) && $(CLUSTER) image; \
+	@if $(CLUSTER) install && $(CLUSTER) check; then \
+		$(CLUSTER) image & image=$$!; $(CLUSTER) build $(TEST_PROGRAMS) && wait $$image; \
 	else echo "The tests that need a cluster will be skipped, for the reason above."; fi
 
 images: ## both images from the Dockerfile, and the size of each of their layers

@@ -28,6 +28,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,12 +116,12 @@ def wants_current() -> bool:
 
 def on_own_cluster(python: str, report: Report) -> None:
     cluster = Cluster(OWN_CLUSTER)
-    with report.step("Build Kubernetes, etcd, CoreDNS and Helm"):
+    with report.step("Build Kubernetes and Helm, and the images"), ThreadPoolExecutor(1) as beside:
+        # The compiler keeps the processors busy, the images the network and the disk.
+        built = beside.submit(build_images, report)
         programs.build(programs.FOR_DEMO, report.dim)
-        report.say(f"in {machine.cache_dir() / 'programs'}")
-    with report.step("Build the images"):
-        for target in images.TARGETS:
-            images.build(target, report.dim)
+        built.result()
+        report.say(f"in {machine.cache_dir()}")
     with report.step("Prepare the model"):
         model = model_folder(python, report)
     with report.step("Start Kubernetes"):
@@ -159,6 +160,11 @@ def on_own_cluster(python: str, report: Report) -> None:
     report.table()
     path = f"{programs.folder('k8s')}:{programs.folder('helm')}"
     go_on([f"export KUBECONFIG={cluster.kubeconfig} PATH={path}:$PATH"])
+
+
+def build_images(report: Report) -> None:
+    for target in images.TARGETS:
+        images.build(target, report.dim)
 
 
 def on_current_cluster(python: str, report: Report) -> None:
