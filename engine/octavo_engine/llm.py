@@ -9,7 +9,7 @@ import difflib
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -19,8 +19,8 @@ from octavo_engine.api.engine_client import one_sequence
 from octavo_engine.api.find_model import ModelFolder, download, local_folder
 from octavo_engine.api.tokenizer import Tokenizer, generation_defaults
 from octavo_engine.config import ConfigError, EngineConfig
-from octavo_engine.core.messages import FinishReason, Submit, TokenEvent
-from octavo_engine.outputs import CompletionOutput, RequestOutput
+from octavo_engine.core.messages import FinishReason, Submit, TokenEvent, TokenLogprobs
+from octavo_engine.outputs import CompletionOutput, Logprob, RequestOutput
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.status import Effective
 
@@ -136,11 +136,7 @@ class LLM:
 
     def _run(self, prompts: list[_Encoded], sampling: list[SamplingParams], use_tqdm: bool) -> list[RequestOutput]:
         limit = self.effective.max_model_len
-        for params in sampling:
-            if params.stop_token_ids and max(params.stop_token_ids) >= self.vocab_size:
-                raise ValueError(
-                    f"stop_token_ids: {max(params.stop_token_ids)} is outside the vocabulary of {self.vocab_size}"
-                )
+        sampling = [self._resolved(params) for params in sampling]
         outputs, answers = [], {}
         for (text, ids), params in zip(prompts, sampling, strict=True):
             output = RequestOutput(str(self._num_requests), text, ids)
@@ -152,7 +148,7 @@ class LLM:
                 stream = None
                 if params.detokenize and self._tokenizer is not None:
                     stream = TextStream(self._tokenizer, each)
-                answer = _Answer(output, index, stream, frozenset(params.stop_token_ids))
+                answer = _Answer(output, index, stream, frozenset(params.stop_token_ids), self._tokenizer)
                 answers[f"{output.request_id}-{index}"] = answer
                 self._engine.submit(Submit(f"{output.request_id}-{index}", ids, each, self._eos))
         try:
@@ -163,6 +159,15 @@ class LLM:
             while self._engine.has_work:
                 self._engine.step()
         return outputs
+
+    def _resolved(self, params: SamplingParams) -> SamplingParams:
+        """With bad words spelled in ids. Raises ValueError for an id outside the vocabulary."""
+        for name, largest in params.named_ids.items():
+            if largest >= self.vocab_size:
+                raise ValueError(f"{name}: {largest} is outside the vocabulary of {self.vocab_size}")
+        if not params.bad_words:
+            return params
+        return replace(params, bad_words_ids=self.get_tokenizer().spellings(params.bad_words))
 
     def _drain(self, answers: dict[str, _Answer], use_tqdm: bool) -> None:
         from tqdm import tqdm
@@ -216,6 +221,7 @@ class _Answer:
     index: int
     text: TextStream | None
     stop_token_ids: frozenset[int]
+    tokenizer: Tokenizer | None
 
     def __post_init__(self) -> None:
         self.completion = CompletionOutput(self.index, "", [])
@@ -229,6 +235,8 @@ class _Answer:
         if self._stopped:
             return False
         done = self.completion
+        for token, chances in zip(event.token_ids, event.logprobs, strict=False):
+            self._add_logprobs(token, chances)
         num_tokens, stop = len(event.token_ids), None
         if self.text is not None:
             delta = self.text.push(
@@ -237,6 +245,11 @@ class _Answer:
             done.text += delta.text
             num_tokens, stop = delta.num_tokens, delta.stop
         done.token_ids += event.token_ids[:num_tokens]
+        if done.logprobs is not None:
+            del done.logprobs[len(done.token_ids) :]
+            done.cumulative_logprob = sum(
+                of[token].logprob for of, token in zip(done.logprobs, done.token_ids, strict=True)
+            )
         if stop is not None:
             self._stopped = True
             done.finish_reason, done.stop_reason = FinishReason.STOP.value, stop
@@ -246,6 +259,16 @@ class _Answer:
             if event.stop_token_id in self.stop_token_ids:
                 done.stop_reason = event.stop_token_id
         return False
+
+    def _add_logprobs(self, token: int, chances: TokenLogprobs) -> None:
+        def text(id: int) -> str | None:
+            return self.tokenizer.decode_one(id) if self.tokenizer is not None else None
+
+        found = {id: Logprob(value, rank, text(id)) for rank, (id, value) in enumerate(chances.top, 1)}
+        found[token] = Logprob(chances.logprob, chances.rank, text(token))
+        if self.completion.logprobs is None:
+            self.completion.logprobs = []
+        self.completion.logprobs.append(found)
 
 
 def _config(model: str, tokenizer: str | None, settings: dict[str, Any]) -> EngineConfig:

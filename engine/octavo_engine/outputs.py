@@ -5,6 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True)
+class Logprob:
+    """rank: 1 for the likeliest of all tokens."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
 @dataclass
 class CompletionOutput:
     """One answer. stop_reason: the stop string or token id that ended it; None for end-of-text and for a length."""
@@ -15,7 +24,8 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     cumulative_logprob: float | None = None
-    logprobs: None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    """Of each token, where asked for: itself and the likeliest ones, by id."""
 
     def finished(self) -> bool:
         return self.finish_reason is not None

@@ -6,7 +6,7 @@ Pure values; used by the API routes, by LLM and by the scheduler.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,12 @@ MIN_TEMPERATURE = 0.01
 """Smaller positive temperatures are raised to this, as in vLLM: logits divided by less overflow float16."""
 MAX_STOP_STRINGS = 64
 MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_BIAS = 100.0
+"""Larger biases are taken as this, as OpenAI does it: it forces or forbids a token already."""
+MAX_BAD_WORDS = 256
+MAX_ALLOWED_TOKEN_IDS = 16384
 
 
 class SamplingError(ValueError):
@@ -32,6 +38,10 @@ class SamplingParams:
 
     stop_token_ids end the output like the end-of-text token does; ignore_eos ignores only the latter.
     min_tokens: neither ends the output before so many tokens; stop strings are not looked for either.
+    logit_bias: added to the logits of these ids, {id: bias} or pairs. allowed_token_ids: no others, None: all.
+    bad_words must not come; bad_words_ids are their spellings in ids, which whoever has the tokenizer fills in.
+    logprobs: log-probabilities of each token and of so many likeliest ones, 0: of the token alone, None: none; of the
+    model's own distribution, before penalties and temperature.
     Raises SamplingError.
     """
 
@@ -52,14 +62,25 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     detokenize: bool = True
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         # Lists and single strings are what callers write; tuples keep the value hashable and immutable.
         object.__setattr__(self, "stop", _tuple("stop", self.stop, "a string or a list of strings"))
         object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids, "a list of ids"))
+        object.__setattr__(self, "bad_words", _tuple("bad_words", self.bad_words, "a list of strings"))
+        if self.allowed_token_ids is not None:
+            allowed = _tuple("allowed_token_ids", self.allowed_token_ids, "a list of ids")
+            object.__setattr__(self, "allowed_token_ids", allowed)
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
         if self.seed == -1:
             object.__setattr__(self, "seed", None)
         self._check()
+        self._check_ids()
         if 0 < self.temperature < MIN_TEMPERATURE:
             object.__setattr__(self, "temperature", MIN_TEMPERATURE)
 
@@ -99,6 +120,42 @@ class SamplingParams:
         if self.n > 1 and self.temperature == 0:
             raise SamplingError("n", self.n, "1 when temperature is 0: greedy answers would all be the same")
 
+    def _check_ids(self) -> None:
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise SamplingError("logit_bias", f"{len(self.logit_bias)} entries", f"at most {MAX_LOGIT_BIAS} entries")
+        for token, _ in self.logit_bias:
+            _integer("logit_bias", token, 0, 2**31 - 1)
+        if self.allowed_token_ids is not None:
+            if not 0 < len(self.allowed_token_ids) <= MAX_ALLOWED_TOKEN_IDS:
+                count = f"{len(self.allowed_token_ids)} ids"
+                raise SamplingError("allowed_token_ids", count, f"1 to {MAX_ALLOWED_TOKEN_IDS} ids")
+            for token in self.allowed_token_ids:
+                _integer("allowed_token_ids", token, 0, 2**31 - 1)
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise SamplingError("bad_words", f"{len(self.bad_words)} words", f"at most {MAX_BAD_WORDS} words")
+        for word in self.bad_words:
+            if not isinstance(word, str) or not word.strip():
+                raise SamplingError("bad_words", word, "strings that are not empty")
+
+    @property
+    def named_ids(self) -> dict[str, int]:
+        """The largest id of each field that names ids, to be compared with the vocabulary."""
+        fields = {
+            "stop_token_ids": self.stop_token_ids,
+            "logit_bias": [token for token, _ in self.logit_bias],
+            "allowed_token_ids": self.allowed_token_ids or (),
+        }
+        return {name: max(ids) for name, ids in fields.items() if ids}
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether logits are changed by more than temperature: by history, by lists of ids, or by words."""
+        penalized = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        listed = self.logit_bias or self.allowed_token_ids is not None or self.bad_words_ids
+        return bool(penalized or listed or self.min_tokens)
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
@@ -130,3 +187,15 @@ def _number(name: str, value: object, low: float, high: float, low_included: boo
 def _integer(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise SamplingError(name, value, f"a whole number from {low} to {high}")
+
+
+def _pairs(value: object) -> tuple[tuple[int, float], ...]:
+    """{id: bias}, with ids as numbers or as text, or pairs of them."""
+    try:
+        items = list(value.items()) if isinstance(value, Mapping) else list(value or ())  # type: ignore[call-overload]
+        pairs = [(token if isinstance(token, int) else int(token), float(bias)) for token, bias in items]
+    except (TypeError, ValueError):
+        raise SamplingError("logit_bias", value, "a map from token ids to numbers") from None
+    for _, bias in pairs:
+        _number("logit_bias", bias, -math.inf, math.inf)
+    return tuple((token, max(-MAX_BIAS, min(bias, MAX_BIAS))) for token, bias in pairs)

@@ -164,6 +164,31 @@ def test_a_thousand_requests_under_pressure_end_once_and_leak_nothing(tmp_path):
     assert small.num_preemptions > 0
 
 
+def test_logprobs_and_biases_agree_with_transformers(tmp_path):
+    model = make(tmp_path, "LlamaForCausalLM", {})
+    engine = engine_of(tmp_path, max_num_seqs=8)
+    prompt = list(range(3, 40))
+    plain = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=3)
+    biased = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=0, logit_bias={77: 100.0})
+    engine.submit(Submit("plain", prompt, plain))
+    engine.submit(Submit("biased", prompt, biased))
+    tokens: dict[str, list[int]] = {"plain": [], "biased": []}
+    chances: dict[str, list[Any]] = {"plain": [], "biased": []}
+    while engine.has_work:
+        for event in engine.step().events:
+            tokens[event.request_id] += event.token_ids
+            chances[event.request_id] += event.logprobs
+
+    assert tokens["biased"] == [77] * 6
+    for name in ("plain", "biased"):
+        ids = torch.tensor([prompt + tokens[name]], device="cuda")
+        with torch.inference_mode():
+            expected = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        for row, token, found in zip(expected, tokens[name], chances[name], strict=True):
+            assert abs(float(row[token]) - found.logprob) < 0.15
+            assert all(abs(float(row[id]) - logprob) < 0.15 for id, logprob in found.top)
+
+
 def test_a_seed_gives_the_same_tokens_in_any_company(tmp_path):
     make(tmp_path, "LlamaForCausalLM", {})
     engine = engine_of(tmp_path, max_num_seqs=64)

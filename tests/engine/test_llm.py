@@ -154,3 +154,66 @@ def test_a_tokenizer_may_come_from_a_folder_of_its_own(tmp_path):
     assert llm.get_tokenizer().vocab_size == 49152
     with pytest.raises(FatalError, match=r"has no tokenizer.json, so it is not a tokenizer's folder"):
         LLM(str(models.smollm2()), tokenizer=str(tmp_path.parent))
+
+
+def test_logprobs_are_the_models_own_and_agree_with_transformers():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = str(models.smollm2())
+    llm = LLM(folder, dtype="float32", kv_cache_memory_bytes=64 * 2**20, max_num_seqs=4)
+    # Temperature, penalties and biases change the draw, and not the probabilities that are told.
+    sampling = SamplingParams(
+        temperature=1.5, seed=3, max_tokens=6, logprobs=3, repetition_penalty=1.2, logit_bias={260: 2.0}
+    )
+    (output,) = llm.generate("The capital of France is", sampling, use_tqdm=False)
+    answer = output.outputs[0]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        logits = model(torch.tensor([output.prompt_token_ids + answer.token_ids])).logits[0]
+    expected = logits[len(output.prompt_token_ids) - 1 : -1].log_softmax(-1)
+
+    assert answer.logprobs is not None
+    for row, token, found in zip(expected, answer.token_ids, answer.logprobs, strict=True):
+        best = row.topk(3)
+        assert found[token].logprob == pytest.approx(float(row[token]), abs=1e-3)
+        assert found[token].rank == int((row > row[token]).sum()) + 1
+        assert {*best.indices.tolist(), token} == set(found)
+        assert found[token].decoded_token == llm.get_tokenizer().decode_one(token)
+    assert answer.cumulative_logprob == pytest.approx(
+        sum(float(row[token]) for row, token in zip(expected, answer.token_ids, strict=True)), abs=1e-2
+    )
+
+
+def test_a_bias_forces_or_forbids_a_token(llm):
+    tokenizer = llm.get_tokenizer()
+    (paris,) = tokenizer.encode(" Paris")
+    (london,) = tokenizer.encode(" London")
+
+    def first(**settings: object) -> int:
+        sampling = SamplingParams(temperature=0.0, max_tokens=1, **settings)
+        return llm.generate("The capital of France is", sampling, use_tqdm=False)[0].outputs[0].token_ids[0]
+
+    assert first() == paris
+    assert first(logit_bias={paris: -100}) != paris
+    assert first(logit_bias={str(london): 100}) == london
+    assert first(allowed_token_ids=[london, 5, 6]) == london
+
+
+def test_a_bad_word_does_not_come_at_the_beginning_of_a_word_or_inside(llm):
+    sampling = SamplingParams(temperature=0.0, max_tokens=24)
+    free = llm.generate("The capital of France is", sampling, use_tqdm=False)[0].outputs[0]
+    banned = SamplingParams(temperature=0.0, max_tokens=24, bad_words=["Paris", "the capital"])
+    without = llm.generate("The capital of France is", banned, use_tqdm=False)[0].outputs[0]
+
+    assert "Paris" in free.text
+    assert "Paris" not in without.text
+    assert "the capital" not in without.text
+
+
+@pytest.mark.parametrize("field", ["logit_bias", "allowed_token_ids", "stop_token_ids"])
+def test_an_id_outside_the_vocabulary_is_refused_by_the_field_that_names_it(llm, field):
+    value = {49152: 1.0} if field == "logit_bias" else [49152]
+
+    with pytest.raises(ValueError, match=field):
+        llm.generate("x", SamplingParams(**{field: value}), use_tqdm=False)

@@ -19,7 +19,7 @@ from octavo_engine.core.engine import Engine
 from octavo_engine.core.messages import FinishReason, Submit
 from octavo_engine.core.request import Request
 from octavo_engine.core.scheduler import Commit, Scheduler, SchedulerConfig
-from octavo_engine.core.step import StepPlan
+from octavo_engine.core.step import Sampled, StepPlan
 from octavo_engine.sampling_params import SamplingParams
 
 EOS = 2
@@ -349,8 +349,8 @@ class NaiveDevice:
                 sampled.append(token)
         return sampled
 
-    def collect(self, launched: list[int]) -> list[int]:
-        return launched
+    def collect(self, launched: list[int]) -> Sampled:
+        return Sampled(launched)
 
     def _slot(self, row: Row, position: int) -> tuple[int, int]:
         return row.table[position // self._size], position % self._size

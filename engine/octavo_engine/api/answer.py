@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from octavo_engine.api.detokenizer import TextStream
 from octavo_engine.api.engine_client import Output, Stream
 from octavo_engine.api.errors import internal
 from octavo_engine.api.tokenizer import Tokenizer
-from octavo_engine.core.messages import FinishReason
+from octavo_engine.core.messages import FinishReason, TokenLogprobs
 from octavo_engine.sampling_params import SamplingParams
+
+LEAST_LOGPROB = -9999.0
+"""In place of minus infinity, which JSON cannot say."""
+
+
+@dataclass(frozen=True)
+class TokenChance:
+    """One token of the answer as text, and the likeliest tokens in its place, itself among them or not."""
+
+    token: str
+    logprob: float
+    top: list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,8 @@ class Piece:
     num_tokens: int
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    tokens: list[TokenChance] = field(default_factory=list)
+    """The new tokens with their log-probabilities, where they were asked for."""
 
 
 class _Choice:
@@ -47,6 +61,7 @@ class Answer:
         self._stop_token_ids = frozenset(sampling.stop_token_ids)
         self._choices = [_Choice(TextStream(tokenizer, sampling)) for _ in range(num_choices)]
         self._prompt_tokens = prompt_tokens
+        self._tokenizer = tokenizer
 
     @property
     def finished(self) -> bool:
@@ -77,11 +92,20 @@ class Answer:
         ended = output.finish_reason is not None
         delta = choice.text.push(output.token_ids, last=ended, stop_token_id=output.stop_token_id)
         choice.num_tokens += delta.num_tokens
+        tokens = [
+            self._chance(token, of)
+            for token, of in zip(output.token_ids[: delta.num_tokens], output.logprobs, strict=False)
+        ]
         if delta.stop is not None:
             self._stream.end(output.index, choice.num_tokens)
-            return Piece(output.index, delta.text, first, choice.num_tokens, "stop", delta.stop)
+            return Piece(output.index, delta.text, first, choice.num_tokens, "stop", delta.stop, tokens)
         if not ended:
-            return Piece(output.index, delta.text, first, choice.num_tokens)
+            return Piece(output.index, delta.text, first, choice.num_tokens, tokens=tokens)
         # The model's own end of text is not a reason worth naming; a token that the client chose is.
         named = output.stop_token_id if output.stop_token_id in self._stop_token_ids else None
-        return Piece(output.index, delta.text, first, choice.num_tokens, str(output.finish_reason), named)
+        return Piece(output.index, delta.text, first, choice.num_tokens, str(output.finish_reason), named, tokens)
+
+    def _chance(self, token: int, of: TokenLogprobs) -> TokenChance:
+        text = self._tokenizer.decode_one
+        top = [(text(id), max(logprob, LEAST_LOGPROB)) for id, logprob in of.top]
+        return TokenChance(text(token), max(of.logprob, LEAST_LOGPROB), top)

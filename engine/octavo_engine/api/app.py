@@ -23,7 +23,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from octavo_engine import __version__
 from octavo_engine.api import sse
-from octavo_engine.api.answer import Answer, Piece
+from octavo_engine.api.answer import Answer, Piece, TokenChance
 from octavo_engine.api.auth import OPEN_PATHS, Keys
 from octavo_engine.api.board import Board
 from octavo_engine.api.engine_client import EngineClient, EngineGoneError, Prompt, QueueFullError, one_sequence
@@ -179,15 +179,19 @@ class Api:
         writer: sse.Writer,
         max_tokens_param: str,
     ) -> web.StreamResponse:
-        n = generation.sampling.n
-        model.check_stop_token_ids(generation.sampling.stop_token_ids)
+        sampling = model.resolved(generation.sampling)
+        n = sampling.n
         sequences = []
         for prompt in prompts:
             max_tokens = model.max_tokens(generation.max_tokens, len(prompt), max_tokens_param)
-            sequences += [Prompt(prompt, one_sequence(generation.sampling, i, max_tokens)) for i in range(n)]
+            sequences += [Prompt(prompt, one_sequence(sampling, i, max_tokens)) for i in range(n)]
         try:
             stream = self.client.submit(
-                sequences, n=n, eos_token_ids=model.tokenizer.eos_token_ids, cache_salt=generation.cache_salt
+                sequences,
+                n=n,
+                eos_token_ids=model.tokenizer.eos_token_ids,
+                cache_salt=generation.cache_salt,
+                priority=generation.priority,
             )
         except QueueFullError as error:
             raise overloaded(f"The server is busy: {error}. Please retry.", error.retry_after_s) from None
@@ -339,13 +343,15 @@ class _Accepted:
 
 async def _whole(answer: Answer, writer: sse.Writer, num_choices: int) -> web.StreamResponse:
     texts: list[list[str]] = [[] for _ in range(num_choices)]
+    tokens: list[list[TokenChance]] = [[] for _ in range(num_choices)]
     last: dict[int, Piece] = {}
     while not answer.finished:
         for piece in await answer.next():
             texts[piece.index].append(piece.text)
+            tokens[piece.index] += piece.tokens
             last[piece.index] = piece
     choices = [
-        Piece(i, "".join(texts[i]), True, last[i].num_tokens, last[i].finish_reason, last[i].stop_reason)
+        Piece(i, "".join(texts[i]), True, last[i].num_tokens, last[i].finish_reason, last[i].stop_reason, tokens[i])
         for i in range(num_choices)
     ]
     return web.Response(body=writer.body(choices, answer.usage()), content_type="application/json")

@@ -30,6 +30,7 @@ from octavo_engine.core.messages import (
     Submit,
     ToEngine,
     TokenEvent,
+    TokenLogprobs,
 )
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.status import Effective, Failure
@@ -67,6 +68,7 @@ class Output:
     stop_token_id: int | None = None
     num_cached_tokens: int | None = None
     error: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class _Sequence:
@@ -147,6 +149,7 @@ class Stream:
             output = sequence.output = Output(sequence.index)
             self._ready.append(sequence)
         output.token_ids.extend(event.token_ids)
+        output.logprobs.extend(event.logprobs)
         if event.num_cached_tokens is not None:
             output.num_cached_tokens = event.num_cached_tokens
         if event.finish_reason is not None:
@@ -193,7 +196,13 @@ class EngineClient(asyncio.Protocol):
             self._transport.close()
 
     def submit(
-        self, prompts: Sequence[Prompt], *, n: int, eos_token_ids: tuple[int, ...], cache_salt: str | None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int,
+        eos_token_ids: tuple[int, ...],
+        cache_salt: str | None,
+        priority: int = 0,
     ) -> Stream:
         """Queue all sequences of a request, or none. n: as the request said, for the metrics.
 
@@ -222,6 +231,7 @@ class EngineClient(asyncio.Protocol):
                         sampling=prompt.sampling,
                         eos_token_ids=eos_token_ids,
                         cache_salt=cache_salt,
+                        priority=priority,
                     )
                 )
             )

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from octavo_engine.api.chat_template import RESERVED_NAMES
 from octavo_engine.api.errors import ApiError, bad_request, malformed
 from octavo_engine.api.tokenizer import GenerationDefaults
-from octavo_engine.sampling_params import SamplingError, SamplingParams
+from octavo_engine.sampling_params import MAX_LOGPROBS, SamplingError, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,10 @@ class _Sampled(_Body):
     min_tokens: int | None = None
     max_tokens: int | None = None
     include_stop_str_in_output: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -81,6 +85,8 @@ class Message(BaseModel):
 class ChatRequest(_Sampled):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -95,6 +101,7 @@ TokenIds = list[Annotated[int, Field(strict=True, ge=0)]]
 class CompletionRequest(_Sampled):
     prompt: str | TokenIds | list[str] | list[TokenIds] | None = None
     echo: bool | None = None
+    logprobs: Annotated[int, Field(strict=True)] | None = None
     add_special_tokens: bool | None = None
 
 
@@ -141,6 +148,7 @@ class Generation:
     continuous_usage: bool
     cache_salt: str | None
     base_id: str | None
+    priority: int = 0
     echo: bool = False
 
 
@@ -154,13 +162,20 @@ def chat_generation(request: ChatRequest, defaults: GenerationDefaults) -> Gener
         )
     check_template_variables(request.chat_template_kwargs)
     name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-    return _generation(request, defaults, getattr(request, name), name)
+    if request.top_logprobs and not request.logprobs:
+        raise bad_request("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
+    logprobs = _checked_logprobs(request.top_logprobs or 0, "top_logprobs") if request.logprobs else None
+    return _generation(request, defaults, getattr(request, name), name, logprobs)
 
 
 def completion_generation(request: CompletionRequest, defaults: GenerationDefaults) -> Generation:
     """Raises ApiError."""
     max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-    return replace(_generation(request, defaults, max_tokens, "max_tokens"), echo=bool(request.echo))
+    logprobs = None if request.logprobs is None else _checked_logprobs(request.logprobs, "logprobs")
+    if request.echo and logprobs is not None:
+        raise bad_request("echo with logprobs needs those of the prompt, which are not supported yet.", "logprobs")
+    generation = _generation(request, defaults, max_tokens, "max_tokens", logprobs)
+    return replace(generation, echo=bool(request.echo))
 
 
 def messages_for_template(messages: list[Message]) -> list[dict[str, Any]]:
@@ -187,8 +202,18 @@ def check_messages(messages: list[Message]) -> None:
 # ---- from the wire to SamplingParams
 
 
+def _checked_logprobs(count: int, param: str) -> int:
+    if count > MAX_LOGPROBS:
+        raise bad_request(
+            f"Requested sample logprobs of {count}, which is greater than max allowed: {MAX_LOGPROBS}", param
+        )
+    if count < 0:
+        raise bad_request(f"{param} must be a whole number from 0 to {MAX_LOGPROBS}, got {count}.", param)
+    return count
+
+
 def _generation(
-    request: _Sampled, defaults: GenerationDefaults, max_tokens: int | None, max_tokens_name: str
+    request: _Sampled, defaults: GenerationDefaults, max_tokens: int | None, max_tokens_name: str, logprobs: int | None
 ) -> Generation:
     if request.stream_options is not None and not request.stream:
         raise bad_request("Stream options can only be defined when `stream=True`.", "stream_options")
@@ -215,6 +240,10 @@ def _generation(
             min_tokens=_or(request.min_tokens, 0),
             include_stop_str_in_output=bool(request.include_stop_str_in_output),
             skip_special_tokens=_or(request.skip_special_tokens, True),
+            logit_bias=request.logit_bias or (),  # type: ignore[arg-type]
+            allowed_token_ids=None if request.allowed_token_ids is None else tuple(request.allowed_token_ids),
+            bad_words=tuple(request.bad_words or ()),
+            logprobs=logprobs,
         )
     except SamplingError as error:
         param = max_tokens_name if error.param == "max_tokens" else error.param
@@ -230,6 +259,7 @@ def _generation(
         continuous_usage=bool(options.include_usage and options.continuous_usage_stats),
         cache_salt=request.cache_salt,
         base_id=request.request_id,
+        priority=request.priority or 0,
     )
 
 
@@ -283,15 +313,12 @@ _NOTHING_OR_FALSE = _Refusal(_only(None, False))
 _NOTHING_OR_EMPTY = _Refusal(_empty)
 
 _REFUSED_EVERYWHERE: dict[str, _Refusal] = {
-    "logit_bias": _NOTHING_OR_EMPTY,
     "use_beam_search": _NOTHING_OR_FALSE,
     "length_penalty": _Refusal(_only(None, 1, 1.0), "belongs to beam search, which is not supported"),
     "early_stopping": _NOTHING_OR_FALSE,
     "truncate_prompt_tokens": _NOTHING,
     "truncation_side": _NOTHING,
     "prompt_logprobs": _NOTHING,
-    "allowed_token_ids": _NOTHING,
-    "bad_words": _NOTHING_OR_EMPTY,
     "thinking_token_budget": _NOTHING,
     "response_format": _Refusal(_text_format, "other than text is not supported yet"),
     "structured_outputs": _NOTHING,
@@ -299,7 +326,6 @@ _REFUSED_EVERYWHERE: dict[str, _Refusal] = {
     "guided_regex": _NOTHING,
     "guided_choice": _NOTHING,
     "guided_grammar": _NOTHING,
-    "priority": _Refusal(_only(None, 0), "is not supported yet: requests are served in order of arrival"),
     "return_tokens_as_token_ids": _NOTHING_OR_FALSE,
     "return_token_ids": _NOTHING_OR_FALSE,
     "return_prompt_text": _NOTHING_OR_FALSE,
@@ -312,8 +338,6 @@ _REFUSED_EVERYWHERE: dict[str, _Refusal] = {
 _REFUSED: dict[type[_Body], dict[str, _Refusal]] = {
     ChatRequest: {
         **_REFUSED_EVERYWHERE,
-        "logprobs": _NOTHING_OR_FALSE,
-        "top_logprobs": _Refusal(_only(None, 0)),
         # An empty list is refused by OpenAI and vLLM too: it is a client's mistake.
         "tools": _NOTHING,
         "tool_choice": _Refusal(_only(None, "none"), "needs tools, which are not supported yet"),
@@ -331,7 +355,6 @@ _REFUSED: dict[type[_Body], dict[str, _Refusal]] = {
     },
     CompletionRequest: {
         **_REFUSED_EVERYWHERE,
-        "logprobs": _NOTHING,
         "suffix": _Refusal(_only(None, ""), "is not currently supported"),
         "best_of": _Refusal(_only(None, 1), "is not supported"),
         "prompt_embeds": _NOTHING,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from octavo_engine.api.chat_template import ChatTemplate, TemplateRefusedError
 from octavo_engine.api.errors import ApiError, bad_request, unknown_model
 from octavo_engine.api.protocol import ChatRequest, CompletionRequest, TokenizeRequest, messages_for_template
 from octavo_engine.api.tokenizer import GenerationDefaults, Tokenizer
+from octavo_engine.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,18 @@ class ServedModel:
             param,
         )
 
-    def check_stop_token_ids(self, token_ids: Sequence[int]) -> None:
-        """An id that no token has would never stop anything: the client takes this for another model."""
-        if token_ids and max(token_ids) >= self.tokenizer.vocab_size:
-            raise bad_request(
-                f"stop_token_ids: {max(token_ids)} is out of vocabulary: ids are 0 to {self.tokenizer.vocab_size - 1}.",
-                "stop_token_ids",
-            )
+    def resolved(self, sampling: SamplingParams) -> SamplingParams:
+        """With bad words spelled in ids. Raises ApiError for an id that no token has: it is meant for another model."""
+        size = self.tokenizer.vocab_size
+        for name, largest in sampling.named_ids.items():
+            if largest >= size:
+                text = f"{largest} is out of vocabulary: ids are 0 to {size - 1}."
+                if name == "logit_bias":
+                    text = f"token_id(s) [{largest}] in logit_bias contain out-of-vocab token ids."
+                raise bad_request(text if name == "logit_bias" else f"{name}: {text}", name)
+        if not sampling.bad_words:
+            return sampling
+        return replace(sampling, bad_words_ids=self.tokenizer.spellings(sampling.bad_words))
 
     def max_tokens(self, asked: int | None, prompt_tokens: int, param: str) -> int:
         """How many tokens an answer may have: what was asked for, within the room that the prompt leaves."""

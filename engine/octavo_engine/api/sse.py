@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import msgspec
 
 from octavo_engine import __version__
-from octavo_engine.api.answer import Piece
+from octavo_engine.api.answer import Piece, TokenChance
 from octavo_engine.api.errors import ApiError
 
 FINGERPRINT = f"octavo-{__version__}"
@@ -56,14 +56,20 @@ class ChatWriter:
             events.append(self._head + index + self._role_delta + first_tail)
         if piece.finish_reason is not None:
             delta = b'{"content":' + _encode(piece.text) + b"}" if piece.text else b"{}"
-            fields = {"logprobs": None, "finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+            fields = {
+                "logprobs": chat_logprobs(piece.tokens),
+                "finish_reason": piece.finish_reason,
+                "stop_reason": piece.stop_reason,
+            }
             end = b',"system_fingerprint":' + _encode(FINGERPRINT)
             # b'{"logprobs":…}' continues the choice's object in place of its opening brace.
             events.append(
                 self._head + index + b',"delta":' + delta + b"," + _encode(fields)[1:] + b"]" + end + tail[1:]
             )
-        elif piece.text:
-            content = b',"delta":{"content":' + _encode(piece.text) + b'},"logprobs":null,"finish_reason":null}'
+        elif piece.text or piece.tokens:
+            logprobs = b"null" if not piece.tokens else _encode(chat_logprobs(piece.tokens))
+            content = b',"delta":{"content":' + _encode(piece.text) + b'},"logprobs":' + logprobs
+            content += b',"finish_reason":null}'
             events.append(self._head + index + content + tail)
         return b"".join(events)
 
@@ -86,7 +92,7 @@ class ChatWriter:
                             "refusal": None,
                             "annotations": [],
                         },
-                        "logprobs": None,
+                        "logprobs": chat_logprobs(piece.tokens),
                         "finish_reason": piece.finish_reason,
                         "stop_reason": piece.stop_reason,
                     }
@@ -104,18 +110,43 @@ class CompletionWriter:
     def __init__(self, request_id: str, created: int, model: str, prefixes: list[str]) -> None:
         self._id, self._created, self._model, self._prefixes = request_id, created, model, prefixes
         self._head = _head(request_id, "text_completion", created, model)
+        self._offsets: dict[int, int] = {}
 
     def chunk(self, piece: Piece, usage: dict[str, Any] | None) -> bytes:
         text = self._prefixes[piece.index] + piece.text if piece.first and self._prefixes else piece.text
         tail = b"]}\n\n" if usage is None else b'],"usage":' + _encode(usage) + b"}\n\n"
         head = self._head + str(piece.index).encode() + b',"text":' + _encode(text)
         if piece.finish_reason is not None:
-            fields = {"logprobs": None, "finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+            fields = {
+                "logprobs": self._logprobs(piece),
+                "finish_reason": piece.finish_reason,
+                "stop_reason": piece.stop_reason,
+            }
             end = b'],"system_fingerprint":' + _encode(FINGERPRINT)
             return head + b"," + _encode(fields)[1:] + end + tail[1:]
-        if not text:
+        if not text and not piece.tokens:
             return b""
-        return head + b',"logprobs":null,"finish_reason":null,"stop_reason":null}' + tail
+        logprobs = b"null" if not piece.tokens else _encode(self._logprobs(piece))
+        return head + b',"logprobs":' + logprobs + b',"finish_reason":null,"stop_reason":null}' + tail
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        """OpenAI's older form: parallel lists; offsets count the characters of the choice's tokens."""
+        if not piece.tokens:
+            return None
+        start = len(self._prefixes[piece.index]) if self._prefixes else 0
+        offset = self._offsets.get(piece.index, start)
+        offsets = []
+        for chance in piece.tokens:
+            offsets.append(offset)
+            offset += len(chance.token)
+        self._offsets[piece.index] = offset
+        return {
+            "text_offset": offsets,
+            "token_logprobs": [chance.logprob for chance in piece.tokens],
+            "tokens": [chance.token for chance in piece.tokens],
+            # The sampled token is always among them, as in OpenAI's.
+            "top_logprobs": [{**dict(chance.top), chance.token: chance.logprob} for chance in piece.tokens],
+        }
 
     def usage_chunk(self, usage: dict[str, Any]) -> bytes:
         return _usage_chunk(self._id, "text_completion", self._created, self._model, usage)
@@ -131,7 +162,7 @@ class CompletionWriter:
                     {
                         "index": piece.index,
                         "text": (self._prefixes[piece.index] if self._prefixes else "") + piece.text,
-                        "logprobs": None,
+                        "logprobs": self._logprobs(piece),
                         "finish_reason": piece.finish_reason,
                         "stop_reason": piece.stop_reason,
                     }
@@ -141,6 +172,21 @@ class CompletionWriter:
                 "system_fingerprint": FINGERPRINT,
             }
         )
+
+
+def chat_logprobs(tokens: list[TokenChance]) -> dict[str, Any] | None:
+    if not tokens:
+        return None
+
+    def entry(token: str, logprob: float) -> dict[str, Any]:
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+    return {
+        "content": [
+            {**entry(chance.token, chance.logprob), "top_logprobs": [entry(*one) for one in chance.top]}
+            for chance in tokens
+        ]
+    }
 
 
 def error_event(error: ApiError) -> bytes:

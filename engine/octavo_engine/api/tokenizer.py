@@ -6,6 +6,7 @@ Built on `tokenizers` alone: importing transformers takes seconds.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,20 @@ class Tokenizer:
         """The text of the whole list. Ids outside the vocabulary are skipped."""
         text: str = self.core.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def decode_one(self, token_id: int) -> str:
+        """The text of a token on its own; a piece of a character becomes U+FFFD."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def spellings(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """The ids of each word, at the beginning of a text and after a space."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for text in (word.lstrip(), " " + word.lstrip()):
+                ids = tuple(self.core.encode(text, add_special_tokens=False).ids)
+                if ids and max(ids) < self.vocab_size:
+                    found[ids] = None
+        return tuple(found)
 
     def token(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it, or None for an id outside of it."""

@@ -13,7 +13,7 @@ from octavo_engine.core.cost import StepCost
 from octavo_engine.core.messages import FinishReason, StepOutput, StepStats, Submit, TokenEvent
 from octavo_engine.core.request import Request
 from octavo_engine.core.scheduler import Commit, Scheduler
-from octavo_engine.core.step import StepPlan
+from octavo_engine.core.step import Sampled, StepPlan
 from octavo_engine.status import Load
 
 
@@ -27,8 +27,8 @@ class Runner(Protocol):
     def launch(self, plan: StepPlan) -> Any:
         """Start a step; what it returns is handed to `collect` once, oldest first."""
 
-    def collect(self, launched: Any) -> list[int]:
-        """Wait for a step: the next token of each item that samples, in order; -1 where logits were not finite."""
+    def collect(self, launched: Any) -> Sampled:
+        """Wait for a step and take its result."""
 
 
 class Clock(Protocol):
@@ -90,14 +90,14 @@ class Engine:
 
     def _collect(self) -> list[TokenEvent]:
         plan, launched, started = self._launched.popleft()
-        tokens = self._runner.collect(launched)
+        sampled = self._runner.collect(launched)
         now = self._clock()
         # A step that waited for the one before it took as long as lies between their ends.
         began = started if self._last_step_s is None else max(started, self._last_step_s)
         self.cost.observe(plan.num_tokens, now - began)
         self._num_steps += 1
         self._last_step_s = now
-        return [_event(c) for c in self._commit(plan, tokens, now)]
+        return [_event(c) for c in self._commit(plan, sampled, now)]
 
     def load(self) -> Load:
         scheduler = self.scheduler
@@ -118,9 +118,9 @@ class Engine:
         alive = {r.id for r in (*self.scheduler.running, *self.scheduler.waiting)}
         assert alive == self._live, "a request was lost or lives twice"
 
-    def _commit(self, plan: StepPlan, tokens: list[int], now: float) -> list[Commit]:
+    def _commit(self, plan: StepPlan, sampled: Sampled, now: float) -> list[Commit]:
         commits = []
-        for commit in self.scheduler.commit(plan, tokens, now):
+        for commit in self.scheduler.commit(plan, sampled.tokens, now, sampled.logprobs):
             if commit.finish_reason is not None:
                 self._live.discard(commit.request.id)
             if commit.token is not None or commit.finish_reason is not None:
@@ -169,4 +169,5 @@ def _event(commit: Commit) -> TokenEvent:
         queue_s=queue_s,
         prefill_s=prefill_s,
         error=error,
+        logprobs=[] if commit.logprobs is None else [commit.logprobs],
     )

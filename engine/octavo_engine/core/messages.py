@@ -82,6 +82,16 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """Of one sampled token: its log-probability, its place among all tokens (1: the likeliest), and the likeliest
+    tokens with theirs, in falling order."""
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """New tokens of one request. An event with finish_reason is the request's last; it may carry no tokens.
 
@@ -98,6 +108,8 @@ class TokenEvent:
     queue_s: float | None = None
     prefill_s: float | None = None
     error: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of each of token_ids where the request asked for them, else empty."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from octavo_engine.core.blocks import BlockId, BlockPool, extend_hashes
-from octavo_engine.core.messages import FinishReason
+from octavo_engine.core.messages import FinishReason, TokenLogprobs
 from octavo_engine.core.request import Request
 from octavo_engine.core.step import Admission, StepItem, StepPlan
 
@@ -40,6 +40,7 @@ class Commit:
     token: int | None
     finish_reason: FinishReason | None
     stop_token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass
@@ -216,7 +217,13 @@ class Scheduler:
 
     # ---- results
 
-    def commit(self, plan: StepPlan, tokens: list[int], now: float) -> list[Commit]:
+    def commit(
+        self,
+        plan: StepPlan,
+        tokens: list[int],
+        now: float,
+        logprobs: Sequence[TokenLogprobs | None] | None = None,
+    ) -> list[Commit]:
         """Take the result of the oldest plan: `tokens` holds one id for each item that samples, in order.
 
         A negative id says that the request's logits were not finite: it ends with ERROR, the others go on. What a
@@ -224,10 +231,10 @@ class Scheduler:
         """
         oldest, requests = self._planned.popleft()
         assert oldest is plan, "results must come in the order of the plans"
-        sampled = iter(tokens)
+        sampled = iter(zip(tokens, logprobs or [None] * len(tokens), strict=True))
         commits = []
         for item, request in zip(plan.items, requests, strict=True):
-            token = next(sampled) if item.samples else None
+            token, chances = next(sampled) if item.samples else (None, None)
             if request.finish_reason is not None:
                 continue
             if token is not None:
@@ -246,7 +253,7 @@ class Scheduler:
             reason, stop_token_id = self._end_of(request, token)
             if reason is not None:
                 self._finish(request, reason)
-            commits.append(Commit(request, token, reason, stop_token_id))
+            commits.append(Commit(request, token, reason, stop_token_id, chances))
         return commits
 
     def abort(self, ids: Iterable[str]) -> list[Request]:

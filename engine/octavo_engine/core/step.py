@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from octavo_engine.core.blocks import BlockId
+from octavo_engine.core.messages import TokenLogprobs
 from octavo_engine.sampling_params import SamplingParams
 
 
@@ -51,3 +52,14 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(item.count for item in self.items)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a step gave: the next token of each item that samples, in order; -1 where logits were not finite.
+
+    logprobs: None, or for each of them what its request asked for.
+    """
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None

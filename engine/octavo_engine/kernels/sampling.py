@@ -36,7 +36,8 @@ def reference(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """The next token of each row, -1 where the logits hold no finite maximum. logits: [n, vocab] → [n] int64"""
     if all(_plain_greedy(row) for row in rows):
         return _checked(logits, logits.argmax(-1))
-    logits = logits.float()
+    # A copy also of float32: log-probabilities are told of what the model gave.
+    logits = logits.to(torch.float32, copy=True)
     for i, row in enumerate(rows):
         _penalize(logits[i], row)
     tokens = logits.argmax(-1)
@@ -58,9 +59,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _plain_greedy(row: SampleRow) -> bool:
-    s = row.sampling
-    penalties = s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1.0
-    return s.greedy and not penalties and not row.banned
+    return row.sampling.greedy and not row.sampling.reshapes and not row.banned
 
 
 def _checked(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -79,9 +78,44 @@ def _penalize(logits: Tensor, row: SampleRow) -> None:
     if (s.presence_penalty or s.frequency_penalty) and len(output):
         ids, counts = output.unique(return_counts=True)
         logits[ids] -= s.presence_penalty + s.frequency_penalty * counts
-    if row.banned:
-        # A tokenizer may name an end token that the embedding has no row for.
-        logits[[token for token in row.banned if token < logits.shape[0]]] = float("-inf")
+    if s.logit_bias:
+        ids = torch.tensor([token for token, _ in s.logit_bias], device=logits.device)
+        logits.index_add_(0, ids, torch.tensor([bias for _, bias in s.logit_bias], device=logits.device))
+    if s.allowed_token_ids is not None:
+        allowed = torch.tensor(s.allowed_token_ids, device=logits.device)
+        kept = logits[allowed]
+        logits.fill_(float("-inf"))
+        logits[allowed] = kept
+    # A tokenizer may name an end token that the embedding has no row for.
+    banned = [token for token in (*row.banned, *_last_of_bad_words(row)) if token < logits.shape[0]]
+    if banned:
+        logits[banned] = float("-inf")
+
+
+def _last_of_bad_words(row: SampleRow) -> list[int]:
+    """Ids that would complete a word that must not come."""
+    words = row.sampling.bad_words_ids
+    if not words:
+        return []
+    longest = max(map(len, words)) - 1
+    output = row.history[max(row.num_prompt, row.position - longest) :].tolist() if longest else []
+    return [word[-1] for word in words if len(word) == 1 or tuple(output[-len(word) + 1 :]) == word[:-1]]
+
+
+def logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Of each row, on the device: (the token's log-probability, its rank, the likeliest `count` ids, their own).
+
+    logits: [n, vocab] as the model gave them; tokens: [n]. A few rows at a time, so that float32 copies stay small.
+    """
+    results = []
+    for at in range(0, len(counts), 32):
+        wide = logits[at : at + 32].float().log_softmax(-1)
+        chosen = wide.gather(-1, tokens[at : at + 32].long().clamp(min=0).unsqueeze(-1))
+        ranks = (wide > chosen).sum(-1) + 1
+        best = wide.topk(max(max(counts[at : at + 32]), 1), -1)
+        for i, count in enumerate(counts[at : at + 32]):
+            results.append((chosen[i, 0], ranks[i], best.indices[i, :count], best.values[i, :count]))
+    return results
 
 
 def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo_engine.core.step import Admission, StepItem, StepPlan
+from octavo_engine.core.step import Admission, Sampled, StepItem, StepPlan
 from octavo_engine.kernels import sampling
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts, plan_parts
 from octavo_engine.kernels.gpu.prefill_attention import Chunk, max_tiles, plan_tiles
@@ -25,6 +25,7 @@ from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_samp
 from octavo_engine.kernels.sampling import SampleRow
 from octavo_engine.models.gpu_decoder import DeviceStep, GpuDecoder
 from octavo_engine.plan import Plan
+from octavo_engine.runner.chances import Chances, read_logprobs, start_logprobs
 
 RING = 3
 """Pinned buffers: one being filled and one for each step that may be under way, whose copy may not have run yet."""
@@ -43,6 +44,7 @@ class Launched:
     count: int
     done: torch.cuda.Event
     rows: tuple[int, ...]
+    chances: list[Chances]
 
 
 class GpuSteps:
@@ -100,21 +102,24 @@ class GpuSteps:
             logits = self._run(self._describe_any(plan, sampled, turn))
         if slow := [index for index, item in enumerate(sampled) if item.row in self._slow]:
             self._sample_slowly(slow, sampled, self._decoder.logits if logits is None else logits)
+        used = (self._decoder.logits if logits is None else logits)[: len(sampled)]
+        asked = [self._admissions[item.row].sampling.logprobs for item in sampled]
+        chances = start_logprobs(used, self._out[: len(sampled)], asked)
         host = self._hosts[turn]
         host[: len(sampled)].copy_(self._out[: len(sampled)], non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        return Launched(host, len(sampled), done, tuple(item.row for item in sampled))
+        return Launched(host, len(sampled), done, tuple(item.row for item in sampled), chances)
 
-    def collect(self, launched: Launched) -> list[int]:
+    def collect(self, launched: Launched) -> Sampled:
         if not launched.count:
-            return []
+            return Sampled([])
         launched.done.synchronize()
         tokens: list[int] = launched.host[: launched.count].tolist()
         for row, token in zip(launched.rows, tokens, strict=True):
             if token < 0:
                 self._scrub(row)
-        return tokens
+        return Sampled(tokens, read_logprobs(launched.chances, launched.count))
 
     def _scrub(self, row: int) -> None:
         """Zero the blocks of a request that gave NaN: attention multiplies what lies behind a sequence's end by 0."""
@@ -311,9 +316,7 @@ class _Pinned:
 
 
 def _is_slow(admission: Admission) -> bool:
-    s = admission.sampling
-    penalized = s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1.0
-    return bool(penalized or s.min_tokens)
+    return admission.sampling.reshapes
 
 
 def _sampling_words(row: int, admission: Admission) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from octavo_engine import __version__
 from octavo_engine.config import EngineConfig
-from octavo_engine.core.step import Admission, StepItem, StepPlan
+from octavo_engine.core.step import Admission, Sampled, StepItem, StepPlan
 from octavo_engine.host import available_cpus
 from octavo_engine.kernels import sampling
 from octavo_engine.kernels.paged_attention import plan_gathers
@@ -27,6 +27,7 @@ from octavo_engine.loader import weights
 from octavo_engine.models.config import DecoderConfig, load_config
 from octavo_engine.models.decoder import Batch, Decoder
 from octavo_engine.plan import ATTENTION_SCRATCH_BYTES, Plan, choose_dtype, make_plan
+from octavo_engine.runner.chances import read_logprobs, start_logprobs
 from octavo_engine.runner.device import TORCH_DTYPES, choose_device, memory_of
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.status import Effective, Failure, FailureCode, FatalError, Stage
@@ -112,10 +113,10 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> Any:
         return self._gpu.launch(plan) if self._gpu else self.execute(plan)
 
-    def collect(self, launched: Any) -> list[int]:
-        """The next token of each item that samples, in order; -1 where the logits were not finite."""
-        tokens: list[int] = self._gpu.collect(launched) if self._gpu else launched
-        return tokens
+    def collect(self, launched: Any) -> Sampled:
+        """The result of the oldest step that was launched and not collected."""
+        sampled: Sampled = self._gpu.collect(launched) if self._gpu else launched
+        return sampled
 
     def _gpu_steps(self, tensors: dict[str, Tensor], cos: Tensor, sin: Tensor) -> GpuSteps:
         # Only here: a CPU needs no triton, and importing it takes a fifth of a second.
@@ -134,21 +135,21 @@ class ModelRunner:
         )  # fmt: skip
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> list[int]:
+    def execute(self, plan: StepPlan) -> Sampled:
         """A step with the kernels' torch references."""
         self._apply(plan)
         logits = self._decoder.forward(self._batch(plan), self._kv_cache)
         sampled = [item for item in plan.items if item.samples]
         if not sampled:
-            return []
+            return Sampled([])
         tokens = sampling.reference(logits, [self._sample_row(item) for item in sampled])
         rows, columns = torch.tensor([(i.row, i.start + i.count) for i in sampled]).to(self._device).unbind(1)
         # A request that just reached the longest length ends with this token: there is no column for it.
         inside = columns < self._plan.max_model_len
         # A -1 stays out of it: the warm-up's second step would look it up in the embedding and fail on that.
         self._token_ids[rows[inside], columns[inside]] = tokens[inside].clamp(min=0).int()
-        result: list[int] = tokens.tolist()
-        return result
+        asked = [self._admissions[item.row].sampling.logprobs for item in sampled]
+        return Sampled(tokens.tolist(), read_logprobs(start_logprobs(logits, tokens, asked), len(asked)))
 
     def _apply(self, plan: StepPlan) -> None:
         """Bring the rows of state up to date."""
@@ -215,7 +216,7 @@ class ModelRunner:
         admission = Admission(tokens, length, greedy, (), 0)
         first = self.collect(self.launch(StepPlan([StepItem(0, 0, length, blocks, True, admission)])))  # type: ignore[arg-type]
         second = self.collect(self.launch(StepPlan([StepItem(0, length, 1, [], True)])))
-        if first[0] < 0 or second[0] < 0:
+        if first.tokens[0] < 0 or second.tokens[0] < 0:
             raise FatalError(
                 Failure(
                     FailureCode.SELF_TEST_FAILED,

@@ -233,17 +233,17 @@ async def test_an_engine_error_before_the_first_token_has_its_own_status(server,
 # ---- refusals
 
 ASKS = {
-    "logit_bias": {"5": 1}, "use_beam_search": True, "truncate_prompt_tokens": 5, "prompt_logprobs": 0,
-    "allowed_token_ids": [1], "bad_words": ["x"], "response_format": {"type": "json_object"},
-    "structured_outputs": {"regex": "a"}, "guided_json": {}, "priority": 3, "return_token_ids": True,
-    "kv_transfer_params": {"a": 1}, "repetition_detection": {}, "service_tier": "flex", "length_penalty": 2.0,
+    "use_beam_search": True, "truncate_prompt_tokens": 5, "prompt_logprobs": 0,
+    "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}, "guided_json": {},
+    "return_token_ids": True, "kv_transfer_params": {"a": 1}, "repetition_detection": {}, "service_tier": "flex",
+    "length_penalty": 2.0,
     "thinking_token_budget": 5, "vllm_xargs": {"a": 1},
 }  # fmt: skip
 CHAT_ASKS = {
-    **ASKS, "logprobs": True, "top_logprobs": 2, "tools": [], "tool_choice": "auto", "functions": [],
+    **ASKS, "tools": [], "tool_choice": "auto", "functions": [],
     "chat_template": "x", "echo": True, "modalities": ["audio"], "audio": {}, "mm_processor_kwargs": {"a": 1},
 }  # fmt: skip
-COMPLETION_ASKS = {**ASKS, "logprobs": 0, "suffix": "x", "best_of": 2, "prompt_embeds": "x"}
+COMPLETION_ASKS = {**ASKS, "suffix": "x", "best_of": 2, "prompt_embeds": "x"}
 
 
 @pytest.mark.parametrize(("field", "value"), CHAT_ASKS.items())
@@ -280,6 +280,7 @@ LIMITS = [
     ("temperature", 2.5), ("temperature", -0.1), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 2),
     ("presence_penalty", 3), ("frequency_penalty", -3), ("repetition_penalty", 0), ("max_tokens", 0),
     ("max_tokens", 513), ("n", 0), ("n", 129), ("stop", [""]), ("stop", "x" * 2000), ("stop_token_ids", [-1]),
+    ("logit_bias", {"x": 1}), ("logit_bias", {"-1": 1}), ("allowed_token_ids", []), ("bad_words", [""]),
     ("cache_salt", ""), ("stream_options", {"include_usage": True}),
 ]  # fmt: skip
 

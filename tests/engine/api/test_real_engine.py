@@ -194,7 +194,17 @@ ODD: list[tuple[str, dict[str, Any] | bytes, int, str]] = [
     (TEXT, {"prompt": [2**70]}, 400, "prompt"),
     (TEXT, {"prompt": [1] * 8192, "max_tokens": 1}, 400, "maximum context length is 8192"),
     (TEXT, {"prompt": "x " * 2_000_000}, 400, "maximum context length is 8192"),
-    (TEXT, {"prompt": "x", "logprobs": 1}, 400, "logprobs is not supported yet"),
+    (TEXT, {"prompt": "x", "logprobs": 21}, 400, "greater than max allowed: 20"),
+    (TEXT, {"prompt": "x", "logprobs": -1}, 400, "logprobs must be"),
+    (TEXT, {"prompt": "x", "logprobs": 1, "echo": True}, 400, "not supported yet"),
+    (TEXT, {"prompt": "x", "logprobs": 20, "max_tokens": 3, "n": 2, "seed": 1}, 200, "top_logprobs"),
+    (TEXT, {"prompt": "x", "logit_bias": {"49152": 1}}, 400, "out-of-vocab"),
+    (TEXT, {"prompt": "x", "logit_bias": {"5": 1e9, "6": -1e9}, "max_tokens": 2}, 200, ""),
+    (TEXT, {"prompt": "x", "allowed_token_ids": [49152]}, 400, "out of vocabulary"),
+    (TEXT, {"prompt": "x", "bad_words": ["\u00e9\u00e9", " a", "the"], "max_tokens": 4}, 200, ""),
+    (TEXT, {"prompt": "x", "priority": -5, "max_tokens": 2}, 200, ""),
+    (CHAT, {"messages": HELLO, "top_logprobs": 2}, 400, "logprobs` must be set"),
+    (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 3, "max_tokens": 3}, 200, '"top_logprobs":[{'),
     (TEXT, {"prompt": "x", "n": 2, "temperature": 0}, 400, "n must be 1"),
     (TEXT, {"prompt": "x", "n": 3, "max_tokens": 2, "seed": 1}, 200, ""),
     (TEXT, {"prompt": "x", "stop_token_ids": [999999], "min_tokens": 2}, 400, "out of vocabulary"),
@@ -239,3 +249,39 @@ async def test_odd_requests_are_answered_and_so_is_the_next(real: Real, http: ai
     together = await asyncio.gather(*(post(path, body) for path, body, _, _ in ODD))
     assert [status for status, _ in together] == [status for _, _, status, _ in ODD]
     await wait_idle(real)
+
+
+async def test_logprobs_come_with_their_tokens_streamed_or_whole(real: Real, http: aiohttp.ClientSession) -> None:
+    body = {"prompt": "The capital of France is", "max_tokens": 6, "temperature": 0, "logprobs": 2}
+    async with http.post(real.url + TEXT, json=body) as answer:
+        whole = (await answer.json())["choices"][0]
+    streamed: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "text_offset": [], "top_logprobs": []}
+    for event in await events(http, real, **{**body, "ignore_eos": False}):
+        for choice in [] if event == "[DONE]" else json.loads(event)["choices"]:
+            for name, values in streamed.items():
+                values += (choice["logprobs"] or {name: []})[name]
+
+    logprobs = whole["logprobs"]
+    assert "".join(logprobs["tokens"]) == whole["text"]
+    assert len(logprobs["tokens"]) == 6
+    assert logprobs["text_offset"] == [sum(map(len, logprobs["tokens"][:i])) for i in range(6)]
+    for token, chance, top in zip(
+        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+    ):
+        assert top[token] == chance == max(top.values())
+        assert len(top) == 2
+    assert streamed["tokens"] == logprobs["tokens"]
+    assert streamed["text_offset"] == logprobs["text_offset"]
+    assert streamed["token_logprobs"] == pytest.approx(logprobs["token_logprobs"], abs=0.05)
+
+    chat = {"messages": HELLO, "max_tokens": 4, "temperature": 0, "logprobs": True, "top_logprobs": 3}
+    async with http.post(real.url + CHAT, json=chat) as answer:
+        choice = (await answer.json())["choices"][0]
+    entries = choice["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in entries) == choice["message"]["content"]
+    for entry in entries:
+        assert bytes(entry["bytes"]).decode() == entry["token"]
+        assert [top["logprob"] for top in entry["top_logprobs"]] == sorted(
+            (top["logprob"] for top in entry["top_logprobs"]), reverse=True
+        )
+        assert entry["top_logprobs"][0]["token"] == entry["token"]
