@@ -4,7 +4,7 @@
 # packages. No shell, no package manager, no pip. Layers are ordered by how often they change, so that a change of our
 # source makes one layer of a megabyte and leaves the others, torch's gigabytes among them, as they are.
 
-FROM python:3.12-slim AS tools
+FROM python:3.12-slim-bookworm AS tools
 ENV PIP_NO_CACHE_DIR=1 PIP_COMPILE=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
     PIP_PROGRESS_BAR=off PIP_NO_WARN_SCRIPT_LOCATION=1
 RUN apt-get update \

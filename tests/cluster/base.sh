@@ -1,5 +1,5 @@
 #!/bin/bash
-# base.sh PYTHON IMAGE: make what python:3.12-slim is, from Debian packages and a CPython 3.12 of this machine,
+# base.sh PYTHON IMAGE: make what python:3.12-slim-bookworm is, from Debian packages and a CPython 3.12 of this machine,
 # for machines that reach no container registry. BUILDAH is buildah's command line.
 set -eu
 PYTHON=$1 IMAGE=$2

@@ -384,7 +384,7 @@ def main() -> int:
     build = add("build", "build the cluster's programs into the cache")
     choice = f"of {' '.join(programs.COMPONENTS)} (default: {' '.join(programs.FOR_DEMO)})"
     build.add_argument("components", nargs="*", metavar="component", help=choice)
-    add("base", "make or pull the images' base, python:3.12-slim")
+    add("base", "make or pull the images' base, python:3.12-slim-bookworm")
     image = add("image", "build the project's images")
     image.add_argument("targets", nargs="*", metavar="target", help=f"default: {' '.join(images.TARGETS)}")
     measured = add("sizes", "print the size of each layer of the built images")

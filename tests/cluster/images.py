@@ -32,7 +32,7 @@ from typing import Any
 from machine import cache_dir
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-BASE = "docker.io/library/python:3.12-slim"
+BASE = "docker.io/library/python:3.12-slim-bookworm"
 TARGETS = ("engine", "operator")
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 PULL_TIMEOUT_S = 300
@@ -82,7 +82,7 @@ def build(target: str, say: Say) -> None:
 
 
 def ensure_base(say: Say) -> None:
-    """Have python:3.12-slim in buildah's store: the published one where it can be pulled, else one made here."""
+    """Have the Dockerfile's base in buildah's store: the published one where it can be pulled, else one made here."""
     with locked():
         _ensure_base(say)
 
