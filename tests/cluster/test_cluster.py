@@ -95,6 +95,26 @@ def test_check_says_what_to_do_about_a_full_disk() -> None:
     assert "OCTAVO_CACHE" in disk.fix
 
 
+def test_check_says_that_version_2_cgroups_are_not_supported_yet(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cgroup.controllers").write_text("cpu memory")
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+
+    (problem,) = [p for p in machine.check(go_needed=False, disk_needed_bytes=0) if p.code == "cgroup"]
+
+    assert "version 2 cgroups" in problem.message
+    assert "CLUSTER=current make demo" in problem.fix
+
+
+def test_check_says_that_an_ordinary_user_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.os, "geteuid", lambda: 1000)
+
+    problems = {problem.code: problem for problem in machine.check(go_needed=True, disk_needed_bytes=0)}
+
+    assert "root" in problems["root"].message
+
+
 def test_check_names_each_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(machine.PACKAGES, "no-such-package", "no-such-command")
 
