@@ -212,9 +212,12 @@ class Stage:
         for name in self._nodes:
             self.api.request("DELETE", f"/api/v1/nodes/{name}")
 
-    def add_node(self, name: str, gpus: int = 0) -> None:
+    def add_node(self, name: str, gpus: int = 0, *, kwok: bool = False) -> None:
+        """kwok: KWOK plays its kubelet, so pods that it is given come to run; else nobody does."""
         labels = {NODE_LABEL: self.node, "kubernetes.io/hostname": name}
-        self.api.request("POST", "/api/v1/nodes", {"metadata": {"name": name, "labels": labels}})
+        annotations = {"kwok.x-k8s.io/node": "fake"} if kwok else {}
+        metadata = {"name": name, "labels": labels, "annotations": annotations}
+        self.api.request("POST", "/api/v1/nodes", {"metadata": metadata})
         self._nodes.append(name)
         now = _now()
         condition = {"type": "Ready", "status": "True", "reason": "Staged", "message": "staged by a test"}

@@ -1,0 +1,39 @@
+"""The operator among many GPUs, on nodes whose kubelet KWOK plays: pods become ready there."""
+
+from __future__ import annotations
+
+import programs
+import pytest
+from stage import wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+
+
+@pytest.fixture(scope="module")
+def kwok(cluster):
+    if not programs.is_built("kwok"):
+        pytest.skip("kwok is not built: run `python tests/cluster/cluster.py build kwok`")
+    cluster.start_kwok()
+
+
+def running(stage) -> int:
+    return sum(pod.get("status", {}).get("phase") == "Running" for pod in stage.pods())
+
+
+def test_what_does_not_fit_on_many_gpus_waits_until_a_node_comes(operator, kwok, stage):
+    for number in range(3):
+        stage.add_node(f"{stage.node}-gpu-{number}", gpus=8, kwok=True)
+    stage.serve(replicas=25, hardware={"gpus": 1, "nodeSelector": {"octavo.dev/staged": stage.node}})
+    found = stage.wait_condition("Schedulable", "False", "InsufficientGPU", timeout_s=60)
+    wait_for(lambda: running(stage) == 24, "24 pods that run", 60, 0.2)
+    wait_for(lambda: stage.status()["pods"][0]["stage"] == "pending", "the waiting pod to be told first")
+
+    assert "no nvidia.com/gpu free, and each pod needs 1" in found["message"]
+    # KWOK calls its pods ready, and the kubelet's word on probes is what the Service goes by.
+    assert stage.status()["ready"] == "24/25"
+    assert stage.status()["phase"] == "Degraded"
+    assert {pod["stage"] for pod in stage.status()["pods"]} == {"pending", "ready"}
+
+    stage.add_node(f"{stage.node}-gpu-3", gpus=8, kwok=True)
+    wait_for(lambda: running(stage) == 25, "the last pod to run on the new node", 60, 0.2)
+    stage.wait_condition("Schedulable", "True", "Scheduled", timeout_s=30)
