@@ -73,10 +73,10 @@ def _serve(
         )
     )
     management = ManagementServer(management_socket, board, config.drain_timeout_s)
-    management.start()
     # Until the event loop takes them over. As process 1 of a container, signals without a handler are ignored.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _EarlySignal(board))
+    management.start()
     try:
         # What can be refused is refused before an engine is started for it.
         keys = Keys.from_config(config, os.environ)
