@@ -94,6 +94,11 @@ class Server:
         wait_until(ready, timeout_s)
         return self
 
+    def wait_bound(self, timeout_s: float = 10.0) -> Server:
+        """Until the management port answers, which it does before anything heavy is imported."""
+        wait_until(lambda: self.get("/livez")[0] == 200, timeout_s)
+        return self
+
     def wait_idle(self, timeout_s: float = 5.0) -> None:
         """The engine has nothing running and nothing waiting."""
 

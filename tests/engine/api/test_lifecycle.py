@@ -466,8 +466,7 @@ def test_drain_without_waiting_answers_at_once(start) -> None:
 
 
 def test_a_signal_during_start_up_ends_with_status_0(start) -> None:
-    server = start(script={"load_s": 30}, ready=False)
-    time.sleep(0.15)
+    server = start(script={"load_s": 30}, ready=False).wait_bound()
     begun = time.monotonic()
     server.signal(signal.SIGTERM)
 
