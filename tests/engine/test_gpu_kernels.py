@@ -236,7 +236,7 @@ def test_draws_follow_the_distribution():
     where.seed.copy_(torch.arange(draws))
     rows, out = ints(list(range(draws))), ints([-7] * draws)
     if not ON_GPU:  # a program of the interpreter takes milliseconds
-        draws = 600
+        draws = 200
         logits, rows, out = logits[:draws], rows[:draws], out[:draws]
     token_ids = torch.zeros(draws, 4, dtype=torch.int32, device=DEVICE)
     scratch = sample.SamplingScratch.allocate(draws, vocab, DEVICE)
