@@ -23,6 +23,8 @@ from octavo_engine.status import API_PORT, DEFAULT_TERMINATION_LOG, MANAGEMENT_P
 DTYPES = ("auto", "float32", "float16", "bfloat16", "half", "float")
 BLOCK_SIZES = (16, 32, 64, 128)
 LOG_LEVELS = ("debug", "info", "warning", "error")
+TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral", "qwen3_coder", "pythonic")
+REASONING_PARSERS = ("deepseek_r1", "qwen3")
 QUANTIZATIONS = ("awq", "gptq", "squeezellm", "fp8")
 
 
@@ -230,6 +232,17 @@ class ServerConfig:
     chat_template: str | None = _setting(
         None, "File with a Jinja chat template, instead of the tokenizer's.", group="Server", metavar="FILE"
     )
+    enable_auto_tool_choice: bool = _setting(
+        False, "Let the model decide when to call tools; needs --tool-call-parser.", group="Server"
+    )
+    tool_call_parser: str | None = _setting(
+        None, "How the model writes tool calls. hermes: also Qwen2.5 and Qwen3.", group="Server",
+        choices=TOOL_CALL_PARSERS,
+    )  # fmt: skip
+    reasoning_parser: str | None = _setting(
+        None, "How the model marks its thinking, which is then given apart from the answer, as `reasoning`.",
+        group="Server", choices=REASONING_PARSERS,
+    )  # fmt: skip
     max_request_bytes: int = _setting(
         32 * 2**20, "Largest request body.", group="Server", parse=parse_count, low=1024, metavar="BYTES"
     )
@@ -258,6 +271,11 @@ class ServerConfig:
         for name in self.served_model_name:
             if not name.strip():
                 raise ConfigError("--served-model-name", name, "a name that is not empty")
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ConfigError(
+                "--enable-auto-tool-choice", True,
+                "--tool-call-parser beside it, one of " + ", ".join(TOOL_CALL_PARSERS),
+            )  # fmt: skip
         if self.port == self.management_port and self.port != 0:
             raise ConfigError("--management-port", self.management_port, f"another port than --port ({self.port})")
 

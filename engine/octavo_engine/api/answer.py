@@ -8,6 +8,7 @@ from typing import Any
 from octavo_engine.api.detokenizer import TextStream
 from octavo_engine.api.engine_client import Output, Stream
 from octavo_engine.api.errors import internal
+from octavo_engine.api.output.parser import OutputFormat, OutputParser, Parsed, ToolCall
 from octavo_engine.api.tokenizer import Tokenizer
 from octavo_engine.core.messages import FinishReason, TokenLogprobs
 from octavo_engine.sampling_params import SamplingParams
@@ -29,6 +30,7 @@ class TokenChance:
 class Piece:
     """New text of one choice; may be empty. first: nothing came of this choice before. num_tokens: so far.
 
+    text is content; reasoning and calls are what the server's parsers took out of it, each call whole.
     finish_reason is set on a choice's last piece; stop_reason is then the stop string or token id that ended it.
     """
 
@@ -40,13 +42,16 @@ class Piece:
     stop_reason: str | int | None = None
     tokens: list[TokenChance] = field(default_factory=list)
     """The new tokens with their log-probabilities, where they were asked for."""
+    reasoning: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
 
 
 class _Choice:
-    __slots__ = ("num_tokens", "started", "text")
+    __slots__ = ("num_tokens", "parser", "started", "text")
 
-    def __init__(self, text: TextStream) -> None:
+    def __init__(self, text: TextStream, parser: OutputParser | None) -> None:
         self.text = text
+        self.parser = parser
         self.num_tokens = 0
         self.started = False
 
@@ -55,11 +60,21 @@ class Answer:
     """All choices of one request. Read with next() until finished; close() whatever happens."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stream: Stream, sampling: SamplingParams, num_choices: int, prompt_tokens: int
+        self,
+        tokenizer: Tokenizer,
+        stream: Stream,
+        sampling: SamplingParams,
+        num_choices: int,
+        prompt_tokens: int,
+        format: OutputFormat | None = None,
     ) -> None:
+        """format: how to take the texts apart; None leaves them whole."""
         self._stream = stream
         self._stop_token_ids = frozenset(sampling.stop_token_ids)
-        self._choices = [_Choice(TextStream(tokenizer, sampling)) for _ in range(num_choices)]
+        self._choices = [
+            _Choice(TextStream(tokenizer, sampling), None if format is None else OutputParser(format))
+            for _ in range(num_choices)
+        ]
         self._prompt_tokens = prompt_tokens
         self._tokenizer = tokenizer
 
@@ -96,14 +111,31 @@ class Answer:
             self._chance(token, of)
             for token, of in zip(output.token_ids[: delta.num_tokens], output.logprobs, strict=False)
         ]
+        reason: str | None = None
+        named: str | int | None = None
         if delta.stop is not None:
             self._stream.end(output.index, choice.num_tokens)
-            return Piece(output.index, delta.text, first, choice.num_tokens, "stop", delta.stop, tokens)
-        if not ended:
-            return Piece(output.index, delta.text, first, choice.num_tokens, tokens=tokens)
-        # The model's own end of text is not a reason worth naming; a token that the client chose is.
-        named = output.stop_token_id if output.stop_token_id in self._stop_token_ids else None
-        return Piece(output.index, delta.text, first, choice.num_tokens, str(output.finish_reason), named, tokens)
+            reason, named = "stop", delta.stop
+        elif ended:
+            # The model's own end of text is not a reason worth naming; a token that the client chose is.
+            reason = str(output.finish_reason)
+            named = output.stop_token_id if output.stop_token_id in self._stop_token_ids else None
+        parsed = Parsed(delta.text)
+        if choice.parser is not None:
+            parsed = choice.parser.push(delta.text, last=reason is not None)
+            if reason == "stop" and choice.parser.has_calls:
+                reason = "tool_calls"
+        return Piece(
+            output.index,
+            parsed.content,
+            first,
+            choice.num_tokens,
+            reason,
+            named,
+            tokens,
+            parsed.reasoning,
+            parsed.calls,
+        )
 
     def _chance(self, token: int, of: TokenLogprobs) -> TokenChance:
         text = self._tokenizer.decode_one

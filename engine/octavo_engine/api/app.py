@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from aiohttp import web
@@ -29,6 +29,7 @@ from octavo_engine.api.board import Board
 from octavo_engine.api.engine_client import EngineClient, EngineGoneError, Prompt, QueueFullError, one_sequence
 from octavo_engine.api.errors import ApiError, bad_request, internal, malformed, overloaded, unauthorized, unavailable
 from octavo_engine.api.metrics import CONTENT_TYPE, Metrics
+from octavo_engine.api.output.parser import OutputFormat, ToolCall
 from octavo_engine.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -42,6 +43,7 @@ from octavo_engine.api.protocol import (
     parse_body,
 )
 from octavo_engine.api.served_model import ServedModel, prompts_of
+from octavo_engine.api.tools import check_tools, output_format
 from octavo_engine.config import ServerConfig
 from octavo_engine.status import Stage
 
@@ -141,16 +143,22 @@ class Api:
         body = await self._parse(ChatRequest, request)
         model.check_name(body.model)
         generation = chat_generation(body, model.defaults)
+        format = output_format(body, self.config)
+        if format is not None and format.tools is not None and format.tools.shows_special_tokens:
+            # The format's marks are special tokens: left out, there would be nothing to find calls by.
+            generation = replace(generation, sampling=replace(generation.sampling, skip_special_tokens=False))
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         with self._accepted():
             prompt = await self._in_thread(model.chat_prompt, body)
+            if format is not None and format.reasoning is not None:
+                format = replace(format, begun=prompt.begun)
             writer = sse.ChatWriter(
                 f"chatcmpl-{self._base_id(request, generation)}",
                 int(time.time()),
                 body.model or model.name,
                 body.messages[-1].role if body.continue_final_message else "assistant",
             )
-            return await self._generate(request, model, generation, [prompt], writer, name)
+            return await self._generate(request, model, generation, [prompt.token_ids], writer, name, format)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         model = self._serving()
@@ -178,6 +186,7 @@ class Api:
         prompts: list[list[int]],
         writer: sse.Writer,
         max_tokens_param: str,
+        format: OutputFormat | None = None,
     ) -> web.StreamResponse:
         sampling = model.resolved(generation.sampling)
         n = sampling.n
@@ -197,7 +206,8 @@ class Api:
             raise overloaded(f"The server is busy: {error}. Please retry.", error.retry_after_s) from None
         except EngineGoneError:
             raise self._not_serving() from None
-        answer = Answer(model.tokenizer, stream, generation.sampling, len(sequences), sum(map(len, prompts)))
+        prompt_tokens = sum(map(len, prompts))
+        answer = Answer(model.tokenizer, stream, generation.sampling, len(sequences), prompt_tokens, format)
         try:
             if generation.stream:
                 return await _stream(request, generation, answer, writer)
@@ -224,8 +234,9 @@ class Api:
             raise bad_request("Give either prompt or messages.", "prompt")
         if body.messages is not None:
             check_messages(body.messages)
+            check_tools(body.tools)
             check_template_variables(body.chat_template_kwargs)
-            tokens = await self._in_thread(model.chat_prompt, body)
+            tokens = (await self._in_thread(model.chat_prompt, body)).token_ids
         else:
             special = True if body.add_special_tokens is None else body.add_special_tokens
             encode = functools.partial(model.text_prompt, add_special_tokens=special)
@@ -344,14 +355,25 @@ class _Accepted:
 async def _whole(answer: Answer, writer: sse.Writer, num_choices: int) -> web.StreamResponse:
     texts: list[list[str]] = [[] for _ in range(num_choices)]
     tokens: list[list[TokenChance]] = [[] for _ in range(num_choices)]
+    reasoning: list[list[str]] = [[] for _ in range(num_choices)]
+    calls: list[list[ToolCall]] = [[] for _ in range(num_choices)]
     last: dict[int, Piece] = {}
     while not answer.finished:
         for piece in await answer.next():
             texts[piece.index].append(piece.text)
             tokens[piece.index] += piece.tokens
+            reasoning[piece.index].append(piece.reasoning)
+            calls[piece.index] += piece.calls
             last[piece.index] = piece
     choices = [
-        Piece(i, "".join(texts[i]), True, last[i].num_tokens, last[i].finish_reason, last[i].stop_reason, tokens[i])
+        replace(
+            last[i],
+            text="".join(texts[i]),
+            first=True,
+            tokens=tokens[i],
+            reasoning="".join(reasoning[i]),
+            calls=calls[i],
+        )
         for i in range(num_choices)
     ]
     return web.Response(body=writer.body(choices, answer.usage()), content_type="application/json")

@@ -73,6 +73,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
@@ -84,8 +85,8 @@ class ChatTemplate:
             text = self._template.render(
                 {
                     **self._special_tokens,
-                    "tools": None,
                     **(variables or {}),
+                    "tools": tools,
                     "messages": conversation,
                     "documents": documents,
                     "add_generation_prompt": add_generation_prompt,

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from octavo_engine.api.chat_template import RESERVED_NAMES
 from octavo_engine.api.errors import ApiError, bad_request, malformed
 from octavo_engine.api.tokenizer import GenerationDefaults
+from octavo_engine.api.tool_messages import calls_for_template, check_message_tools
 from octavo_engine.sampling_params import MAX_LOGPROBS, SamplingError, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ MAX_STOP_CHARS = 1024
 """Longest stop string: each one is looked for after every token."""
 MAX_MESSAGES = 4096
 MAX_SALT_CHARS = 512
+MAX_TOOLS = 1024
+MAX_TOOL_NAME_CHARS = 256
 _INT64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 
@@ -82,6 +85,34 @@ class Message(BaseModel):
     content: str | list[TextPart] | None = None
 
 
+class ToolFunction(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, Field(min_length=1, max_length=MAX_TOOL_NAME_CHARS)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class NamedFunction(BaseModel):
+    name: str
+
+
+class NamedTool(BaseModel):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
+
+
 class ChatRequest(_Sampled):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = None
@@ -92,6 +123,10 @@ class ChatRequest(_Sampled):
     add_special_tokens: bool | None = None
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
 
@@ -112,6 +147,7 @@ class TokenizeRequest(_Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     return_token_strs: bool | None = None
+    tools: Tools | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -185,6 +221,7 @@ def messages_for_template(messages: list[Message]) -> list[dict[str, Any]]:
         document = message.model_dump(exclude_unset=True)
         if isinstance(message.content, list):
             document["content"] = "\n".join(str((part.model_extra or {}).get("text")) for part in message.content)
+        calls_for_template(document)
         plain.append(document)
     return plain
 
@@ -278,10 +315,7 @@ def _check_content(index: int, message: Message) -> None:
                 )
             if not isinstance(text, str):
                 raise bad_request(f"{param}: a text part needs a string `text`.", param)
-    extra = message.model_extra or {}
-    for name in ("tool_calls", "function_call"):
-        if extra.get(name):
-            raise bad_request(f"messages.{index}.{name}: tools are not supported yet.", f"messages.{index}.{name}")
+    check_message_tools(index, message.role, message.content is None, message.model_extra or {})
 
 
 # ---- what this version does not do
@@ -338,13 +372,9 @@ _REFUSED_EVERYWHERE: dict[str, _Refusal] = {
 _REFUSED: dict[type[_Body], dict[str, _Refusal]] = {
     ChatRequest: {
         **_REFUSED_EVERYWHERE,
-        # An empty list is refused by OpenAI and vLLM too: it is a client's mistake.
-        "tools": _NOTHING,
-        "tool_choice": _Refusal(_only(None, "none"), "needs tools, which are not supported yet"),
-        "functions": _NOTHING,
-        "function_call": _Refusal(_only(None, "none")),
+        "functions": _Refusal(_only(None), "is the older form, which is not supported; use tools"),
+        "function_call": _Refusal(_only(None, "none"), "is the older form, which is not supported; use tool_choice"),
         "echo": _NOTHING_OR_FALSE,
-        "include_reasoning": _Refusal(_only(None, True)),
         "chat_template": _Refusal(_only(None), "is not taken from requests; the server has --chat-template"),
         "media_io_kwargs": _NOTHING_OR_EMPTY,
         "mm_processor_kwargs": _NOTHING_OR_EMPTY,
@@ -359,14 +389,14 @@ _REFUSED: dict[type[_Body], dict[str, _Refusal]] = {
         "best_of": _Refusal(_only(None, 1), "is not supported"),
         "prompt_embeds": _NOTHING,
     },
-    TokenizeRequest: {"tools": _NOTHING, "chat_template": _NOTHING},
+    TokenizeRequest: {"chat_template": _NOTHING},
     DetokenizeRequest: {},
 }
 
 _HARMLESS = frozenset(
     {
         "user", "store", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity",
-        "parallel_tool_calls", "spaces_between_special_tokens",
+        "spaces_between_special_tokens",
     }
 )  # fmt: skip
 """Known fields whose every value leaves the answer as it is."""

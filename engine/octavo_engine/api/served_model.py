@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from octavo_engine.api.chat_template import ChatTemplate, TemplateRefusedError
 from octavo_engine.api.errors import ApiError, bad_request, unknown_model
+from octavo_engine.api.output.reasoning import begun_by
 from octavo_engine.api.protocol import ChatRequest, CompletionRequest, TokenizeRequest, messages_for_template
 from octavo_engine.api.tokenizer import GenerationDefaults, Tokenizer
+from octavo_engine.api.tools import tools_for_template
 from octavo_engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """begun: whether the prompt has opened the model's thinking (True), closed it (False), or says nothing of it."""
+
+    token_ids: list[int]
+    begun: bool | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class ServedModel:
 
     # ---- prompts; slow for long texts, so called off the event loop
 
-    def chat_prompt(self, request: ChatRequest | TokenizeRequest) -> list[int]:
+    def chat_prompt(self, request: ChatRequest | TokenizeRequest) -> ChatPrompt:
         """The messages as token ids, within the context. Raises ApiError."""
         if self.template is None:
             raise bad_request(
@@ -71,18 +84,22 @@ class ServedModel:
         messages = messages_for_template(request.messages)
         self._check_chars(sum(len(str(message.get("content") or "")) for message in messages), "messages")
         add_prompt = request.add_generation_prompt
+        render = functools.partial(
+            self.template.render,
+            add_generation_prompt=not proceed if add_prompt is None else add_prompt,
+            continue_final_message=proceed,
+            documents=documents,
+            variables=variables,
+        )
+        tools = tools_for_template(request.tools)
         try:
-            text = self.template.render(
-                messages,
-                add_generation_prompt=not proceed if add_prompt is None else add_prompt,
-                continue_final_message=proceed,
-                documents=documents,
-                variables=variables,
-            )
+            text = render(messages, tools=tools)
         except TemplateRefusedError as error:
             raise bad_request(str(error), "messages") from error
+        _check_seen(render, text, messages, tools)
         # The template writes the special tokens itself.
-        return self._encode(text, bool(request.add_special_tokens), "messages")
+        token_ids = self._encode(text, bool(request.add_special_tokens), "messages")
+        return ChatPrompt(token_ids, begun_by(text))
 
     def completion_prompts(self, request: CompletionRequest) -> list[list[int]]:
         """Every prompt as token ids, within the context. Raises ApiError."""
@@ -148,6 +165,26 @@ class ServedModel:
             raise bad_request(f"{param}={asked} cannot be greater than max_model_len={self.max_model_len}.", param)
         room = self.max_model_len - prompt_tokens
         return room if asked is None else min(asked, room)
+
+
+def _check_seen(
+    render: Callable[..., str], text: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> None:
+    """Refuse tools and earlier calls that a template leaves out: the model would answer without knowing of them.
+
+    A template that fails without them does know them.
+    """
+    if tools is not None:
+        with contextlib.suppress(TemplateRefusedError):
+            if render(messages, tools=None) == text:
+                raise bad_request("This model's chat template knows no tools: it leaves them out.", "tools")
+    if any("tool_calls" in message for message in messages):
+        bare = [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
+        with contextlib.suppress(TemplateRefusedError):
+            if render(bare, tools=tools) == text:
+                raise bad_request(
+                    "This model's chat template knows no tools: it leaves out the messages' tool_calls.", "messages"
+                )
 
 
 def prompts_of(request: CompletionRequest) -> list[str] | list[list[int]]:

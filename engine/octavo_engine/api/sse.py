@@ -5,6 +5,7 @@ The hot path: a chunk's constant parts are made once per request, and only the n
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import msgspec
@@ -54,6 +55,18 @@ class ChatWriter:
             first_usage = {**usage, "completion_tokens": 0, "total_tokens": usage["prompt_tokens"]} if usage else None
             first_tail = tail if first_usage is None else b'],"usage":' + _encode(first_usage) + b"}\n\n"
             events.append(self._head + index + self._role_delta + first_tail)
+        if piece.reasoning:
+            events.append(self._delta(index, {"reasoning": piece.reasoning}, tail))
+        if piece.calls:
+            if piece.text:  # before the calls, and in an event of its own: so clients expect it
+                events.append(self._delta(index, {"content": piece.text}, tail))
+            for call in piece.calls:
+                function = {"name": call.name, "arguments": ""}
+                named = {"index": call.index, "id": call.id, "type": "function", "function": function}
+                events.append(self._delta(index, {"tool_calls": [named]}, tail))
+                arguments = {"index": call.index, "function": {"arguments": call.arguments}}
+                events.append(self._delta(index, {"tool_calls": [arguments]}, tail))
+            piece = replace(piece, text="")
         if piece.finish_reason is not None:
             delta = b'{"content":' + _encode(piece.text) + b"}" if piece.text else b"{}"
             fields = {
@@ -73,6 +86,10 @@ class ChatWriter:
             events.append(self._head + index + content + tail)
         return b"".join(events)
 
+    def _delta(self, index: bytes, delta: dict[str, Any], tail: bytes) -> bytes:
+        body = b',"delta":' + _encode(delta) + b',"logprobs":null,"finish_reason":null}'
+        return self._head + index + body + tail
+
     def usage_chunk(self, usage: dict[str, Any]) -> bytes:
         return _usage_chunk(self._id, "chat.completion.chunk", self._created, self._model, usage)
 
@@ -86,12 +103,7 @@ class ChatWriter:
                 "choices": [
                     {
                         "index": piece.index,
-                        "message": {
-                            "role": self._role,
-                            "content": piece.text,
-                            "refusal": None,
-                            "annotations": [],
-                        },
+                        "message": self._message(piece),
                         "logprobs": chat_logprobs(piece.tokens),
                         "finish_reason": piece.finish_reason,
                         "stop_reason": piece.stop_reason,
@@ -102,6 +114,23 @@ class ChatWriter:
                 "system_fingerprint": FINGERPRINT,
             }
         )
+
+    def _message(self, piece: Piece) -> dict[str, Any]:
+        apart = bool(piece.reasoning or piece.calls)
+        message: dict[str, Any] = {
+            "role": self._role,
+            "content": None if apart and not piece.text else piece.text,
+            "refusal": None,
+            "annotations": [],
+        }
+        if piece.reasoning:
+            message["reasoning"] = piece.reasoning
+        if piece.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in piece.calls
+            ]
+        return message
 
 
 class CompletionWriter:

@@ -1,0 +1,70 @@
+"""What a request says of tools and reasoning, checked against what the server was started with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from octavo_engine.api.errors import bad_request
+from octavo_engine.api.output.parser import REASONING_PARSERS, TOOL_PARSERS, OutputFormat
+from octavo_engine.api.protocol import ChatRequest, NamedTool, Tool
+from octavo_engine.config import ServerConfig
+
+
+def output_format(request: ChatRequest, config: ServerConfig) -> OutputFormat | None:
+    """How the request's answers are to be read; None: as they are. Raises ApiError."""
+    reasoning = REASONING_PARSERS[config.reasoning_parser] if config.reasoning_parser else None
+    if request.include_reasoning is False and reasoning is None:
+        raise bad_request("include_reasoning=false needs a server with --reasoning-parser.", "include_reasoning")
+    auto = _wants_calls(request, config)
+    if reasoning is None and not auto:
+        return None
+    tools = request.tools or []
+    return OutputFormat(
+        tools=TOOL_PARSERS[config.tool_call_parser] if auto and config.tool_call_parser else None,
+        schemas={tool.function.name: tool.function.parameters or {} for tool in tools},
+        parallel=request.parallel_tool_calls is not False,
+        reasoning=reasoning,
+        include_reasoning=request.include_reasoning is not False,
+    )
+
+
+def check_tools(tools: list[Tool] | None) -> None:
+    """Raises ApiError."""
+    if tools is not None and not tools:
+        raise bad_request("tools must not be empty; leave it out when there are none.", "tools")
+    for index, tool in enumerate(tools or []):
+        if tool.function.strict:
+            raise bad_request(
+                f"tools.{index}.function.strict needs constrained decoding, which is not supported yet.", "tools"
+            )
+
+
+def tools_for_template(tools: list[Tool] | None) -> list[dict[str, Any]] | None:
+    return [tool.model_dump(exclude_unset=True) for tool in tools] if tools else None
+
+
+def _wants_calls(request: ChatRequest, config: ServerConfig) -> bool:
+    """Whether the model may call tools."""
+    check_tools(request.tools)
+    choice = request.tool_choice
+    if not request.tools:
+        if choice is not None and choice != "none":
+            raise bad_request("When using `tool_choice`, `tools` must be set.", "tool_choice")
+        return False
+    if choice == "none":
+        return False
+    if isinstance(choice, NamedTool):
+        name = choice.function.name
+        if name not in {tool.function.name for tool in request.tools}:
+            raise bad_request(f"tool_choice: there is no tool {name[:200]!r} in tools.", "tool_choice")
+    if choice is not None and choice != "auto":
+        kind = "required" if choice == "required" else "a named tool"
+        raise bad_request(
+            f"tool_choice: {kind} needs constrained decoding, which is not supported yet; use auto or none.",
+            "tool_choice",
+        )
+    if not config.enable_auto_tool_choice:
+        raise bad_request(
+            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set', "tool_choice"
+        )
+    return True
