@@ -181,6 +181,13 @@ def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield function()
 
 
+@pytest.fixture(scope="module")
+def start_shared(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """A function that starts servers for a file's own fixtures."""
+    with servers(model_folder, tmp_path_factory.mktemp("shared")) as function:
+        yield function
+
+
 @pytest.fixture
 async def http() -> Iterator[aiohttp.ClientSession]:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:

@@ -226,7 +226,12 @@ ODD: list[tuple[str, dict[str, Any] | bytes, int, str]] = [
     (CHAT, {"messages": []}, 400, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": None}]}, 400, "template"),
     (CHAT, {"messages": [{"role": "\u0000", "content": "<|im_end|>" * 50}], "max_tokens": 2}, 200, ""),
-    (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "tools is not supported yet"),
+    (
+        CHAT,
+        {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f"}}]},
+        400,
+        "requires --enable-auto",
+    ),
     (CHAT, {"messages": HELLO, "stop": ["\u00e9", "\n\n", "."], "max_tokens": 20}, 200, ""),
 ]
 
