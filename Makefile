@@ -28,7 +28,7 @@ demo-down:  ## remove everything that `make demo` started
 	@$(BASE_PYTHON) tests/cluster/demo.py down
 
 test: venv model test-cluster-ready  ## every test that this machine can run
-	@tests/run $(PYTHON) $(ARGS)
+	$(PYTEST) --cov --cov-report=term:skip-covered --durations=15 $(ARGS)
 	@$(MAKE) --no-print-directory test-other-pythons
 
 check: venv  ## style, types, import contracts
