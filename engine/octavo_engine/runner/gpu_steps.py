@@ -97,14 +97,14 @@ class GpuSteps:
         if size is not None:
             self._describe(turn, plan.items, size)
             self._graphs[size].replay()
-            logits = None
         else:
-            logits = self._run(self._describe_any(plan, sampled, turn))
+            self._run(self._describe_any(plan, sampled, turn))
+        # The one buffer that every step's logits are written to, in a graph or not; a graph's padding comes last.
+        logits = self._decoder.logits[: len(sampled)]
         if slow := [index for index, item in enumerate(sampled) if item.row in self._slow]:
-            self._sample_slowly(slow, sampled, self._decoder.logits if logits is None else logits)
-        used = (self._decoder.logits if logits is None else logits)[: len(sampled)]
+            self._sample_slowly(slow, sampled, logits)
         asked = [self._admissions[item.row].sampling.logprobs for item in sampled]
-        chances = start_logprobs(used, self._out[: len(sampled)], asked)
+        chances = start_logprobs(logits, self._out[: len(sampled)], asked)
         host = self._hosts[turn]
         host[: len(sampled)].copy_(self._out[: len(sampled)], non_blocking=True)
         done = torch.cuda.Event()
@@ -133,14 +133,13 @@ class GpuSteps:
             return None
         return min((size for size in self._graphs if size >= count), default=None)
 
-    def _run(self, step: DeviceStep) -> Tensor:
+    def _run(self, step: DeviceStep) -> None:
         logits = self._decoder.forward(step)
         tokens = self._every_token[: logits.shape[0]] if step.logit_tokens is None else step.logit_tokens
         sample(
             logits, tokens, step.rows, step.positions, self._state, self._scratch, self._token_ids,
             self._out[: logits.shape[0]],
         )  # fmt: skip
-        return logits
 
     # ---- description
 
@@ -154,7 +153,7 @@ class GpuSteps:
                 self._admissions[row] = admission
                 self._num_blocks_of[row] = 0
                 admitted += _sampling_words(row, admission)
-                (self._slow.add if _is_slow(admission) else self._slow.discard)(row)
+                (self._slow.add if admission.sampling.reshapes else self._slow.discard)(row)
             if item.new_blocks:
                 first = self._num_blocks_of[row]
                 self._num_blocks_of[row] = first + len(item.new_blocks)
@@ -313,10 +312,6 @@ class _Pinned:
 
     def write(self, at: int, words: list[int] | array[int]) -> None:
         self._view[at : at + len(words)] = words if isinstance(words, array) else array("i", words)
-
-
-def _is_slow(admission: Admission) -> bool:
-    return admission.sampling.reshapes
 
 
 def _sampling_words(row: int, admission: Admission) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -40,7 +41,7 @@ class Candidate(Protocol):
         """text: from the opening on, longer each time. None: more is needed; never None when last."""
 
 
-class ToolParser:
+class ToolParser(ABC):
     """One answer's parser. Subclasses say where calls may begin and what they look like."""
 
     shows_special_tokens: ClassVar[bool] = False
@@ -56,12 +57,13 @@ class ToolParser:
         self._after_call = False
         self._candidate: Candidate | None = None
 
+    @abstractmethod
     def opening(self, text: str, line_start: bool, after_call: bool, last: bool) -> tuple[int, bool]:
         """(how much of text is content for certain, whether a call may begin right there)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def candidate(self) -> Candidate:
-        raise NotImplementedError
+        """What reads the call that may begin there."""
 
     def push(self, text: str, *, last: bool = False) -> tuple[str, list[Call]]:
         """The content and the calls that this text completes. last: nothing follows."""
