@@ -78,6 +78,15 @@ def cause_of(pod: Pod, events: Sequence[PodEvent], wanted: Wanted, *, engine_is_
     return None
 
 
+def refusal_of_object(kind: str, message: str) -> Cause:
+    """A child that the API server does not take."""
+    if kind == "Deployment" and "must specify a volume type" in message:
+        # An API server without the feature drops the field, and then misses what it dropped.
+        text = "The cluster does not mount images (Kubernetes' ImageVolume): enable it, or use another model.source."
+        return Cause(About.OBJECTS, "ImageVolumeMissing", text)
+    return Cause(About.OBJECTS, "ObjectRefused", f"The API server refused the {kind}: {message}")
+
+
 def refusal_of_pods(message: str) -> Cause:
     """Pods that may not even be made: the API server's sentence, without the name of a pod that never was."""
     why = re.sub(r'^.*?pods "[^"]*" is forbidden: ', "", message)

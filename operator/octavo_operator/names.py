@@ -26,6 +26,9 @@ MANAGED_BY = "octavo-operator"
 APPLIED_ANNOTATION = "octavo.dev/applied"
 """On children: a digest of what was applied. It differs when a field was taken away, which a comparison cannot see."""
 
+RESTART_ANNOTATION = "octavo.dev/restart"
+"""On pods: spec.restart.id, so that a new one makes new pods."""
+
 ENGINE_CONTAINER = "engine"
 API_PORT_NAME = "http"
 MANAGEMENT_PORT_NAME = "management"

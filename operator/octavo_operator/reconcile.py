@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from octavo_engine.status import Statusz
 from octavo_operator import names, observed, status
 from octavo_operator.announce import Announcement, announcements
-from octavo_operator.causes import About, Cause, Wanted, refusal_of_pods
+from octavo_operator.causes import About, Cause, Wanted, refusal_of_object, refusal_of_pods
 from octavo_operator.changes import Changes, changes
 from octavo_operator.cluster import Cluster, Refusal, UnavailableError
 from octavo_operator.conditions import Finding, View, conditions, conditions_of_invalid
@@ -73,7 +73,7 @@ class Reconciler:
         if "deletionTimestamp" in seen.resource["metadata"]:
             return Next()  # its children go by their owner references
         now, world = self._clock(), await self._ask_engines(key, seen.world)
-        server = parse(seen.resource)
+        server = parse(seen.resource, self._settings.engine.profiles)
         if not isinstance(server, Server):
             return await self._report_invalid(key, seen, server, world, now)
         wanted = objects(server, self._settings.engine, pod_monitors_known=world.pod_monitors_known)
@@ -139,10 +139,10 @@ class Reconciler:
             # Not by force where nothing was: whoever has made an object of that name meanwhile keeps it.
             answer = await self._cluster.apply(body, force=body in todo.update)
             if isinstance(answer, Refusal):
-                causes.append(_refused(body["kind"], answer))
+                causes.append(refusal_of_object(body["kind"], answer.message))
         for body in todo.delete:
             refusal = await self._cluster.delete(body)
-            causes += [_refused(body["kind"], refusal)] if refusal else []
+            causes += [refusal_of_object(body["kind"], refusal.message)] if refusal else []
         answers = await asyncio.gather(*(self._cluster.apply(pod) for pod in todo.annotate))
         unannotated = next((a.message for a in answers if isinstance(a, Refusal) and a.status == 403), None)
         if todo.create or todo.update or todo.delete or todo.annotate:
@@ -194,10 +194,6 @@ def _wanted(server: Server) -> Wanted:
 def _name_taken(kind: str, name: str) -> Cause:
     message = f"A {kind} named {name} exists and is not this LLMServer's: delete or rename one of the two."
     return Cause(About.OBJECTS, "NameTaken", message)
-
-
-def _refused(kind: str, refusal: Refusal) -> Cause:
-    return Cause(About.OBJECTS, "ObjectRefused", f"The API server refused the {kind}: {refusal.message}")
 
 
 def _event(resource: dict[str, Any], told: Announcement, now: datetime) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def render(text: str, defaults: EngineDefaults, *, pod_monitors_known: bool, nam
     """YAML of all children of every LLMServer in `text`; other documents in it are skipped."""
     found = [
         child
-        for server in _servers(text, namespace)
+        for server in _servers(text, namespace, defaults)
         for child in objects(server, defaults, pod_monitors_known=pod_monitors_known)
     ]
     if not found:
@@ -29,7 +29,7 @@ def render(text: str, defaults: EngineDefaults, *, pod_monitors_known: bool, nam
     return yaml.safe_dump_all(found, sort_keys=False, width=120)
 
 
-def _servers(text: str, namespace: str) -> Iterator[Server]:
+def _servers(text: str, namespace: str, defaults: EngineDefaults) -> Iterator[Server]:
     try:
         documents = list(yaml.safe_load_all(text))
     except yaml.YAMLError as error:
@@ -43,7 +43,7 @@ def _servers(text: str, namespace: str) -> Iterator[Server]:
         if not metadata.get("name"):
             raise RenderError(f"a {names.KIND} has no metadata.name")
         given = {"namespace": namespace} | metadata | {"name": str(metadata["name"])}
-        server = parse({**document, "metadata": given})
+        server = parse({**document, "metadata": given}, defaults.profiles)
         if not isinstance(server, Server):
             raise RenderError("; ".join(f"{metadata['name']}: {problem}" for problem in server))
         yield server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from octavo_engine import __version__
+from octavo_operator.spec import Profile, problems_of_profile
 
 SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -26,6 +28,8 @@ class EngineDefaults:
     image: str = f"octavo/octavo-engine:{__version__}"
     pull_policy: str = "IfNotPresent"
     pull_secrets: tuple[str, ...] = ()
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    """By name, for spec.hardware.profile."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
             image=environ.get("OCTAVO_ENGINE_IMAGE") or default.engine.image,
             pull_policy=_choice(environ, "OCTAVO_ENGINE_IMAGE_PULL_POLICY", PULL_POLICIES, default.engine.pull_policy),
             pull_secrets=_words(environ, "OCTAVO_ENGINE_IMAGE_PULL_SECRETS"),
+            profiles=_profiles(environ, "OCTAVO_ENGINE_PROFILES"),
         ),
         watch_namespaces=_words(environ, "OCTAVO_WATCH_NAMESPACES"),
         namespace=environ.get("OCTAVO_NAMESPACE") or _own_namespace(),
@@ -72,6 +77,20 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         settled_poll_s=_number(environ, "OCTAVO_SETTLED_POLL_SECONDS", default.settled_poll_s, 1, 3600),
         resync_s=_number(environ, "OCTAVO_RESYNC_SECONDS", default.resync_s, 1, 3600),
     )
+
+
+def _profiles(environ: Mapping[str, str], name: str) -> dict[str, Profile]:
+    """A JSON object: name of a profile -> its fields."""
+    try:
+        found = json.loads(environ.get(name) or "{}")
+    except ValueError as error:
+        raise SettingsError(f"{name}: it is no JSON: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(profile, dict) for profile in found.values()):
+        raise SettingsError(f"{name}: expected an object of objects, the profiles by their names")
+    for profile, given in found.items():
+        if problems := problems_of_profile(given):
+            raise SettingsError(f"{name}: profile {profile}: {'; '.join(problems)}")
+    return found
 
 
 def _words(environ: Mapping[str, str], name: str) -> tuple[str, ...]:

@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
-from pydantic.alias_generators import to_camel
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from octavo_engine.config import (
@@ -28,6 +27,10 @@ from octavo_engine.config import (
     to_args,
 )
 from octavo_engine.status import API_PORT, MANAGEMENT_PORT
+from octavo_operator.fields import DNS_SUBDOMAIN, IMAGE, SECRET_KEY, Part, Quantity, Resources, Text, config, rule
+from octavo_operator.model import Model, SecretRef
+from octavo_operator.placement import Affinity, Toleration, TopologySpread
+from octavo_operator.pod_template import PodTemplate
 from octavo_operator.quantity import parse_quantity
 
 NAME_MAX = 45
@@ -35,24 +38,10 @@ NAME_MAX = 45
 SERVER_SIDE_DEFAULT = "x-octavo-default"
 """Marks a default that the API server writes into the object. Only replicas has one: without it /scale would say 0, and
 autoscalers would stand still. Other defaults stay out of the object, so that it holds what its owner wrote."""
-MODELS_PATH = "/models"
 API_KEYS_PATH = "/etc/octavo/api-keys"
 API_KEYS_FILE = "keys"
 
-QUANTITY = r"^[0-9]+(\.[0-9]+)?([MGTPE]i?|Ki|k|m)?$"
-DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-DNS_SUBDOMAIN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
-SECRET_KEY = r"^[-._a-zA-Z0-9]+$"
-HF_SOURCE = "^hf://[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
-PVC_SOURCE = "^pvc://[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$"
 ARG = "^--[a-z][a-z0-9_-]*(=.*)?$"
-RESERVED_LABELS = "^(octavo\\\\.dev|app\\\\.kubernetes\\\\.io)/.*"
-
-
-def _rule(expression: str, message: str, *, field_path: str | None = None) -> dict[str, JsonValue]:
-    """One CEL rule. `message` is CEL too: a string expression, so that it can quote the value."""
-    rule: dict[str, JsonValue] = {"rule": expression, "messageExpression": message}
-    return rule | ({"fieldPath": field_path} if field_path else {})
 
 
 def _low(name: str) -> int | None:
@@ -69,44 +58,6 @@ def _bound(name: str, which: str) -> int | None:
     return None if bound is None else int(bound)
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True)
-
-
-def _rules(*rules: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    return {"x-kubernetes-validations": [*rules]}
-
-
-def _config(*rules: dict[str, JsonValue]) -> ConfigDict:
-    return ConfigDict(json_schema_extra=_rules(*rules))
-
-
-def _quantity(value: str | int) -> str | int:
-    parse_quantity(value)
-    return value
-
-
-Quantity = Annotated[
-    str | int,
-    Field(json_schema_extra={"x-kubernetes-int-or-string": True, "pattern": QUANTITY, "maxLength": 32}),
-    AfterValidator(_quantity),
-]
-"""An amount as Kubernetes writes it: 4Gi, 500m, 2."""
-Text = Annotated[str, Field(max_length=256)]
-
-
-class SecretRef(_Model):
-    """Names only: the kubelet resolves them in the server's namespace, the operator never reads a secret."""
-
-    name: str = Field(
-        pattern=DNS_SUBDOMAIN, max_length=253, description="Name of a Secret in the same namespace as the LLMServer."
-    )
-
-
-class TokenSecretRef(SecretRef):
-    key: str = Field("token", pattern=SECRET_KEY, max_length=253, description="Key in the Secret. Default: token.")
-
-
 class ApiKeysSecretRef(SecretRef):
     key: str = Field(
         "keys",
@@ -114,85 +65,6 @@ class ApiKeysSecretRef(SecretRef):
         max_length=253,
         description="Key in the Secret whose value has one API key a line. Default: keys.",
     )
-
-
-class Model(_Model):
-    """What is served."""
-
-    model_config = _config(
-        _rule(
-            f"self.source.matches('{HF_SOURCE}') || self.source.matches('{PVC_SOURCE}')",
-            '"model.source is \'" + self.source + "\', expected hf://org/name (a model on Hugging Face) or '
-            'pvc://claim/path (a folder on a PersistentVolumeClaim)"',
-            field_path=".source",
-        ),
-        _rule(
-            "!has(self.revision) || self.source.startsWith('hf://')",
-            '"model.revision is \'" + self.revision + "\', but only hf:// sources have revisions: remove it, or put '
-            "the revision's folder into the path of the pvc:// source\"",
-            field_path=".revision",
-        ),
-        _rule(
-            "!has(self.tokenSecretRef) || self.source.startsWith('hf://')",
-            '"model.tokenSecretRef names \'" + self.tokenSecretRef.name + "\', but only hf:// sources take a token: '
-            'remove it"',
-            field_path=".tokenSecretRef",
-        ),
-    )
-
-    source: str = Field(
-        max_length=512,
-        description="Where the model is: hf://org/name on Hugging Face, or pvc://claim/path for a folder with "
-        "config.json and safetensors files on a PersistentVolumeClaim, which is mounted read-only.",
-    )
-    revision: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$",
-        max_length=256,
-        description="Branch, tag or commit of an hf:// model; a commit makes restarts repeatable. Default: main.",
-    )
-    served_names: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", max_length=128)]] | None = Field(
-        None,
-        min_length=1,
-        max_length=16,
-        json_schema_extra={"x-kubernetes-list-type": "set"},
-        description="Names by which clients ask for the model; the first one is reported. Default: the LLMServer's "
-        "own name.",
-    )
-    token_secret_ref: TokenSecretRef | None = Field(
-        None, description="Secret with a Hugging Face token, for gated and private models."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not re.fullmatch(HF_SOURCE, self.source) and not re.fullmatch(PVC_SOURCE, self.source):
-            raise ValueError(
-                f"model.source is '{self.source}', expected hf://org/name (a model on Hugging Face) or "
-                "pvc://claim/path (a folder on a PersistentVolumeClaim)"
-            )
-        if len(set(self.served_names or ())) < len(self.served_names or ()):
-            raise ValueError(f"model.servedNames has a name twice: {', '.join(self.served_names or ())}")
-        if self.revision is not None and not self.source.startswith("hf://"):
-            raise ValueError(f"model.revision is '{self.revision}', but only hf:// sources have revisions: remove it")
-        if self.token_secret_ref is not None and not self.source.startswith("hf://"):
-            raise ValueError(
-                f"model.tokenSecretRef names '{self.token_secret_ref.name}', but only hf:// sources take a token: "
-                "remove it"
-            )
-        return self
-
-    @property
-    def claim(self) -> str | None:
-        """The PersistentVolumeClaim of a pvc:// source."""
-        return self.source.removeprefix("pvc://").partition("/")[0] if self.source.startswith("pvc://") else None
-
-    @property
-    def location(self) -> str:
-        """What the engine is told: an id, or a folder inside the container."""
-        if self.claim is None:
-            return self.source.removeprefix("hf://")
-        path = self.source.removeprefix("pvc://").partition("/")[2]
-        return f"{MODELS_PATH}/{path}" if path else MODELS_PATH
 
 
 # What the operator sets itself, or has a field for. A second road to the same setting would let args win over the
@@ -212,11 +84,14 @@ TAKEN_FLAGS: tuple[str, ...] = tuple(
 """Flags that spec.engine.args may not hold."""
 
 
-class Engine(_Model):
+NO_PROFILES: Mapping[str, Mapping[str, Any]] = {}
+
+
+class Engine(Part):
     """How the engine runs. What is left out is for the engine to decide."""
 
-    model_config = _config(
-        _rule(
+    model_config = config(
+        rule(
             "!has(self.maxNumBatchedTokens) || !has(self.maxNumSeqs) || self.maxNumBatchedTokens >= self.maxNumSeqs",
             "'engine.maxNumBatchedTokens must be at least engine.maxNumSeqs, one token for each running request: raise "
             "the first or lower the second'",
@@ -228,7 +103,7 @@ class Engine(_Model):
         None,
         min_length=1,
         max_length=512,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$",
+        pattern=IMAGE,
         description="Image of the engine. Default: the one that the operator was installed with.",
     )
     max_model_len: int | None = Field(
@@ -248,7 +123,7 @@ class Engine(_Model):
         max_length=8,
         json_schema_extra={
             "x-kubernetes-validations": [
-                _rule(
+                rule(
                     r"self.matches('^(0\\.[0-9]{1,4}|1(\\.0{1,4})?)$') && double(self) >= 0.01",
                     "\"engine.gpuMemoryUtilization is '\" + self + \"', expected a share from '0.01' to '1.0', "
                     'as text in quotes"',
@@ -301,12 +176,12 @@ class Engine(_Model):
         max_length=32,
         json_schema_extra={
             "x-kubernetes-validations": [
-                _rule(
+                rule(
                     f"self.all(a, a.matches('{ARG}'))",
                     f"\"engine.args has '\" + self.filter(a, !a.matches('{ARG}'))[0] + \"', "
                     'expected one word per setting, as in --seed=7"',
                 ),
-                _rule(
+                rule(
                     f"!self.exists(a, a.split('=')[0].replace('_', '-') in {list(TAKEN_FLAGS)})",
                     "\"engine.args has '\" + self.filter(a, a.split('=')[0].replace('_', '-') in "
                     f"{list(TAKEN_FLAGS)})[0] + \"', which has a field of its own in the LLMServer or is set by the "
@@ -337,30 +212,11 @@ class Engine(_Model):
         return self
 
 
-class Toleration(_Model):
-    key: Text | None = Field(None, description="Taint that is tolerated; none with operator Exists means every taint.")
-    operator: Literal["Equal", "Exists"] | None = Field(None, description="Default: Equal.")
-    value: Text | None = Field(None, description="The taint's value, with operator Equal.")
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        None, description="Effect that is tolerated. Default: all of them."
-    )
-    toleration_seconds: int | None = Field(None, description="How long NoExecute is tolerated. Default: for ever.")
-
-
-class Resources(_Model):
-    requests: dict[str, Quantity] | None = Field(
-        None, max_length=16, description="What the scheduler sets aside for each pod, beside the GPUs."
-    )
-    limits: dict[str, Quantity] | None = Field(
-        None, max_length=16, description="What each pod may use at most, beside the GPUs."
-    )
-
-
-class Hardware(_Model):
+class Hardware(Part):
     """What each engine pod needs of a node."""
 
-    model_config = _config(
-        _rule(
+    model_config = config(
+        rule(
             "!has(self.resources) || ((!has(self.resources.requests) || !self.resources.requests.exists(r, r == "
             "(has(self.resourceName) ? self.resourceName : 'nvidia.com/gpu'))) && (!has(self.resources.limits) || "
             "!self.resources.limits.exists(r, r == (has(self.resourceName) ? self.resourceName : 'nvidia.com/gpu'))))",
@@ -370,6 +226,13 @@ class Hardware(_Model):
         ),
     )
 
+    profile: str | None = Field(
+        None,
+        pattern=DNS_SUBDOMAIN,
+        max_length=63,
+        description="Name of a profile of the operator's settings (Helm value engine.profiles): fields of hardware and "
+        "engine.image that hold where this LLMServer says nothing else.",
+    )
     gpus: int = Field(1, ge=0, le=64, description="GPUs of each pod; 0 computes on the CPU. Default: 1.")
     resource_name: str = Field(
         "nvidia.com/gpu",
@@ -385,6 +248,10 @@ class Hardware(_Model):
         None,
         max_length=32,
         description="Taints that the pods tolerate, beside the one named like the GPU resource.",
+    )
+    affinity: Affinity | None = Field(None, description="Which nodes and which neighbours the pods need or prefer.")
+    topology_spread: list[TopologySpread] | None = Field(
+        None, max_length=8, description="How the server's pods are spread over nodes and zones."
     )
     shared_memory: Quantity | None = Field(
         None,
@@ -415,7 +282,7 @@ class Hardware(_Model):
         return int(parse_quantity(self.shared_memory))
 
 
-class Lifecycle(_Model):
+class Lifecycle(Part):
     """How long starting and ending may take."""
 
     drain_timeout_seconds: int = Field(
@@ -433,7 +300,7 @@ class Lifecycle(_Model):
     )
 
 
-class Service(_Model):
+class Service(Part):
     port: int = Field(80, ge=1, le=65535, description="Port of the Service. Default: 80.")
     type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field(
         "ClusterIP",
@@ -441,7 +308,7 @@ class Service(_Model):
     )
 
 
-class Expose(_Model):
+class Expose(Part):
     """How clients reach the API."""
 
     service: Service = Field(Service(), description="The Service in front of the pods.")
@@ -452,7 +319,7 @@ class Expose(_Model):
     )
 
 
-class Observability(_Model):
+class Observability(Part):
     """How Prometheus finds the metrics."""
 
     pod_monitor: Literal["Auto", "Enabled", "Disabled"] = Field(
@@ -468,7 +335,7 @@ class Observability(_Model):
     )
 
 
-class Rollout(_Model):
+class Rollout(Part):
     """How pods are replaced when their template changes."""
 
     strategy: Literal["Surge", "InPlace", "Recreate"] | None = Field(
@@ -478,52 +345,31 @@ class Rollout(_Model):
     )
 
 
-class PodMetadata(_Model):
-    model_config = _config(
-        _rule(
-            f"!has(self.labels) || !self.labels.exists(k, k.matches('{RESERVED_LABELS}'))",
-            '"podTemplate.metadata.labels has \'" + '
-            f"self.labels.map(k, k).filter(k, k.matches('{RESERVED_LABELS}'))[0]"
-            ' + "\', which the operator sets: choose another name"',
-            field_path=".labels",
-        ),
-    )
-    labels: dict[str, Annotated[str, Field(max_length=63)]] | None = Field(
-        None, max_length=32, description="More labels of the pods."
-    )
-    annotations: dict[str, Annotated[str, Field(max_length=4096)]] | None = Field(
-        None, max_length=32, description="More annotations of the pods."
+class Restart(Part):
+    """Asks for one restart of the pods."""
+
+    id: str | None = Field(
+        None,
+        max_length=64,
+        pattern=r"^[A-Za-z0-9]([A-Za-z0-9._:-]*[A-Za-z0-9])?$",
+        description="Any text, such as a date. A new one restarts the pods once, as a rollout of nothing else.",
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for name in self.labels or ():
-            if name.startswith(("octavo.dev/", "app.kubernetes.io/")):
-                raise ValueError(
-                    f"podTemplate.metadata.labels has '{name}', which the operator sets: choose another name"
-                )
-        return self
 
-
-class PodTemplate(_Model):
-    """What is added to the engine pods."""
-
-    metadata: PodMetadata = Field(PodMetadata(), description="Labels and annotations.")
-
-
-class Spec(_Model):
+class Spec(Part):
     """What the user wants."""
 
-    model_config = _config(
-        _rule(
+    model_config = config(
+        rule(
             "!has(self.engine) || !(has(self.engine.tensorParallel) || has(self.engine.pipelineParallel)) || "
+            "(has(self.hardware) && has(self.hardware.profile) && !has(self.hardware.gpus)) || "
             "(has(self.engine.tensorParallel) ? self.engine.tensorParallel : 1) * "
             "(has(self.engine.pipelineParallel) ? self.engine.pipelineParallel : 1) == "
             "(has(self.hardware) && has(self.hardware.gpus) ? [self.hardware.gpus, 1].max() : 1)",
             "'engine.tensorParallel times engine.pipelineParallel must be hardware.gpus: leave them out, or set them "
             "to numbers whose product it is'",
         ),
-        _rule(
+        rule(
             "!has(self.engine) || !has(self.engine.gpuMemoryUtilization) || !has(self.hardware) || "
             "!has(self.hardware.gpus) || self.hardware.gpus > 0",
             '"engine.gpuMemoryUtilization is \'" + self.engine.gpuMemoryUtilization + "\', but hardware.gpus is 0: '
@@ -546,6 +392,7 @@ class Spec(_Model):
     expose: Expose = Field(Expose(), description="How clients reach the API.")
     observability: Observability = Field(Observability(), description="How Prometheus finds the metrics.")
     rollout: Rollout = Field(Rollout(), description="How pods are replaced when their template changes.")
+    restart: Restart = Field(Restart(), description="Asks for one restart of the pods.")
     pod_template: PodTemplate = Field(PodTemplate(), description="What is added to the engine pods.")
 
     @model_validator(mode="after")
@@ -609,7 +456,11 @@ class Problem:
         return f"{self.field}: {self.message}"
 
 
-def parse(resource: Mapping[str, Any]) -> Server | tuple[Problem, ...]:
+Profile = Mapping[str, Any]
+"""Fields of hardware, and `image` for engine.image, as the operator's settings have them."""
+
+
+def parse(resource: Mapping[str, Any], profiles: Mapping[str, Profile] = NO_PROFILES) -> Server | tuple[Problem, ...]:
     """A Server, or what keeps it from being one.
 
     Most problems were refused by the API server already. What is left: a CRD of another version than the operator's,
@@ -617,8 +468,13 @@ def parse(resource: Mapping[str, Any]) -> Server | tuple[Problem, ...]:
     """
     metadata = resource["metadata"]
     name = str(metadata["name"])
+    raw = resource.get("spec") or {}
+    chosen = (raw.get("hardware") or {}).get("profile")
+    if chosen is not None and chosen not in profiles:
+        known = f"the operator knows {', '.join(sorted(profiles))}" if profiles else "the operator has no profiles"
+        return (Problem("spec.hardware.profile", f"got {chosen!r}, but {known} (Helm value engine.profiles)"),)
     try:
-        spec = Spec.model_validate(resource.get("spec") or {})
+        spec = Spec.model_validate(with_profile(raw, profiles[chosen]) if chosen is not None else raw)
     except ValidationError as error:
         return tuple(
             Problem("spec" + "".join(f".{part}" for part in problem["loc"]), _sentence(problem))
@@ -640,7 +496,40 @@ def parse(resource: Mapping[str, Any]) -> Server | tuple[Problem, ...]:
     )
 
 
+def with_profile(spec: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
+    """The spec with what the profile says where the spec says nothing. Maps are merged, tolerations are joined."""
+    hardware, engine = {**(spec.get("hardware") or {})}, {**(spec.get("engine") or {})}
+    for name, value in profile.items():
+        mine = hardware.get(name)
+        if name == "image":
+            engine.setdefault("image", value)
+        elif mine is None:
+            hardware[name] = value
+        elif name == "nodeSelector":
+            hardware[name] = {**value, **mine}
+        elif name == "resources":
+            kinds = {*value, *mine}
+            hardware[name] = {kind: {**value.get(kind, {}), **mine.get(kind, {})} for kind in kinds}
+        elif name == "tolerations":
+            hardware[name] = [*value, *mine]
+    return {**spec, "hardware": hardware, "engine": engine}
+
+
+def problems_of_profile(profile: Profile) -> list[str]:
+    """What is wrong with a profile of the operator's settings; empty when nothing is."""
+    try:
+        Hardware.model_validate({name: value for name, value in profile.items() if name != "image"})
+        Engine.model_validate({"image": profile["image"]} if "image" in profile else {})
+    except ValidationError as error:
+        return [".".join(map(str, p["loc"])) + f": {_sentence(p)}" for p in error.errors()]
+    return ["profile: a profile names no other"] if "profile" in profile else []
+
+
 def _sentence(problem: ErrorDetails) -> str:
+    if problem["type"] == "extra_forbidden":
+        if "podTemplate" in problem["loc"]:
+            return "is not among what podTemplate may set (kubectl explain llm.spec.podTemplate.spec): remove it"
+        return "there is no such field: correct its name (kubectl explain llm.spec), or remove it"
     if problem["type"] == "value_error":  # ours: the sentence quotes the value already
         return problem["msg"].removeprefix("Value error, ")
     return f"{problem['msg']}, got {str(problem['input'])[:200]!r}"

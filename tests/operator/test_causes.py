@@ -6,7 +6,7 @@ import pytest
 from build import NOW, end, pod
 
 from octavo_engine.status import Failure, FailureCode
-from octavo_operator.causes import Wanted, cause_of, refusal_of_pods
+from octavo_operator.causes import Wanted, cause_of, refusal_of_object, refusal_of_pods
 from octavo_operator.failures import last_failure
 from octavo_operator.observed import PodEvent
 from octavo_operator.report import LastFailure
@@ -227,3 +227,10 @@ def test_the_newest_failure_is_kept(pods, previous, told):
     failure = last_failure(pods, previous, None)
 
     assert (failure and failure.pod) == told
+
+
+def test_an_image_volume_that_the_api_server_dropped_is_told_as_what_the_cluster_lacks():
+    words = 'Deployment.apps "x" is invalid: spec.template.spec.volumes[2]: Required value: must specify a volume type'
+
+    assert refusal_of_object("Deployment", words).reason == "ImageVolumeMissing"
+    assert refusal_of_object("Service", "no").message == "The API server refused the Service: no"

@@ -216,3 +216,69 @@ def test_the_image_is_the_servers_own_or_the_operators_default():
 )
 def test_the_url_is_what_an_openai_client_takes(port, address):
     assert url(server(expose={"service": {"port": port}})) == address
+
+
+def test_a_models_image_is_a_volume_and_one_in_the_engines_image_is_a_path():
+    found = pod_spec(model={"source": "oci://r.example/models/qwen:1#a/b"})
+
+    assert {"name": "models", "image": {"reference": "r.example/models/qwen:1", "pullPolicy": "IfNotPresent"}} in (
+        found["volumes"]
+    )
+    assert "--model=/models/a/b" in found["containers"][0]["args"]
+    assert "--model=/opt/m" in container(model={"source": "file:///opt/m"})["args"]
+    assert {"name": "HF_HUB_OFFLINE", "value": "1"} in container(model={"source": "file:///opt/m"})["env"]
+
+
+def test_affinity_goes_to_the_pod_and_spreading_counts_the_pods_of_one_revision():
+    terms = {"nodeSelectorTerms": [{"matchExpressions": [{"key": "gpu", "operator": "In", "values": ["l4"]}]}]}
+    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}
+    found = pod_spec(hardware={"gpus": 0, "affinity": affinity, "topologySpread": [{"topologyKey": "zone"}]})
+
+    assert found["affinity"] == affinity
+    assert found["topologySpreadConstraints"] == [
+        {
+            "topologyKey": "zone",
+            "maxSkew": 1,
+            "whenUnsatisfiable": "ScheduleAnyway",
+            "labelSelector": {"matchLabels": {"octavo.dev/server": "qwen"}},
+            "matchLabelKeys": ["octavo.dev/revision"],
+        }
+    ]
+
+
+def test_another_restart_id_is_another_template():
+    first, second = (children(restart={"id": name})["Deployment"] for name in ("a", "b"))
+
+    assert first["spec"]["template"]["metadata"]["annotations"]["octavo.dev/restart"] == "a"
+    assert revision(first) != revision(second) != revision(children()["Deployment"])
+
+
+def test_a_sidecar_is_as_confined_as_the_engine_and_the_engine_gets_its_variables():
+    extra = {
+        "containers": [
+            {
+                "name": "engine",
+                "env": [{"name": "A", "value": "1"}],
+                "volumeMounts": [{"name": "d", "mountPath": "/d"}],
+            },
+            {"name": "proxy", "image": "p:1", "resources": {"limits": {"cpu": 1}}, "securityContext": {"runAsUser": 7}},
+        ],
+        "initContainers": [{"name": "first", "image": "f:1"}],
+        "volumes": [{"name": "d", "emptyDir": {"sizeLimit": 1024}}],
+        "schedulerName": "volcano",
+    }
+    plain, found = pod_spec(), pod_spec(podTemplate={"spec": extra})
+    engine, proxy = found["containers"]
+
+    assert engine["env"] == [*plain["containers"][0]["env"], {"name": "A", "value": "1"}]
+    assert engine["volumeMounts"][-1] == {"name": "d", "mountPath": "/d"}
+    assert engine["args"] == plain["containers"][0]["args"]
+    assert proxy["securityContext"] == engine["securityContext"] | {"runAsUser": 7}
+    assert proxy["resources"] == {"limits": {"cpu": "1"}}
+    assert found["initContainers"][0]["securityContext"] == engine["securityContext"]
+    assert found["volumes"][-1] == {"name": "d", "emptyDir": {"sizeLimit": "1024"}}
+    assert found["schedulerName"] == "volcano"
+
+
+def test_an_empty_pod_template_restarts_nobody():
+    assert revision(children()["Deployment"]) == revision(children(podTemplate={"spec": {}})["Deployment"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from octavo_operator.quantity import gib, parse_quantity
 from octavo_operator.settings import Settings, SettingsError, from_environment
-from octavo_operator.spec import Problem, in_fields, parse
+from octavo_operator.spec import Problem, Server, in_fields, parse
 
 
 def problems(**spec: Any) -> str:
@@ -97,3 +98,49 @@ def test_the_statuses_time_behind_the_engine_is_below_two_seconds():
     settings = Settings()
 
     assert settings.loading_poll_s + settings.statusz_timeout_s <= 2
+
+
+L4 = {
+    "gpus": 2,
+    "image": "r/engine:l4",
+    "nodeSelector": {"gpu": "l4", "pool": "a"},
+    "tolerations": [{"key": "l4", "operator": "Exists"}],
+    "resources": {"requests": {"cpu": 4, "memory": "8Gi"}},
+}
+
+
+def test_a_profile_holds_where_the_server_says_nothing():
+    spec = {
+        "model": {"source": "hf://org/name"},
+        "hardware": {"profile": "l4", "gpus": 0, "nodeSelector": {"pool": "b"}, "resources": {"requests": {"cpu": 1}}},
+    }
+    found = parse({"metadata": {"name": "x"}, "spec": spec}, {"l4": L4})
+
+    assert isinstance(found, Server)
+    assert found.spec.hardware.gpus == 0
+    assert found.spec.hardware.node_selector == {"gpu": "l4", "pool": "b"}
+    assert found.spec.hardware.resources.requests == {"cpu": 1, "memory": "8Gi"}
+    assert [t.key for t in found.spec.hardware.tolerations] == ["l4"]
+    assert found.spec.engine.image == "r/engine:l4"
+
+
+def test_an_unknown_profile_is_a_problem_that_names_the_known_ones():
+    spec = {"model": {"source": "hf://org/name"}, "hardware": {"profile": "h100"}}
+
+    assert "the operator knows a10, l4" in str(parse({"metadata": {"name": "x"}, "spec": spec}, {"l4": {}, "a10": {}}))
+    assert "has no profiles" in str(parse({"metadata": {"name": "x"}, "spec": spec}))
+
+
+def test_profiles_are_read_from_the_settings_and_a_wrong_one_is_named():
+    good = from_environment({"OCTAVO_ENGINE_PROFILES": json.dumps({"l4": L4})})
+
+    assert good.engine.profiles == {"l4": L4}
+    for text, words in (
+        ("{", "no JSON"),
+        ("[]", "object of objects"),
+        ('{"l4": {"gpu": 1}}', "profile l4: gpu: there is no such field"),
+        ('{"l4": {"gpus": -1}}', "profile l4: gpus"),
+        ('{"l4": {"profile": "l4"}}', "names no other"),
+    ):
+        with pytest.raises(SettingsError, match=words):
+            from_environment({"OCTAVO_ENGINE_PROFILES": text})

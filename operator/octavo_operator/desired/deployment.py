@@ -13,8 +13,11 @@ from typing import Any
 from octavo_engine.status import API_PORT, DEFAULT_TERMINATION_LOG, MANAGEMENT_PORT
 from octavo_operator import names
 from octavo_operator.desired import common
+from octavo_operator.desired.additions import CONFINED, add
+from octavo_operator.model import MODELS_PATH
+from octavo_operator.placement import TopologySpread
 from octavo_operator.settings import EngineDefaults
-from octavo_operator.spec import API_KEYS_FILE, API_KEYS_PATH, MODELS_PATH, Server
+from octavo_operator.spec import API_KEYS_FILE, API_KEYS_PATH, Server
 
 USER_ID = 10001
 """The image's user; numeric, as runAsNonRoot cannot check a name."""
@@ -58,6 +61,8 @@ def pod_template(server: Server, defaults: EngineDefaults) -> dict[str, Any]:
         "spec": _pod_spec(server, defaults),
     }
     annotations = {"kubectl.kubernetes.io/default-container": names.ENGINE_CONTAINER, **(extra.annotations or {})}
+    if server.spec.restart.id is not None:
+        annotations[names.RESTART_ANNOTATION] = server.spec.restart.id
     template["metadata"]["annotations"] = annotations
     template["metadata"]["labels"][names.REVISION_LABEL] = digest(template)
     return template
@@ -106,7 +111,20 @@ def _pod_spec(server: Server, defaults: EngineDefaults) -> dict[str, Any]:
         spec["priorityClassName"] = hardware.priority_class_name
     if hardware.runtime_class_name:
         spec["runtimeClassName"] = hardware.runtime_class_name
-    return spec
+    if hardware.affinity:
+        spec["affinity"] = hardware.affinity.document()
+    if hardware.topology_spread:
+        spec["topologySpreadConstraints"] = [_spread(server, spread) for spread in hardware.topology_spread]
+    return add(spec, server.spec.pod_template.spec)
+
+
+def _spread(server: Server, spread: TopologySpread) -> dict[str, Any]:
+    return {
+        **spread.model_dump(by_alias=True),
+        "labelSelector": {"matchLabels": common.selector(server)},
+        # Pods of the revision before are on their way out: they must not push the new ones to the wrong places.
+        "matchLabelKeys": [names.REVISION_LABEL],
+    }
 
 
 def _container(server: Server, defaults: EngineDefaults) -> dict[str, Any]:
@@ -137,11 +155,7 @@ def _container(server: Server, defaults: EngineDefaults) -> dict[str, Any]:
         "terminationMessagePath": DEFAULT_TERMINATION_LOG,
         # An engine writes its death certificate itself; one that could not leaves its last words.
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-            "readOnlyRootFilesystem": True,
-        },
+        "securityContext": CONFINED,
         "volumeMounts": [mount for _, mount in _volumes(server)],
     }  # fmt: skip
 
@@ -161,8 +175,8 @@ def _environment(server: Server) -> list[dict[str, Any]]:
         {"name": "HOME", "value": CACHE_PATH},
         {"name": "HF_HOME", "value": f"{CACHE_PATH}/huggingface"},
     ]
-    if server.spec.model.claim is not None:
-        # All that is needed is on the claim: whatever tries the network is wrong, and should fail at once.
+    if not server.spec.model.is_downloaded:
+        # All that is needed is in its file system: whatever tries the network is wrong, and should fail at once.
         environment.append({"name": "HF_HUB_OFFLINE", "value": "1"})
     if token := server.spec.model.token_secret_ref:
         reference = {"name": token.name, "key": token.key}
@@ -172,8 +186,7 @@ def _environment(server: Server) -> list[dict[str, Any]]:
 
 def _resources(server: Server) -> dict[str, Any]:
     hardware = server.spec.hardware
-    given = hardware.resources.model_dump(exclude_none=True) if hardware.resources else {}
-    resources = {kind: {name: str(amount) for name, amount in given[kind].items()} for kind in sorted(given)}
+    resources: dict[str, Any] = hardware.resources.document() if hardware.resources else {}
     if hardware.gpus:
         # Extended resources need no request beside the limit, and must not differ from it.
         resources.setdefault("limits", {})[hardware.resource_name] = str(hardware.gpus)
@@ -189,6 +202,9 @@ def _volumes(server: Server) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     if size := server.spec.hardware.shared_memory_bytes:
         shm = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": str(size)}}
         volumes.append((shm, {"name": "shm", "mountPath": "/dev/shm"}))
+    if image := server.spec.model.image:
+        mount = {"name": "models", "mountPath": MODELS_PATH, "readOnly": True}
+        volumes.append(({"name": "models", "image": {"reference": image, "pullPolicy": "IfNotPresent"}}, mount))
     if claim := server.spec.model.claim:
         source = {"claimName": claim, "readOnly": True}
         mount = {"name": "models", "mountPath": MODELS_PATH, "readOnly": True}
