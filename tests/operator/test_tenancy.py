@@ -1,0 +1,262 @@
+"""Whoever may write LLMServers and nothing else reaches nothing else: every field of a pod is tried in podTemplate.
+
+The fields are the API server's own (its OpenAPI document), so that those of a newer Kubernetes are tried when the tests
+run against one. Each is written into the resource alone and in random company; what the operator makes of it is held
+against what a pod may be.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from stage import ApiError
+from test_crd import GOOD, server
+
+from octavo_operator.desired.deployment import deployment
+from octavo_operator.settings import EngineDefaults
+from octavo_operator.spec import Server, parse
+
+pytestmark = pytest.mark.cluster
+
+SOURCES = {"emptyDir", "configMap", "persistentVolumeClaim", "downwardAPI", "image", "ephemeral"}
+PLAUSIBLE = {
+    "image": "r.example/x:1",
+    "mountPath": "/data",
+    "path": "/",
+    "fieldPath": "metadata.name",
+    "resource": "limits.cpu",
+    "topologyKey": "kubernetes.io/hostname",
+    "reference": "r.example/x:1",
+    "ip": "10.0.0.1",
+    "key": "k",
+    "claimName": "claim",
+    "medium": "Memory",
+    "protocol": "TCP",
+    "restartPolicy": "Always",
+    "imagePullPolicy": "Always",
+    "scheme": "HTTP",
+    "operator": "Exists",
+    "effect": "NoSchedule",
+}
+DEEPEST = 7
+POD_CONTEXT = {"runAsNonRoot", "runAsUser", "runAsGroup", "fsGroup", "fsGroupChangePolicy", "seccompProfile"}
+CONTEXT = {"allowPrivilegeEscalation", "capabilities", "readOnlyRootFilesystem", "runAsUser", "runAsGroup"}
+
+
+def trespasses(pod: dict[str, Any], secrets: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Where this pod's spec reaches what a tenant may not. secrets: those that the LLMServer names in fields for it."""
+    if pod.get("automountServiceAccountToken") is not False:
+        yield "a service account's token is mounted"
+    for name in ("hostNetwork", "hostPID", "hostIPC", "serviceAccountName", "serviceAccount", "nodeName", "hostUsers"):
+        if name in pod:
+            yield name
+    if pod["securityContext"]["runAsNonRoot"] is not True or pod["securityContext"]["runAsUser"] < 1:
+        yield "root"
+    if set(pod["securityContext"]) - POD_CONTEXT:
+        yield "a pod's security context"
+    for volume in pod["volumes"]:
+        sources = set(volume) - {"name"}
+        if sources == {"secret"} and volume["secret"]["secretName"] in secrets:
+            continue
+        if len(sources) != 1 or not sources <= SOURCES:
+            yield f"a volume from {sources}"
+    if "ephemeralContainers" in pod:
+        yield "ephemeral containers"
+    for container in (*pod["containers"], *pod.get("initContainers", [])):
+        context = container["securityContext"]
+        if context["allowPrivilegeEscalation"] or context["capabilities"] != {"drop": ["ALL"]}:
+            yield "privileges"
+        if set(context) - CONTEXT:
+            yield f"a container's security context {context}"
+        if context.get("runAsUser", 1) < 1 or context.get("runAsGroup", 1) < 1:
+            yield "root"
+        if any("hostPort" in port or "hostIP" in port for port in container.get("ports", [])):
+            yield "a port of the node"
+        if container.get("envFrom"):
+            yield "variables from a source"
+        for variable in container.get("env", []):
+            reference = variable.get("valueFrom", {}).get("secretKeyRef")
+            if reference and reference["name"] not in secrets:
+                yield f"the secret {reference['name']}"
+        for probe in ("livenessProbe", "readinessProbe", "startupProbe"):
+            if "host" in container.get(probe, {}).get("httpGet", {}) or "host" in container.get(probe, {}).get(
+                "tcpSocket", {}
+            ):
+                yield "a request of the kubelet to elsewhere"
+    text = json.dumps(pod)
+    for word in ('"namespaces"', '"namespaceSelector"', '"namespace"', '"dataSourceRef"', '"dataSource"'):
+        if word in text:
+            yield f"another namespace, by {word}"
+
+
+@pytest.fixture(scope="module")
+def schemas(api) -> dict[str, Any]:
+    found: dict[str, Any] = api.request("GET", "/openapi/v3/api/v1")["components"]["schemas"]
+    return found
+
+
+def resolved(node: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    for option in (node, *node.get("allOf", [])):
+        if "$ref" in option:
+            found: dict[str, Any] = schemas[option["$ref"].rpartition("/")[2]]
+            return found
+    return node
+
+
+def example(node: dict[str, Any], schemas: dict[str, Any], name: str = "", depth: int = 0) -> Any:
+    """The least document of this schema: what is required, with values that pass."""
+    node = resolved(node, schemas)
+    if name in PLAUSIBLE:
+        return PLAUSIBLE[name]
+    match node.get("type"):
+        case "boolean":
+            return True
+        case "integer" | "number":
+            return 1
+        case "array":
+            return [example(node["items"], schemas, "", depth + 1)]
+        case "object":
+            more = node.get("additionalProperties")
+            required = {k: node["properties"][k] for k in node.get("required", [])}
+            return {k: example(v, schemas, k, depth + 1) for k, v in required.items()} or ({"k": "1"} if more else {})
+        case _:
+            return "1" if "oneOf" in node else "x"
+
+
+def each(node: dict[str, Any], schemas: dict[str, Any], name: str = "", depth: int = 0) -> Iterator[Any]:
+    """A document for every field that this schema has, at any depth: with this field and what is required beside."""
+    node = resolved(node, schemas)
+    if depth > DEEPEST:
+        return
+    if node.get("type") == "array":
+        for item in each(node["items"], schemas, "", depth + 1):
+            yield [item]
+    elif "properties" in node:
+        least = example(node, schemas)
+        for field, child in node["properties"].items():
+            for value in each(child, schemas, field, depth + 1):
+                yield {**least, field: value}
+    else:
+        yield example(node, schemas, name)
+
+
+def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """One spec with the fields of several: lists are joined, with names that differ."""
+    spec: dict[str, Any] = {}
+    for document in documents:
+        for name, value in document.items():
+            spec[name] = [*spec.get(name, []), *value] if isinstance(value, list) else value
+    for name, items in spec.items():
+        if isinstance(items, list):
+            for number, item in enumerate(items):
+                if isinstance(item, dict) and "name" in item and item["name"] != "engine":
+                    item = items[number] = {**item, "name": f"{name.lower()[:8]}-{number}"}
+                    if name in ("containers", "initContainers"):
+                        item.setdefault("image", "i")
+    return spec
+
+
+def outcome(spec: dict[str, Any]) -> list[str] | None:
+    """None: refused. Else the trespasses of what would be made of it."""
+    parsed = parse(server(spec))
+    if not isinstance(parsed, Server):
+        return None
+    token, keys = parsed.spec.model.token_secret_ref, parsed.spec.expose.api_keys_secret_ref
+    named = frozenset(reference.name for reference in (token, keys) if reference)
+    return list(trespasses(deployment(parsed, EngineDefaults())["spec"]["template"]["spec"], named))
+
+
+def test_no_field_of_a_pod_reaches_beyond_the_server(schemas):
+    taken, refused = 0, 0
+    for document in each(schemas["io.k8s.api.core.v1.PodSpec"], schemas):
+        for container_name in ("x", "engine"):
+            spec = merged([document])
+            for container in spec.get("containers", []):
+                container["name"] = container_name
+            found = outcome({"model": {"source": "hf://o/n"}, "podTemplate": {"spec": spec}})
+            taken, refused = taken + (found is not None), refused + (found is None)
+            assert not found, (found, document)
+
+    print(f"{taken} documents taken and {refused} refused")
+    assert taken > 50
+    assert refused > 500
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_company_of_fields_does(schemas, seed):
+    draw, taken = random.Random(seed), 0
+    fields = list(each(schemas["io.k8s.api.core.v1.PodSpec"], schemas))
+    good = [d for d in fields if outcome({"model": {"source": "hf://o/n"}, "podTemplate": {"spec": merged([d])}})
+            is not None]  # fmt: skip
+    for _ in range(100):
+        # Mostly what is taken alone, so that the whole is not refused for one part of it.
+        chosen = draw.choices(good, k=draw.randint(1, 6)) + draw.choices(fields, k=draw.randint(0, 1))
+        spec = json.loads(json.dumps(merged(chosen)))
+        found = outcome({"model": {"source": "hf://o/n"}, "podTemplate": {"spec": spec}})
+        taken += found is not None
+
+        assert not found, (found, spec)
+    assert taken > 10
+
+
+def test_the_api_server_keeps_nothing_that_would_be_taken_after_it(api, schemas):
+    """What it prunes and what it keeps: the stored resource is as harmless as the one that was sent."""
+    path = "/apis/octavo.dev/v1alpha1/namespaces/default/llmservers?dryRun=All"
+    draw = random.Random(1)
+    fields = list(each(schemas["io.k8s.api.core.v1.PodSpec"], schemas))
+    stored = 0
+    for document in draw.sample(fields, 300):
+        body = server({"model": {"source": "hf://o/n"}, "podTemplate": {"spec": merged([document])}})
+        try:
+            kept = api.request("POST", path, body)
+        except ApiError as error:
+            if error.status not in (400, 422):
+                raise
+            continue
+        stored += 1
+        assert not outcome(kept["spec"]), document
+
+    assert stored > 10
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_namespace_that_enforces_restricted_takes_the_pods(api, restricted, name):
+    parsed = parse(server(GOOD[name]))
+    assert isinstance(parsed, Server)
+    template = deployment(parsed, EngineDefaults())["spec"]["template"]
+    if parsed.spec.hardware.priority_class_name or parsed.spec.hardware.runtime_class_name:
+        template["spec"].pop("priorityClassName", None)  # classes that this cluster does not have
+        template["spec"].pop("runtimeClassName", None)
+    body = {"apiVersion": "v1", "kind": "Pod", **template}
+    body["metadata"] = {**template["metadata"], "name": "x", "namespace": restricted}
+
+    api.request("POST", f"/api/v1/namespaces/{restricted}/pods?dryRun=All", body)
+
+
+@pytest.fixture(scope="module")
+def restricted(api) -> Iterator[str]:
+    from stage import wait_for
+
+    labels = {
+        "pod-security.kubernetes.io/enforce": "restricted",
+        "pod-security.kubernetes.io/enforce-version": "latest",
+    }
+    api.request("POST", "/api/v1/namespaces", {"metadata": {"name": "restricted", "labels": labels}})
+    wait_for(lambda: api.get("/api/v1/namespaces/restricted/serviceaccounts/default"), "a service account")
+    yield "restricted"
+    api.request("DELETE", "/api/v1/namespaces/restricted")
+
+
+def test_a_pod_that_is_not_restricted_is_refused_there(api, restricted):
+    """The namespace does what the test above trusts it to do."""
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}}
+    with pytest.raises(ApiError, match="violates PodSecurity"):
+        api.request(
+            "POST",
+            f"/api/v1/namespaces/{restricted}/pods?dryRun=All",
+            {**pod, "spec": {"containers": [{"name": "x", "image": "i"}]}},
+        )
