@@ -230,13 +230,18 @@ class _Answer:
 
     def take(self, event: TokenEvent) -> bool:
         """Add what an event brings; True when a stop string ended the answer and the engine should be told."""
+        if event.prompt_logprobs is not None:
+            ids = self.output.prompt_token_ids[1:]
+            scored = [self._logprob(*of) for of in zip(ids, event.prompt_logprobs, strict=True)]
+            self.output.prompt_logprobs = [None, *scored]
         if event.num_cached_tokens is not None:
             self.output.num_cached_tokens = event.num_cached_tokens
         if self._stopped:
             return False
         done = self.completion
         for token, chances in zip(event.token_ids, event.logprobs, strict=False):
-            self._add_logprobs(token, chances)
+            done.logprobs = done.logprobs or []
+            done.logprobs.append(self._logprob(token, chances))
         num_tokens, stop = len(event.token_ids), None
         if self.text is not None:
             delta = self.text.push(
@@ -260,15 +265,13 @@ class _Answer:
                 done.stop_reason = event.stop_token_id
         return False
 
-    def _add_logprobs(self, token: int, chances: TokenLogprobs) -> None:
+    def _logprob(self, token: int, chances: TokenLogprobs) -> dict[int, Logprob]:
         def text(id: int) -> str | None:
             return self.tokenizer.decode_one(id) if self.tokenizer is not None else None
 
         found = {id: Logprob(value, rank, text(id)) for rank, (id, value) in enumerate(chances.top, 1)}
         found[token] = Logprob(chances.logprob, chances.rank, text(token))
-        if self.completion.logprobs is None:
-            self.completion.logprobs = []
-        self.completion.logprobs.append(found)
+        return found
 
 
 def _config(model: str, tokenizer: str | None, settings: dict[str, Any]) -> EngineConfig:

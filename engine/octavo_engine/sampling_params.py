@@ -41,7 +41,8 @@ class SamplingParams:
     logit_bias: added to the logits of these ids, {id: bias} or pairs. allowed_token_ids: no others, None: all.
     bad_words must not come; bad_words_ids are their spellings in ids, which whoever has the tokenizer fills in.
     logprobs: log-probabilities of each token and of so many likeliest ones, 0: of the token alone, None: none; of the
-    model's own distribution, before penalties and temperature.
+    model's own distribution, before penalties and temperature. prompt_logprobs: the same of each prompt token but the
+    first, given what is before it.
     Raises SamplingError.
     """
 
@@ -67,6 +68,7 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         # Lists and single strings are what callers write; tuples keep the value hashable and immutable.
@@ -121,8 +123,9 @@ class SamplingParams:
             raise SamplingError("n", self.n, "1 when temperature is 0: greedy answers would all be the same")
 
     def _check_ids(self) -> None:
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise SamplingError("logit_bias", f"{len(self.logit_bias)} entries", f"at most {MAX_LOGIT_BIAS} entries")
         for token, _ in self.logit_bias:

@@ -189,6 +189,30 @@ def test_logprobs_and_biases_agree_with_transformers(tmp_path):
             assert all(abs(float(row[id]) - logprob) < 0.15 for id, logprob in found.top)
 
 
+def test_prompts_are_scored_as_transformers_scores_them(tmp_path):
+    model = make(tmp_path, "LlamaForCausalLM", {})
+    engine = engine_of(tmp_path, max_num_seqs=8)
+    prompts = {"long": [3 + i * 7 % 4000 for i in range(2500)], "short": list(range(3, 40)), "one": [5]}
+    scored = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, prompt_logprobs=3)
+    for name, prompt in prompts.items():
+        engine.submit(Submit(name, prompt, scored))
+    told: dict[str, Any] = {}
+    while engine.has_work:
+        for event in engine.step().events:
+            if event.prompt_logprobs is not None:
+                assert event.request_id not in told
+                told[event.request_id] = event.prompt_logprobs
+
+    assert told.keys() == prompts.keys()
+    for name, prompt in prompts.items():
+        assert len(told[name]) == len(prompt) - 1
+        with torch.inference_mode():
+            expected = model(torch.tensor([prompt], device="cuda")).logits[0].float().log_softmax(-1)
+        for row, token, found in zip(expected[:-1], prompt[1:], told[name], strict=True):
+            assert abs(float(row[token]) - found.logprob) < 0.25
+            assert all(abs(float(row[id]) - logprob) < 0.25 for id, logprob in found.top)
+
+
 def test_a_seed_gives_the_same_tokens_in_any_company(tmp_path):
     make(tmp_path, "LlamaForCausalLM", {})
     engine = engine_of(tmp_path, max_num_seqs=64)

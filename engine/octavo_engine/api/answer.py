@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import asyncio
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from octavo_engine.api.detokenizer import TextStream
@@ -27,6 +28,24 @@ class TokenChance:
 
 
 @dataclass(frozen=True)
+class Rated:
+    """What the model made of one token at a place of the prompt, in the words of vLLM's bodies."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(frozen=True)
+class PromptToken:
+    """One token of the prompt; rated, by id: itself and the likeliest tokens in its place. Empty for the first."""
+
+    id: int
+    token: str
+    rated: dict[int, Rated]
+
+
+@dataclass(frozen=True)
 class Piece:
     """New text of one choice; may be empty. first: nothing came of this choice before. num_tokens: so far.
 
@@ -44,6 +63,8 @@ class Piece:
     """The new tokens with their log-probabilities, where they were asked for."""
     reasoning: str = ""
     calls: list[ToolCall] = field(default_factory=list)
+    prompt: list[PromptToken] = field(default_factory=list)
+    """Every token of the choice's prompt where its log-probabilities were asked for; on the first piece."""
 
 
 class _Choice:
@@ -64,19 +85,26 @@ class Answer:
         tokenizer: Tokenizer,
         stream: Stream,
         sampling: SamplingParams,
-        num_choices: int,
-        prompt_tokens: int,
+        prompts: list[list[int]],
         format: OutputFormat | None = None,
+        *,
+        prompt_only: bool = False,
     ) -> None:
-        """format: how to take the texts apart; None leaves them whole."""
+        """prompts: each with sampling.n choices. format: how to take the texts apart; None leaves them whole.
+
+        prompt_only: the one token that the engine makes is not part of the answer.
+        """
         self._stream = stream
         self._stop_token_ids = frozenset(sampling.stop_token_ids)
         self._choices = [
             _Choice(TextStream(tokenizer, sampling), None if format is None else OutputParser(format))
-            for _ in range(num_choices)
+            for _ in range(len(prompts) * sampling.n)
         ]
-        self._prompt_tokens = prompt_tokens
+        self._prompts = prompts
+        self._n = sampling.n
+        self._prompt_tokens = sum(map(len, prompts))
         self._tokenizer = tokenizer
+        self._prompt_only = prompt_only
 
     @property
     def finished(self) -> bool:
@@ -84,7 +112,16 @@ class Answer:
 
     async def next(self) -> list[Piece]:
         """What arrived since the last call. Raises ApiError when the engine failed on any choice."""
-        return [self._piece(output) for output in await self._stream.next()]
+        pieces = []
+        for output in await self._stream.next():
+            piece = self._piece(output)
+            if output.prompt_logprobs is not None:
+                # Long prompts have a hundred thousand of them: not on the loop that everyone's tokens pass through.
+                prompt = self._prompts[output.index // self._n]
+                rated = await asyncio.to_thread(self._rate, prompt, output.prompt_logprobs)
+                piece = replace(piece, prompt=rated)
+            pieces.append(piece)
+        return pieces
 
     def close(self) -> None:
         self._stream.close()
@@ -105,6 +142,8 @@ class Answer:
         choice = self._choices[output.index]
         first, choice.started = not choice.started, True
         ended = output.finish_reason is not None
+        if self._prompt_only:
+            return Piece(output.index, "", first, 0, "length" if ended else None)
         delta = choice.text.push(output.token_ids, last=ended, stop_token_id=output.stop_token_id)
         choice.num_tokens += delta.num_tokens
         tokens = [
@@ -136,6 +175,16 @@ class Answer:
             parsed.reasoning,
             parsed.calls,
         )
+
+    def _rate(self, prompt: list[int], logprobs: list[TokenLogprobs]) -> list[PromptToken]:
+        text = self._tokenizer.decode_one
+        tokens = [PromptToken(prompt[0], text(prompt[0]), {})]
+        for token, of in zip(prompt[1:], logprobs, strict=True):
+            rated = {token: Rated(max(of.logprob, LEAST_LOGPROB), of.rank, text(token))}
+            for rank, (id, logprob) in enumerate(of.top, 1):
+                rated.setdefault(id, Rated(max(logprob, LEAST_LOGPROB), rank, text(id)))
+            tokens.append(PromptToken(token, text(token), rated))
+        return tokens
 
     def _chance(self, token: int, of: TokenLogprobs) -> TokenChance:
         text = self._tokenizer.decode_one

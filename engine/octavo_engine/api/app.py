@@ -23,7 +23,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from octavo_engine import __version__
 from octavo_engine.api import sse
-from octavo_engine.api.answer import Answer, Piece, TokenChance
+from octavo_engine.api.answer import Answer, Piece, PromptToken, TokenChance
 from octavo_engine.api.auth import OPEN_PATHS, Keys
 from octavo_engine.api.board import Board
 from octavo_engine.api.engine_client import EngineClient, EngineGoneError, Prompt, QueueFullError, one_sequence
@@ -41,6 +41,7 @@ from octavo_engine.api.protocol import (
     check_template_variables,
     completion_generation,
     parse_body,
+    role_and_echo,
 )
 from octavo_engine.api.served_model import ServedModel, prompts_of
 from octavo_engine.api.tools import check_tools, output_format
@@ -156,7 +157,7 @@ class Api:
                 f"chatcmpl-{self._base_id(request, generation)}",
                 int(time.time()),
                 body.model or model.name,
-                body.messages[-1].role if body.continue_final_message else "assistant",
+                *role_and_echo(body),
             )
             return await self._generate(request, model, generation, [prompt.token_ids], writer, name, format)
 
@@ -174,7 +175,11 @@ class Api:
                 texts = [p if isinstance(p, str) else model.tokenizer.decode(p) for p in prompts_of(body)]
                 prefixes = [text for text in texts for _ in range(n)]
             writer = sse.CompletionWriter(
-                f"cmpl-{self._base_id(request, generation)}", int(time.time()), body.model or model.name, prefixes
+                f"cmpl-{self._base_id(request, generation)}",
+                int(time.time()),
+                body.model or model.name,
+                prefixes,
+                tells_prompt=body.prompt_logprobs is not None,
             )
             return await self._generate(request, model, generation, prompts, writer, "max_tokens")
 
@@ -206,8 +211,7 @@ class Api:
             raise overloaded(f"The server is busy: {error}. Please retry.", error.retry_after_s) from None
         except EngineGoneError:
             raise self._not_serving() from None
-        prompt_tokens = sum(map(len, prompts))
-        answer = Answer(model.tokenizer, stream, generation.sampling, len(sequences), prompt_tokens, format)
+        answer = Answer(model.tokenizer, stream, sampling, prompts, format, prompt_only=generation.prompt_only)
         try:
             if generation.stream:
                 return await _stream(request, generation, answer, writer)
@@ -355,6 +359,7 @@ class _Accepted:
 async def _whole(answer: Answer, writer: sse.Writer, num_choices: int) -> web.StreamResponse:
     texts: list[list[str]] = [[] for _ in range(num_choices)]
     tokens: list[list[TokenChance]] = [[] for _ in range(num_choices)]
+    prompts: list[list[PromptToken]] = [[] for _ in range(num_choices)]
     reasoning: list[list[str]] = [[] for _ in range(num_choices)]
     calls: list[list[ToolCall]] = [[] for _ in range(num_choices)]
     last: dict[int, Piece] = {}
@@ -362,6 +367,7 @@ async def _whole(answer: Answer, writer: sse.Writer, num_choices: int) -> web.St
         for piece in await answer.next():
             texts[piece.index].append(piece.text)
             tokens[piece.index] += piece.tokens
+            prompts[piece.index] += piece.prompt
             reasoning[piece.index].append(piece.reasoning)
             calls[piece.index] += piece.calls
             last[piece.index] = piece
@@ -371,6 +377,7 @@ async def _whole(answer: Answer, writer: sse.Writer, num_choices: int) -> web.St
             text="".join(texts[i]),
             first=True,
             tokens=tokens[i],
+            prompt=prompts[i],
             reasoning="".join(reasoning[i]),
             calls=calls[i],
         )

@@ -69,6 +69,7 @@ class Output:
     num_cached_tokens: int | None = None
     error: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class _Sequence:
@@ -150,6 +151,8 @@ class Stream:
             self._ready.append(sequence)
         output.token_ids.extend(event.token_ids)
         output.logprobs.extend(event.logprobs)
+        if event.prompt_logprobs is not None:
+            output.prompt_logprobs = event.prompt_logprobs
         if event.num_cached_tokens is not None:
             output.num_cached_tokens = event.num_cached_tokens
         if event.finish_reason is not None:

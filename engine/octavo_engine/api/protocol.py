@@ -60,6 +60,8 @@ class _Sampled(_Body):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     max_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool | None = None
     include_stop_str_in_output: bool | None = None
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
@@ -135,7 +137,6 @@ TokenIds = list[Annotated[int, Field(strict=True, ge=0)]]
 
 class CompletionRequest(_Sampled):
     prompt: str | TokenIds | list[str] | list[TokenIds] | None = None
-    echo: bool | None = None
     logprobs: Annotated[int, Field(strict=True)] | None = None
     add_special_tokens: bool | None = None
 
@@ -186,6 +187,8 @@ class Generation:
     base_id: str | None
     priority: int = 0
     echo: bool = False
+    prompt_only: bool = False
+    """Nothing of what is generated is wanted: the request scores its prompt."""
 
 
 def chat_generation(request: ChatRequest, defaults: GenerationDefaults) -> Generation:
@@ -201,17 +204,31 @@ def chat_generation(request: ChatRequest, defaults: GenerationDefaults) -> Gener
     if request.top_logprobs and not request.logprobs:
         raise bad_request("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
     logprobs = _checked_logprobs(request.top_logprobs or 0, "top_logprobs") if request.logprobs else None
-    return _generation(request, defaults, getattr(request, name), name, logprobs)
+    scored = _checked_prompt_logprobs(request)
+    return _generation(request, defaults, getattr(request, name), name, logprobs, scored)
 
 
 def completion_generation(request: CompletionRequest, defaults: GenerationDefaults) -> Generation:
     """Raises ApiError."""
     max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
     logprobs = None if request.logprobs is None else _checked_logprobs(request.logprobs, "logprobs")
-    if request.echo and logprobs is not None:
-        raise bad_request("echo with logprobs needs those of the prompt, which are not supported yet.", "logprobs")
-    generation = _generation(request, defaults, max_tokens, "max_tokens", logprobs)
-    return replace(generation, echo=bool(request.echo))
+    scored = _checked_prompt_logprobs(request)
+    if scored is None and request.echo:
+        scored = logprobs
+    # With echo, no token at all may be asked for: then the prompt is scored, as evaluation harnesses do it.
+    prompt_only = bool(request.echo) and max_tokens == 0
+    generation = _generation(request, defaults, max_tokens or int(prompt_only), "max_tokens", logprobs, scored)
+    return replace(generation, echo=bool(request.echo), prompt_only=prompt_only)
+
+
+def role_and_echo(request: ChatRequest) -> tuple[str, str]:
+    """The role that answers, and the text that goes before the answer: with `echo`, the message that is continued."""
+    last = request.messages[-1]
+    asked = request.add_generation_prompt
+    prompted = not request.continue_final_message if asked is None else asked
+    role = "assistant" if prompted else last.role
+    echoed = request.echo and last.role == role
+    return role, messages_for_template([last])[0].get("content") or "" if echoed else ""
 
 
 def messages_for_template(messages: list[Message]) -> list[dict[str, Any]]:
@@ -249,8 +266,21 @@ def _checked_logprobs(count: int, param: str) -> int:
     return count
 
 
+def _checked_prompt_logprobs(request: _Sampled) -> int | None:
+    if request.prompt_logprobs is None:
+        return None
+    if request.stream:
+        raise bad_request("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
+    return _checked_logprobs(request.prompt_logprobs, "prompt_logprobs")
+
+
 def _generation(
-    request: _Sampled, defaults: GenerationDefaults, max_tokens: int | None, max_tokens_name: str, logprobs: int | None
+    request: _Sampled,
+    defaults: GenerationDefaults,
+    max_tokens: int | None,
+    max_tokens_name: str,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
 ) -> Generation:
     if request.stream_options is not None and not request.stream:
         raise bad_request("Stream options can only be defined when `stream=True`.", "stream_options")
@@ -281,6 +311,7 @@ def _generation(
             allowed_token_ids=None if request.allowed_token_ids is None else tuple(request.allowed_token_ids),
             bad_words=tuple(request.bad_words or ()),
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
     except SamplingError as error:
         param = max_tokens_name if error.param == "max_tokens" else error.param
@@ -352,7 +383,6 @@ _REFUSED_EVERYWHERE: dict[str, _Refusal] = {
     "early_stopping": _NOTHING_OR_FALSE,
     "truncate_prompt_tokens": _NOTHING,
     "truncation_side": _NOTHING,
-    "prompt_logprobs": _NOTHING,
     "thinking_token_budget": _NOTHING,
     "response_format": _Refusal(_text_format, "other than text is not supported yet"),
     "structured_outputs": _NOTHING,
@@ -374,7 +404,6 @@ _REFUSED: dict[type[_Body], dict[str, _Refusal]] = {
         **_REFUSED_EVERYWHERE,
         "functions": _Refusal(_only(None), "is the older form, which is not supported; use tools"),
         "function_call": _Refusal(_only(None, "none"), "is the older form, which is not supported; use tool_choice"),
-        "echo": _NOTHING_OR_FALSE,
         "chat_template": _Refusal(_only(None), "is not taken from requests; the server has --chat-template"),
         "media_io_kwargs": _NOTHING_OR_EMPTY,
         "mm_processor_kwargs": _NOTHING_OR_EMPTY,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import msgspec
 
 from octavo_engine import __version__
-from octavo_engine.api.answer import Piece, TokenChance
+from octavo_engine.api.answer import Piece, Rated, TokenChance
 from octavo_engine.api.errors import ApiError
 
 FINGERPRINT = f"octavo-{__version__}"
@@ -40,8 +40,11 @@ class Writer(Protocol):
 
 
 class ChatWriter:
-    def __init__(self, request_id: str, created: int, model: str, role: str = "assistant") -> None:
+    """echo: text that goes before each choice's own."""
+
+    def __init__(self, request_id: str, created: int, model: str, role: str = "assistant", echo: str = "") -> None:
         self._id, self._created, self._model, self._role = request_id, created, model, role
+        self._echo = echo
         self._head = _head(request_id, "chat.completion.chunk", created, model)
         self._role_delta = (
             b',"delta":{"role":' + _encode(role) + b',"content":""},"logprobs":null,"finish_reason":null}'
@@ -55,6 +58,8 @@ class ChatWriter:
             first_usage = {**usage, "completion_tokens": 0, "total_tokens": usage["prompt_tokens"]} if usage else None
             first_tail = tail if first_usage is None else b'],"usage":' + _encode(first_usage) + b"}\n\n"
             events.append(self._head + index + self._role_delta + first_tail)
+            if self._echo:
+                events.append(self._delta(index, {"content": self._echo}, first_tail))
         if piece.reasoning:
             events.append(self._delta(index, {"reasoning": piece.reasoning}, tail))
         if piece.calls:
@@ -112,14 +117,16 @@ class ChatWriter:
                 ],
                 "usage": usage,
                 "system_fingerprint": FINGERPRINT,
+                **({"prompt_logprobs": prompt_logprobs(choices[0])} if choices[0].prompt else {}),
             }
         )
 
     def _message(self, piece: Piece) -> dict[str, Any]:
         apart = bool(piece.reasoning or piece.calls)
+        text = self._echo + piece.text
         message: dict[str, Any] = {
             "role": self._role,
-            "content": None if apart and not piece.text else piece.text,
+            "content": None if apart and not text else text,
             "refusal": None,
             "annotations": [],
         }
@@ -134,10 +141,16 @@ class ChatWriter:
 
 
 class CompletionWriter:
-    """prefixes: the prompts' texts, one for each choice, when they are to be echoed; else empty."""
+    """prefixes: the prompts' texts, one for each choice, when they are to be echoed; else empty.
 
-    def __init__(self, request_id: str, created: int, model: str, prefixes: list[str]) -> None:
+    tells_prompt: the log-probabilities of the prompt have a field of their own (vLLM's `prompt_logprobs`).
+    """
+
+    def __init__(
+        self, request_id: str, created: int, model: str, prefixes: list[str], *, tells_prompt: bool = False
+    ) -> None:
         self._id, self._created, self._model, self._prefixes = request_id, created, model, prefixes
+        self._tells_prompt = tells_prompt
         self._head = _head(request_id, "text_completion", created, model)
         self._offsets: dict[int, int] = {}
 
@@ -153,28 +166,35 @@ class CompletionWriter:
             }
             end = b'],"system_fingerprint":' + _encode(FINGERPRINT)
             return head + b"," + _encode(fields)[1:] + end + tail[1:]
-        if not text and not piece.tokens:
+        logprobs = _encode(self._logprobs(piece))
+        if not text and logprobs == b"null":
             return b""
-        logprobs = b"null" if not piece.tokens else _encode(self._logprobs(piece))
         return head + b',"logprobs":' + logprobs + b',"finish_reason":null,"stop_reason":null}' + tail
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         """OpenAI's older form: parallel lists; offsets count the characters of the choice's tokens."""
-        if not piece.tokens:
+        echoed = piece.prompt if self._prefixes else []
+        if not piece.tokens and not echoed:
             return None
-        start = len(self._prefixes[piece.index]) if self._prefixes else 0
+        start = len(self._prefixes[piece.index]) if self._prefixes and not echoed else 0
         offset = self._offsets.get(piece.index, start)
         offsets = []
-        for chance in piece.tokens:
+        tokens = [*(one.token for one in echoed), *(chance.token for chance in piece.tokens)]
+        for token in tokens:
             offsets.append(offset)
-            offset += len(chance.token)
+            offset += len(token)
         self._offsets[piece.index] = offset
+        # The token itself is always among the likeliest, as in OpenAI's. Nothing is before a prompt's first token.
+        tops: list[dict[str, float] | None] = [
+            {of.decoded_token: of.logprob for of in reversed(one.rated.values())} or None for one in echoed
+        ]
+        tops += [{**dict(chance.top), chance.token: chance.logprob} for chance in piece.tokens]
+        own = [one.rated[one.id].logprob if one.rated else None for one in echoed]
         return {
             "text_offset": offsets,
-            "token_logprobs": [chance.logprob for chance in piece.tokens],
-            "tokens": [chance.token for chance in piece.tokens],
-            # The sampled token is always among them, as in OpenAI's.
-            "top_logprobs": [{**dict(chance.top), chance.token: chance.logprob} for chance in piece.tokens],
+            "token_logprobs": [*own, *(chance.logprob for chance in piece.tokens)],
+            "tokens": tokens,
+            "top_logprobs": tops,
         }
 
     def usage_chunk(self, usage: dict[str, Any]) -> bytes:
@@ -194,6 +214,7 @@ class CompletionWriter:
                         "logprobs": self._logprobs(piece),
                         "finish_reason": piece.finish_reason,
                         "stop_reason": piece.stop_reason,
+                        **({"prompt_logprobs": prompt_logprobs(piece)} if self._tells_prompt else {}),
                     }
                     for piece in choices
                 ],
@@ -201,6 +222,11 @@ class CompletionWriter:
                 "system_fingerprint": FINGERPRINT,
             }
         )
+
+
+def prompt_logprobs(piece: Piece) -> list[dict[int, Rated] | None]:
+    """vLLM's form: of each token of the prompt, by id; null for the first."""
+    return [one.rated or None for one in piece.prompt]
 
 
 def chat_logprobs(tokens: list[TokenChance]) -> dict[str, Any] | None:

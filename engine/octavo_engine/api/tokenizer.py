@@ -58,6 +58,7 @@ class Tokenizer:
         bos = special_tokens.get("bos_token")
         self._bos_id = core.token_to_id(bos) if bos else None
         self._add_bos_token = add_bos_token
+        self._texts: dict[int, str] = {}
 
     @classmethod
     def load(cls, folder: Path, model_folder: Path | None = None) -> Tokenizer:
@@ -115,7 +116,11 @@ class Tokenizer:
 
     def decode_one(self, token_id: int) -> str:
         """The text of a token on its own; a piece of a character becomes U+FFFD."""
-        return self.decode([token_id], skip_special_tokens=False)
+        # Kept: scoring a long prompt asks for a hundred thousand of them, and a vocabulary is no larger.
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.decode([token_id], skip_special_tokens=False)
+        return text
 
     def spellings(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """The ids of each word, at the beginning of a text and after a space."""

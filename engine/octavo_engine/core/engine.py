@@ -120,7 +120,7 @@ class Engine:
 
     def _commit(self, plan: StepPlan, sampled: Sampled, now: float) -> list[Commit]:
         commits = []
-        for commit in self.scheduler.commit(plan, sampled.tokens, now, sampled.logprobs):
+        for commit in self.scheduler.commit(plan, sampled.tokens, now, sampled.logprobs, sampled.scores):
             if commit.finish_reason is not None:
                 self._live.discard(commit.request.id)
             if commit.token is not None or commit.finish_reason is not None:
@@ -170,4 +170,5 @@ def _event(commit: Commit) -> TokenEvent:
         prefill_s=prefill_s,
         error=error,
         logprobs=[] if commit.logprobs is None else [commit.logprobs],
+        prompt_logprobs=request.scores if first and request.sampling.prompt_logprobs is not None else None,
     )

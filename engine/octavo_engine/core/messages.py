@@ -110,6 +110,8 @@ class TokenEvent:
     error: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of each of token_ids where the request asked for them, else empty."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of each of the prompt's tokens but the first, where they were asked for; on the first event with a token."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from octavo_engine.core.blocks import BlockHash, BlockId
-from octavo_engine.core.messages import FinishReason, Submit
+from octavo_engine.core.messages import FinishReason, Submit, TokenLogprobs
 from octavo_engine.sampling_params import SamplingParams
 
 
@@ -51,6 +51,8 @@ class Request:
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     num_preemptions: int = 0
+    scores: list[TokenLogprobs] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, as far as known, when sampling.prompt_logprobs asks for them."""
 
     @classmethod
     def of(cls, submit: Submit, arrival: int, now: float, seed: int) -> Request:
@@ -75,6 +77,11 @@ class Request:
     def num_remaining(self) -> int:
         """Tokens to compute before the next one can be sampled; 1 while decoding."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def num_unscored(self) -> int:
+        """Log-probabilities of prompt tokens that are asked for and not known yet."""
+        return 0 if self.sampling.prompt_logprobs is None else self.num_prompt - 1 - len(self.scores)
 
     @property
     def order(self) -> tuple[int, int]:

@@ -12,6 +12,7 @@ gives up can be handed out by the next without waiting.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -156,7 +157,9 @@ class Scheduler:
         """Give a waiting request its row, its cached prefix and its first chunk; None if it does not fit now."""
         size = self.config.block_size
         found: list[BlockId] = []
-        if self.config.enable_prefix_caching:
+        # Cached tokens have keys and values and no logits: a prompt whose tokens are to be scored is computed.
+        looks_up = self.config.enable_prefix_caching and not request.num_unscored
+        if looks_up:
             extend_hashes(request.hashes, request.tokens, size, request.cache_salt)
             # The last token is always computed: its logits are what the request came for.
             found = self.pool.find(request.hashes[: (request.num_tokens - 1) // size])
@@ -173,7 +176,7 @@ class Scheduler:
         if request.num_cached_prompt is None:
             request.num_cached_prompt = min(num_cached, request.num_prompt)
             request.first_scheduled_s = now
-            if self.config.enable_prefix_caching:
+            if looks_up:
                 self.prefix_queries += request.num_prompt
                 self.prefix_hits += request.num_cached_prompt
         request.row = self._rows.pop()
@@ -196,7 +199,9 @@ class Scheduler:
                     tokens=list(request.tokens), num_prompt=request.num_prompt, sampling=request.sampling,
                     min_tokens_ids=tuple(sorted(request.end_token_ids)), seed=request.seed,
                 )  # fmt: skip
-            samples = request.num_computed + grant.count == request.num_tokens
+            end = request.num_computed + grant.count
+            samples = end == request.num_tokens
+            scored = min(end, request.num_prompt - 1) - request.num_computed if request.num_unscored else 0
             items.append(
                 StepItem(
                     row=request.row,
@@ -205,6 +210,7 @@ class Scheduler:
                     new_blocks=grant.new_blocks,
                     samples=samples,
                     admission=admission,
+                    num_scored=max(0, scored),
                 )
             )
             requests.append(request)
@@ -223,6 +229,7 @@ class Scheduler:
         tokens: list[int],
         now: float,
         logprobs: Sequence[TokenLogprobs | None] | None = None,
+        scores: Iterable[TokenLogprobs] = (),
     ) -> list[Commit]:
         """Take the result of the oldest plan: `tokens` holds one id for each item that samples, in order.
 
@@ -233,8 +240,12 @@ class Scheduler:
         assert oldest is plan, "results must come in the order of the plans"
         sampled = iter(zip(tokens, logprobs or [None] * len(tokens), strict=True))
         commits = []
+        scored = iter(scores)
         for item, request in zip(plan.items, requests, strict=True):
             token, chances = next(sampled) if item.samples else (None, None)
+            # What was computed a second time, after a preemption, is known already.
+            of_item = list(itertools.islice(scored, item.num_scored))
+            request.scores += of_item[len(request.scores) - item.start :]
             if request.finish_reason is not None:
                 continue
             if token is not None:

@@ -33,6 +33,7 @@ class StepItem:
     """`count` tokens of the request in `row`, from position `start`; blocks are appended to the row's table first.
 
     samples: the item ends at the request's last token, so the step yields its next one.
+    num_scored: of so many of its tokens, from the first, the logits tell what the prompt's next token was worth.
     """
 
     row: int
@@ -41,6 +42,7 @@ class StepItem:
     new_blocks: list[BlockId]
     samples: bool
     admission: Admission | None = None
+    num_scored: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,10 @@ class StepPlan:
 class Sampled:
     """What a step gave: the next token of each item that samples, in order; -1 where logits were not finite.
 
-    logprobs: None, or for each of them what its request asked for.
+    logprobs: None, or for each of them what its request asked for. scores: of the prompts' tokens, num_scored for each
+    item, in order.
     """
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None] | None = None
+    scores: list[TokenLogprobs] = field(default_factory=list)

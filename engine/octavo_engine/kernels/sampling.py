@@ -14,6 +14,8 @@ from torch import Tensor
 from octavo_engine.sampling_params import SamplingParams
 
 MASK64 = 2**64 - 1
+LOGPROB_ROWS = 32
+"""Rows whose log-probabilities are computed at once, so that float32 copies of logits stay small."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +107,26 @@ def _last_of_bad_words(row: SampleRow) -> list[int]:
 def logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Of each row, on the device: (the token's log-probability, its rank, the likeliest `count` ids, their own).
 
-    logits: [n, vocab] as the model gave them; tokens: [n]. A few rows at a time, so that float32 copies stay small.
+    logits: [n, vocab] as the model gave them; tokens: [n].
     """
     results = []
-    for at in range(0, len(counts), 32):
-        wide = logits[at : at + 32].float().log_softmax(-1)
-        chosen = wide.gather(-1, tokens[at : at + 32].long().clamp(min=0).unsqueeze(-1))
-        ranks = (wide > chosen).sum(-1) + 1
-        best = wide.topk(max(max(counts[at : at + 32]), 1), -1)
-        for i, count in enumerate(counts[at : at + 32]):
-            results.append((chosen[i, 0], ranks[i], best.indices[i, :count], best.values[i, :count]))
+    for at in range(0, len(counts), LOGPROB_ROWS):
+        few = slice(at, at + LOGPROB_ROWS)
+        chosen, ranks, ids, values = token_logprobs(logits[few], tokens[few].long().clamp(min=0), max(counts[few]))
+        for i, count in enumerate(counts[few]):
+            results.append((chosen[i], ranks[i], ids[i, :count], values[i, :count]))
     return results
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of n rows at once: the tokens' log-probabilities [n], ranks [n], the likeliest ids and their own [n, count].
+
+    logits: [n, vocab], n at most LOGPROB_ROWS; tokens: [n] int64.
+    """
+    wide = logits.float().log_softmax(-1)
+    chosen = wide.gather(-1, tokens.unsqueeze(-1))
+    best = wide.topk(max(count, 1), -1)
+    return chosen[:, 0], (wide > chosen).sum(-1) + 1, best.indices[:, :count], best.values[:, :count]
 
 
 def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:

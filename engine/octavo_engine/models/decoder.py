@@ -49,6 +49,18 @@ class Decoder:
 
         kv_cache: [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim].
         """
+        return self.logits(self.hidden(batch, kv_cache), batch.logit_rows)
+
+    @torch.inference_mode()
+    def logits(self, hidden: tuple[Tensor, Tensor], rows: Tensor | slice | None) -> Tensor:
+        """[m, vocab] of these rows of what `hidden` gave; None: of all."""
+        x, residual = hidden if rows is None else (hidden[0][rows], hidden[1][rows])
+        x, _ = rms_norm.reference(x, self._tensors["final_norm"], self.config.norm_eps, residual)
+        return F.linear(x, self._tensors["embedding" if self.config.tied_embeddings else "head"])
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Every token's last layer and its residual, [T, hidden] each, before the final norm. Writes as `forward`."""
         config = self.config
         cos = self._cos[batch.positions].unsqueeze(1)  # [T, 1, head_dim]
         sin = self._sin[batch.positions].unsqueeze(1)
@@ -60,12 +72,8 @@ class Decoder:
             x, residual = rms_norm.reference(x, weights["mlp_norm"], config.norm_eps, residual)
             x = F.linear(x, weights["gate_up"], weights.get("gate_up_bias"))  # [T, 2 * intermediate]
             x = F.linear(silu_mul.reference(x), weights["down"], weights.get("down_bias"))
-        if batch.logit_rows is not None:
-            assert residual is not None
-            x, residual = x[batch.logit_rows], residual[batch.logit_rows]
-        x, _ = rms_norm.reference(x, self._tensors["final_norm"], config.norm_eps, residual)
-        head = self._tensors["embedding" if config.tied_embeddings else "head"]
-        return F.linear(x, head)
+        assert residual is not None
+        return x, residual
 
     def _attention(
         self, x: Tensor, weights: dict[str, Tensor], cos: Tensor, sin: Tensor, batch: Batch, kv_cache: Tensor,

@@ -127,6 +127,16 @@ class GpuDecoder:
         _linear(normed, self._head, None, logits)
         return logits
 
+    def logits_of(self, first: int, end: int) -> Tensor:
+        """Logits of a few tokens of the last step, [end - first, vocab], newly allocated.
+
+        Only after a step that had logit_tokens: any other has normed its buffers already.
+        """
+        x, residual = self._x[first:end], self._residual[first:end].clone()  # the norm adds to it in place
+        normed = torch.empty_like(x)
+        add_rms_norm(x, residual, self._tensors["final_norm"], normed, self.config.norm_eps)
+        return torch.mm(normed, self._head.t())
+
     def _fused(self, step: DeviceStep) -> Tensor:
         config, count = self.config, step.ids.shape[0]
         hidden, inner = config.hidden_size, config.intermediate_size

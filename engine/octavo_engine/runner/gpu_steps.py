@@ -25,7 +25,14 @@ from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_samp
 from octavo_engine.kernels.sampling import SampleRow
 from octavo_engine.models.gpu_decoder import DeviceStep, GpuDecoder
 from octavo_engine.plan import Plan
-from octavo_engine.runner.chances import Chances, read_logprobs, start_logprobs
+from octavo_engine.runner.chances import (
+    Chances,
+    Scores,
+    read_logprobs,
+    read_scores,
+    start_logprobs,
+    start_scores,
+)
 
 RING = 3
 """Pinned buffers: one being filled and one for each step that may be under way, whose copy may not have run yet."""
@@ -45,6 +52,7 @@ class Launched:
     done: torch.cuda.Event
     rows: tuple[int, ...]
     chances: list[Chances]
+    scores: list[Scores]
 
 
 class GpuSteps:
@@ -105,21 +113,22 @@ class GpuSteps:
             self._sample_slowly(slow, sampled, logits)
         asked = [self._admissions[item.row].sampling.logprobs for item in sampled]
         chances = start_logprobs(logits, self._out[: len(sampled)], asked)
+        scores = start_scores(plan.items, self._admissions, self._decoder.logits_of)
         host = self._hosts[turn]
         host[: len(sampled)].copy_(self._out[: len(sampled)], non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        return Launched(host, len(sampled), done, tuple(item.row for item in sampled), chances)
+        return Launched(host, len(sampled), done, tuple(item.row for item in sampled), chances, scores)
 
     def collect(self, launched: Launched) -> Sampled:
-        if not launched.count:
+        if not launched.count and not launched.scores:
             return Sampled([])
         launched.done.synchronize()
         tokens: list[int] = launched.host[: launched.count].tolist()
         for row, token in zip(launched.rows, tokens, strict=True):
             if token < 0:
                 self._scrub(row)
-        return Sampled(tokens, read_logprobs(launched.chances, launched.count))
+        return Sampled(tokens, read_logprobs(launched.chances, launched.count), read_scores(launched.scores))
 
     def _scrub(self, row: int) -> None:
         """Zero the blocks of a request that gave NaN: attention multiplies what lies behind a sequence's end by 0."""

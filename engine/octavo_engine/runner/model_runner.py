@@ -27,7 +27,7 @@ from octavo_engine.loader import weights
 from octavo_engine.models.config import DecoderConfig, load_config
 from octavo_engine.models.decoder import Batch, Decoder
 from octavo_engine.plan import ATTENTION_SCRATCH_BYTES, Plan, choose_dtype, make_plan
-from octavo_engine.runner.chances import read_logprobs, start_logprobs
+from octavo_engine.runner.chances import read_logprobs, read_scores, start_logprobs, start_scores
 from octavo_engine.runner.device import TORCH_DTYPES, choose_device, memory_of
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.status import Effective, Failure, FailureCode, FatalError, Stage
@@ -138,10 +138,14 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> Sampled:
         """A step with the kernels' torch references."""
         self._apply(plan)
-        logits = self._decoder.forward(self._batch(plan), self._kv_cache)
+        batch = self._batch(plan)
+        hidden = self._decoder.hidden(batch, self._kv_cache)
+        logits_of = lambda first, end: self._decoder.logits(hidden, slice(first, end))  # noqa: E731
+        scores = read_scores(start_scores(plan.items, self._admissions, logits_of))
         sampled = [item for item in plan.items if item.samples]
         if not sampled:
-            return Sampled([])
+            return Sampled([], scores=scores)
+        logits = self._decoder.logits(hidden, batch.logit_rows)
         tokens = sampling.reference(logits, [self._sample_row(item) for item in sampled])
         rows, columns = torch.tensor([(i.row, i.start + i.count) for i in sampled]).to(self._device).unbind(1)
         # A request that just reached the longest length ends with this token: there is no column for it.
@@ -149,7 +153,8 @@ class ModelRunner:
         # A -1 stays out of it: the warm-up's second step would look it up in the embedding and fail on that.
         self._token_ids[rows[inside], columns[inside]] = tokens[inside].clamp(min=0).int()
         asked = [self._admissions[item.row].sampling.logprobs for item in sampled]
-        return Sampled(tokens.tolist(), read_logprobs(start_logprobs(logits, tokens, asked), len(asked)))
+        logprobs = read_logprobs(start_logprobs(logits, tokens, asked), len(asked))
+        return Sampled(tokens.tolist(), logprobs, scores)
 
     def _apply(self, plan: StepPlan) -> None:
         """Bring the rows of state up to date."""

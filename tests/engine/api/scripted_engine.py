@@ -33,6 +33,7 @@ from octavo_engine.core.messages import (
     StepStats,
     Submit,
     TokenEvent,
+    TokenLogprobs,
 )
 from octavo_engine.status import Effective, Failure, FailureCode, Load, Stage
 
@@ -64,7 +65,15 @@ class Sequence:
         return TokenEvent(
             self.submit.request_id, [token], reason, stop,
             num_cached_tokens=0 if first else None, queue_s=0.0 if first else None, prefill_s=0.001 if first else None,
+            logprobs=[] if sampling.logprobs is None else [chances(token, sampling.logprobs)],
+            prompt_logprobs=None if sampling.prompt_logprobs is None or not first
+            else [chances(token, sampling.prompt_logprobs) for token in prompt[1:]],
         )  # fmt: skip
+
+
+def chances(token: int, count: int) -> TokenLogprobs:
+    """A made-up distribution: the token's own id tells its log-probability, and ids from 65 ("b") on are likelier."""
+    return TokenLogprobs(-token / 100, count + 1, [(65 + i, -0.01 * (i + 1)) for i in range(count)])
 
 
 class ScriptedEngine:

@@ -233,7 +233,7 @@ async def test_an_engine_error_before_the_first_token_has_its_own_status(server,
 # ---- refusals
 
 ASKS = {
-    "use_beam_search": True, "truncate_prompt_tokens": 5, "prompt_logprobs": 0,
+    "use_beam_search": True, "truncate_prompt_tokens": 5,
     "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}, "guided_json": {},
     "return_token_ids": True, "kv_transfer_params": {"a": 1}, "repetition_detection": {}, "service_tier": "flex",
     "length_penalty": 2.0,
@@ -241,7 +241,7 @@ ASKS = {
 }  # fmt: skip
 CHAT_ASKS = {
     **ASKS, "tools": [], "tool_choice": "auto", "functions": [],
-    "chat_template": "x", "echo": True, "modalities": ["audio"], "audio": {}, "mm_processor_kwargs": {"a": 1},
+    "chat_template": "x", "modalities": ["audio"], "audio": {}, "mm_processor_kwargs": {"a": 1},
 }  # fmt: skip
 COMPLETION_ASKS = {**ASKS, "suffix": "x", "best_of": 2, "prompt_embeds": "x"}
 

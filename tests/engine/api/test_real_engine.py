@@ -196,7 +196,7 @@ ODD: list[tuple[str, dict[str, Any] | bytes, int, str]] = [
     (TEXT, {"prompt": "x " * 2_000_000}, 400, "maximum context length is 8192"),
     (TEXT, {"prompt": "x", "logprobs": 21}, 400, "greater than max allowed: 20"),
     (TEXT, {"prompt": "x", "logprobs": -1}, 400, "logprobs must be"),
-    (TEXT, {"prompt": "x", "logprobs": 1, "echo": True}, 400, "not supported yet"),
+    (TEXT, {"prompt": "x", "logprobs": 21, "echo": True}, 400, "20"),
     (TEXT, {"prompt": "x", "logprobs": 20, "max_tokens": 3, "n": 2, "seed": 1}, 200, "top_logprobs"),
     (TEXT, {"prompt": "x", "logit_bias": {"49152": 1}}, 400, "out-of-vocab"),
     (TEXT, {"prompt": "x", "logit_bias": {"5": 1e9, "6": -1e9}, "max_tokens": 2}, 200, ""),
