@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from octavo_engine.api.chat_template import RESERVED_NAMES
 from octavo_engine.api.errors import ApiError, bad_request, malformed
@@ -29,16 +29,30 @@ MAX_MESSAGES = 4096
 MAX_SALT_CHARS = 512
 MAX_TOOLS = 1024
 MAX_TOOL_NAME_CHARS = 256
-_INT64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 
-class StreamOptions(BaseModel):
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+"""A whole number; JSON knows no integers, so 3.0 is one and "3" is none."""
+_INT64 = Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)]
+
+
+class Strict(BaseModel):
+    """A JSON value of another type than the field's is refused, never converted."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+
+class StreamOptions(Strict):
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
+class _Body(Strict):
+    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
 
@@ -51,43 +65,45 @@ class _Sampled(_Body):
     repetition_penalty: float | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
-    n: int | None = None
+    n: Whole | None = None
     seed: _INT64 | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Whole] | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    max_tokens: int | None = None
-    prompt_logprobs: int | None = None
+    min_tokens: Whole | None = None
+    max_tokens: Whole | None = None
+    prompt_logprobs: Whole | None = None
     echo: bool | None = None
     include_stop_str_in_output: bool | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: list[Whole] | None = None
     bad_words: list[str] | None = None
-    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
+    priority: Annotated[Whole, Field(ge=-(2**31), le=2**31 - 1)] | None = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     request_id: str | None = None
     cache_salt: str | None = None
+    truncate_prompt_tokens: Whole | None = None
+    truncation_side: Literal["left", "right"] | None = None
 
 
-class TextPart(BaseModel):
+class TextPart(Strict):
     model_config = ConfigDict(extra="allow")
 
     type: str
 
 
-class Message(BaseModel):
+class Message(Strict):
     model_config = ConfigDict(extra="allow")
 
     role: str
     content: str | list[TextPart] | None = None
 
 
-class ToolFunction(BaseModel):
+class ToolFunction(Strict):
     model_config = ConfigDict(extra="allow")
 
     name: Annotated[str, Field(min_length=1, max_length=MAX_TOOL_NAME_CHARS)]
@@ -96,18 +112,18 @@ class ToolFunction(BaseModel):
     strict: bool | None = None
 
 
-class Tool(BaseModel):
+class Tool(Strict):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["function"]
     function: ToolFunction
 
 
-class NamedFunction(BaseModel):
+class NamedFunction(Strict):
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(Strict):
     type: Literal["function"]
     function: NamedFunction
 
@@ -117,9 +133,9 @@ Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
 
 class ChatRequest(_Sampled):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Whole | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -132,12 +148,12 @@ class ChatRequest(_Sampled):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
 
-TokenIds = list[Annotated[int, Field(strict=True, ge=0)]]
+TokenIds = list[Annotated[int, Field(ge=0)]]
 
 
 class CompletionRequest(_Sampled):
     prompt: str | TokenIds | list[str] | list[TokenIds] | None = None
-    logprobs: Annotated[int, Field(strict=True)] | None = None
+    logprobs: Whole | None = None
     add_special_tokens: bool | None = None
 
 
@@ -282,6 +298,12 @@ def _generation(
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> Generation:
+    truncation = request.truncate_prompt_tokens
+    if truncation is not None and (truncation < -1 or truncation == 0):
+        raise bad_request(
+            f"truncate_prompt_tokens must be a whole number above 0, or -1 for as many as fit, got {truncation}.",
+            "truncate_prompt_tokens",
+        )
     if request.stream_options is not None and not request.stream:
         raise bad_request("Stream options can only be defined when `stream=True`.", "stream_options")
     if request.cache_salt is not None and not 0 < len(request.cache_salt) <= MAX_SALT_CHARS:
@@ -381,8 +403,6 @@ _REFUSED_EVERYWHERE: dict[str, _Refusal] = {
     "use_beam_search": _NOTHING_OR_FALSE,
     "length_penalty": _Refusal(_only(None, 1, 1.0), "belongs to beam search, which is not supported"),
     "early_stopping": _NOTHING_OR_FALSE,
-    "truncate_prompt_tokens": _NOTHING,
-    "truncation_side": _NOTHING,
     "thinking_token_budget": _NOTHING,
     "response_format": _Refusal(_text_format, "other than text is not supported yet"),
     "structured_outputs": _NOTHING,

@@ -6,15 +6,23 @@ import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, TypeVar, cast
 
 from octavo_engine.api.chat_template import ChatTemplate, TemplateRefusedError
 from octavo_engine.api.errors import ApiError, bad_request, unknown_model
 from octavo_engine.api.output.reasoning import begun_by
-from octavo_engine.api.protocol import ChatRequest, CompletionRequest, TokenizeRequest, messages_for_template
+from octavo_engine.api.protocol import (
+    DEFAULT_COMPLETION_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    TokenizeRequest,
+    messages_for_template,
+)
 from octavo_engine.api.tokenizer import GenerationDefaults, Tokenizer
 from octavo_engine.api.tools import tools_for_template
 from octavo_engine.sampling_params import SamplingParams
+
+S = TypeVar("S", str, list[int])
 
 
 @dataclass(frozen=True)
@@ -76,13 +84,15 @@ class ServedModel:
         assert request.messages is not None
         proceed = bool(request.continue_final_message)
         variables = dict(request.chat_template_kwargs or {})
-        documents = None
+        documents = truncation = None
         if isinstance(request, ChatRequest):
+            truncation = self._truncation(request, _first(request.max_completion_tokens, request.max_tokens))
             documents = request.documents
             if request.reasoning_effort is not None:
                 variables["reasoning_effort"] = request.reasoning_effort
         messages = messages_for_template(request.messages)
-        self._check_chars(sum(len(str(message.get("content") or "")) for message in messages), "messages")
+        if truncation is None:
+            self._check_chars(sum(len(str(message.get("content") or "")) for message in messages), "messages")
         add_prompt = request.add_generation_prompt
         render = functools.partial(
             self.template.render,
@@ -98,18 +108,19 @@ class ServedModel:
             raise bad_request(str(error), "messages") from error
         _check_seen(render, text, messages, tools)
         # The template writes the special tokens itself.
-        token_ids = self._encode(text, bool(request.add_special_tokens), "messages")
+        token_ids = self._encode(text, bool(request.add_special_tokens), "messages", truncation)
         return ChatPrompt(token_ids, begun_by(text))
 
     def completion_prompts(self, request: CompletionRequest) -> list[list[int]]:
         """Every prompt as token ids, within the context. Raises ApiError."""
         special = True if request.add_special_tokens is None else request.add_special_tokens
+        truncation = self._truncation(request, request.max_tokens or DEFAULT_COMPLETION_TOKENS)
         prompts: list[list[int]] = []
         for prompt in prompts_of(request):
             if isinstance(prompt, str):
-                prompts.append(self._encode(prompt, special, "prompt"))
+                prompts.append(self._encode(prompt, special, "prompt", truncation))
             else:
-                prompts.append(self._fitting(prompt, "prompt"))
+                prompts.append(self._fitting(prompt if truncation is None else truncation.of(prompt), "prompt"))
         return prompts
 
     def text_prompt(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -117,9 +128,31 @@ class ServedModel:
         self._check_chars(len(text), "prompt")
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
-        self._check_chars(len(text), param)
-        return self._fitting(self.tokenizer.encode(text, add_special_tokens=add_special_tokens), param)
+    def _encode(
+        self, text: str, add_special_tokens: bool, param: str, truncation: _Truncation | None = None
+    ) -> list[int]:
+        if truncation is None:
+            self._check_chars(len(text), param)
+            return self._fitting(self.tokenizer.encode(text, add_special_tokens=add_special_tokens), param)
+        # A text that is many times too long is not encoded as a whole. Where it was cut tokens may differ; that is at
+        # the end that is thrown away, as the tokens that are kept fill no more than half of what is left.
+        text = _Truncation(2 * truncation.length * self.tokenizer.max_token_chars, truncation.side).of(text)
+        return self._fitting(truncation.of(self.tokenizer.encode(text, add_special_tokens=add_special_tokens)), param)
+
+    def _truncation(self, request: ChatRequest | CompletionRequest, max_tokens: int | None) -> _Truncation | None:
+        """How to shorten prompts. -1 leaves room for the answer that was asked for. Raises ApiError."""
+        length = request.truncate_prompt_tokens
+        if length is None:
+            return None
+        if length > self.max_model_len:
+            raise bad_request(
+                f"truncate_prompt_tokens value ({length}) is greater than max_model_len ({self.max_model_len}). "
+                "Please request a smaller truncation size.",
+                "truncate_prompt_tokens",
+            )
+        if length == -1:
+            length = max(1, self.max_model_len - (max_tokens or 1))
+        return _Truncation(length, request.truncation_side or "left")
 
     def _check_chars(self, num_chars: int, param: str) -> None:
         """Refuse without encoding what cannot fit: no token stands for more than max_token_chars characters."""
@@ -165,6 +198,21 @@ class ServedModel:
             raise bad_request(f"{param}={asked} cannot be greater than max_model_len={self.max_model_len}.", param)
         room = self.max_model_len - prompt_tokens
         return room if asked is None else min(asked, room)
+
+
+@dataclass(frozen=True)
+class _Truncation:
+    """side: where what is too much is cut off."""
+
+    length: int
+    side: Literal["left", "right"]
+
+    def of(self, sequence: S) -> S:
+        return sequence[-self.length :] if self.side == "left" else sequence[: self.length]
+
+
+def _first(*values: int | None) -> int | None:
+    return next((value for value in values if value is not None), None)
 
 
 def _check_seen(

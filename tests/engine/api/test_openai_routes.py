@@ -233,7 +233,7 @@ async def test_an_engine_error_before_the_first_token_has_its_own_status(server,
 # ---- refusals
 
 ASKS = {
-    "use_beam_search": True, "truncate_prompt_tokens": 5,
+    "use_beam_search": True,
     "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}, "guided_json": {},
     "return_token_ids": True, "kv_transfer_params": {"a": 1}, "repetition_detection": {}, "service_tier": "flex",
     "length_penalty": 2.0,
@@ -295,6 +295,44 @@ async def test_values_outside_their_range_are_refused_by_name(server, http, fiel
         assert body["error"]["type"] == "BadRequestError"
 
 
+async def test_a_whole_number_may_be_written_with_a_point(server, http) -> None:
+    status, body = await complete(http, server, "abc", max_tokens=2.0, n=1.0, temperature=1, seed=3.0)
+
+    assert (status, body["choices"][0]["text"]) == (200, "ab")
+
+
+@pytest.mark.parametrize(
+    ("fields", "seen"),
+    [
+        ({"truncate_prompt_tokens": 3}, "efg"), ({"truncate_prompt_tokens": 3, "truncation_side": "right"}, "abc"),
+        ({"truncate_prompt_tokens": 3, "truncation_side": "left"}, "efg"), ({"truncate_prompt_tokens": 100}, "abcdefg"),
+        ({"truncate_prompt_tokens": None, "truncation_side": "left"}, "abcdefg"),
+    ],
+)  # fmt: skip
+async def test_a_prompt_is_truncated_where_it_was_asked_for(server, http, fields, seen) -> None:
+    for prompt in ("abcdefg", [64 + i for i in range(7)]):
+        _, body = await complete(http, server, prompt, **fields)
+        assert (body["choices"][0]["text"], body["usage"]["prompt_tokens"]) == (seen, len(seen))
+
+    _, body = await chat(http, server, **fields)
+    assert body["usage"]["prompt_tokens"] == min(len("<user>hello<assistant>"), fields["truncate_prompt_tokens"] or 99)
+
+
+async def test_a_prompt_that_is_too_long_fits_once_it_is_truncated(server, http) -> None:
+    _, whole = await complete(http, server, "ab" * 300_000, truncate_prompt_tokens=-1, max_tokens=12)
+    _, most = await chat(http, server, "ab" * 300_000, truncate_prompt_tokens=-1)
+
+    assert whole["usage"]["prompt_tokens"] == 500
+    assert most["usage"] == {"prompt_tokens": 511, "total_tokens": 512, "completion_tokens": 1}
+
+
+@pytest.mark.parametrize("value", [0, -2, 513])
+async def test_a_truncation_to_nothing_or_beyond_the_context_is_refused(server, http, value) -> None:
+    status, body = await complete(http, server, "abc", truncate_prompt_tokens=value)
+
+    assert (status, body["error"]["param"]) == (400, "truncate_prompt_tokens")
+
+
 async def test_min_tokens_above_max_tokens_and_n_with_greedy_are_refused(server, http) -> None:
     _, first = await chat(http, server, min_tokens=9, max_tokens=5)
     _, second = await chat(http, server, n=2, temperature=0)
@@ -316,6 +354,20 @@ async def test_min_tokens_above_max_tokens_and_n_with_greedy_are_refused(server,
         ("/v1/completions", {"prompt": "x", "n": "many"}, "body.n"),
         ("/v1/completions", {"prompt": "x", "seed": 2**70}, "body.seed"),
         ("/v1/completions", {"prompt": [-1]}, "body.prompt"),
+        ("/v1/completions", {"prompt": ["x", 1]}, "body.prompt"),
+        ("/v1/completions", {"prompt": "x", "max_tokens": "3"}, "body.max_tokens"),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 3.5}, "body.max_tokens"),
+        ("/v1/completions", {"prompt": "x", "max_tokens": True}, "body.max_tokens"),
+        ("/v1/completions", {"prompt": "x", "temperature": "0.5"}, "body.temperature"),
+        ("/v1/completions", {"prompt": "x", "echo": "yes"}, "body.echo"),
+        ("/v1/completions", {"prompt": "x", "echo": 1}, "body.echo"),
+        ("/v1/completions", {"prompt": "x", "stop": [1]}, "body.stop"),
+        ("/v1/completions", {"prompt": "x", "logprobs": False}, "body.logprobs"),
+        ("/v1/completions", {"prompt": "x", "stream": "true"}, "body.stream"),
+        ("/v1/completions", {"prompt": "x", "logit_bias": {"5": "1"}}, "body.logit_bias"),
+        ("/v1/chat/completions", {"messages": [{"role": 1, "content": "x"}]}, "body.messages.0.role"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": 5}]}, "body.messages.0.content"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "logprobs": 1}, "body.logprobs"),
     ],
 )
 async def test_a_body_of_the_wrong_shape_names_the_place(server, http, path, body, param) -> None:
