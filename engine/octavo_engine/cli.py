@@ -22,6 +22,10 @@ from octavo_engine.config import (
 )
 from octavo_engine.status import DEFAULT_TERMINATION_LOG, MANAGEMENT_PORT, ExitStatus, Failure, FailureCode, FatalError
 
+DOWNLOAD_SETTINGS = (
+    *("model", "revision", "model_store", "model_store_size"),
+    *("host", "management_port", "log_level", "startup_stall_s", "termination_log"),
+)
 EPILOG = "Flags of vLLM are understood in both spellings (--max-model-len, --max_model_len)."
 
 
@@ -87,7 +91,21 @@ def _parsers() -> tuple[ArgumentParser, dict[str, tuple[ArgumentParser, Callable
     )
     add_arguments(plan, [EngineConfig])
     commands.add_parser("bench", help="measure speed: bench serve, bench throughput, bench latency")
-    return parser, {"serve": (serve, _serve), "drain": (drain, _drain), "plan": (plan, _plan)}
+    fetch = commands.add_parser(
+        "download",
+        help="bring a model into a store, whole and verified",
+        description="Download a model into --model-store and verify it, so that servers find it whole. Goes on with "
+        "what an earlier try left. For the cache of several pods: they wait for one another, and only one downloads.",
+    )
+    _add_model(fetch)
+    add_arguments(fetch, [EngineConfig, ServerConfig], only=DOWNLOAD_SETTINGS)
+    fetch.set_defaults(management_port=0)  # a server on this machine keeps its port
+    return parser, {
+        "serve": (serve, _serve),
+        "download": (fetch, _download),
+        "drain": (drain, _drain),
+        "plan": (plan, _plan),
+    }
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -104,10 +122,16 @@ def _serve(namespace: argparse.Namespace) -> int:
     serve(engine_config, server_config)
 
 
+def _download(namespace: argparse.Namespace) -> int:
+    from octavo_engine.api.download import run
+
+    return run(_engine_config(namespace), from_namespace(ServerConfig, namespace))
+
+
 def _plan(namespace: argparse.Namespace) -> int:
     config = _engine_config(namespace)
     config.check()
-    from octavo_engine.api.find_model import download, local_folder
+    from octavo_engine.api.find_model import download, local_folder, store_of
     from octavo_engine.host import host_memory
     from octavo_engine.models.config import load_config
     from octavo_engine.plan import DeviceMemory, choose_dtype, describe, make_plan
@@ -121,7 +145,12 @@ def _plan(namespace: argparse.Namespace) -> int:
         memory = DeviceMemory("cpu", "this machine's CPU", total, free)
     try:
         folder = local_folder(config.model) or download(
-            config.model, config.revision, config.download_dir, lambda done, total: None, weights=False
+            config.model,
+            config.revision,
+            config.download_dir,
+            lambda done, total: None,
+            weights=False,
+            store=store_of(config, config.model),
         )
         model = load_config(folder.path)
         plan = make_plan(config, model, choose_dtype(config, model.dtype, memory.kind), memory)

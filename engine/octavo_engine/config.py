@@ -95,6 +95,17 @@ class EngineConfig:
         group="Model",
         metavar="DIR",
     )
+    model_store: str | None = _setting(
+        None,
+        "Folder that processes and pods share for downloaded models: each is verified, and served only when it is "
+        "whole. Default: Hugging Face's cache.",
+        group="Model",
+        metavar="DIR",
+    )
+    model_store_size: int | None = _setting(
+        None, "Bytes that whole models in --model-store may take (100G = 100 GiB); beyond that, those unused for "
+        "longest are removed. Default: what the disk holds.", group="Model", parse=parse_count, low=1, metavar="BYTES",
+    )  # fmt: skip
     load_format: str = _setting(
         "auto", "auto and safetensors read the checkpoint; dummy draws random weights (for measuring speed).",
         group="Model", choices=("auto", "safetensors", "dummy"),
@@ -292,12 +303,19 @@ TYPED_FLAGS: frozenset[str] = frozenset(flag_of(f.name) for kind in (EngineConfi
 """Every flag that a field stands behind; the operator refuses to pass these through as free arguments."""
 
 
-def add_arguments(parser: argparse.ArgumentParser, kinds: Iterable[type[Config]]) -> None:
-    """Add one flag per field, in groups. Booleans get --x and --no-x; underscores are accepted for dashes."""
+def add_arguments(
+    parser: argparse.ArgumentParser, kinds: Iterable[type[Config]], only: Sequence[str] | None = None
+) -> None:
+    """Add one flag per field, in groups. Booleans get --x and --no-x; underscores are accepted for dashes.
+
+    only: names of the fields that are meant. Default: all.
+    """
     groups: dict[str, argparse._ArgumentGroup] = {}
     for kind in kinds:
         hints = typing.get_type_hints(kind)
         for f in fields(kind):
+            if only is not None and f.name not in only:
+                continue
             meta = f.metadata
             title = meta["group"]
             if title not in groups:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, cast
 from octavo_engine.api.chat_template import ChatTemplate
 from octavo_engine.api.detokenizer import TextStream
 from octavo_engine.api.engine_client import one_sequence
-from octavo_engine.api.find_model import ModelFolder, download, local_folder
+from octavo_engine.api.find_model import ModelFolder, download, local_folder, store_of
 from octavo_engine.api.tokenizer import Tokenizer, generation_defaults
 from octavo_engine.config import ConfigError, EngineConfig
 from octavo_engine.core.messages import FinishReason, Submit, TokenEvent, TokenLogprobs
@@ -293,7 +293,8 @@ def _find(name: str, config: EngineConfig, weights: bool = True) -> ModelFolder:
     if folder is not None:
         return folder
     revision = config.revision if weights else None
-    return download(name, revision, config.download_dir, lambda done, total: None, weights=weights)
+    store = store_of(config, name)
+    return download(name, revision, config.download_dir, lambda done, total: None, weights=weights, store=store)
 
 
 def _is_one_prompt(prompts: Any) -> bool:

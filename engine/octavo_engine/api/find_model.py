@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from octavo_engine.config import EngineConfig
 from octavo_engine.status import Failure, FailureCode, FatalError
+from octavo_engine.store.models import S3_SOURCE, Store, default_root, whole_model
 
 ATTEMPTS = 3
 PAUSE_S = 2.0
@@ -50,6 +52,8 @@ def local_folder(name: str, *, of: Literal["model", "tokenizer"] = "model") -> M
                 )
             )
         return ModelFolder(path.resolve())
+    if S3_SOURCE.fullmatch(name):
+        return None
     if HUB_NAME.fullmatch(hub_id(name)) and not name.startswith((".", "/", "~")):
         return None
     raise FatalError(
@@ -65,22 +69,44 @@ def hub_id(name: str) -> str:
     return name.removeprefix("hf://")
 
 
-def download(
-    name: str, revision: str | None, download_dir: str | None, report: Report, *, weights: bool = True
-) -> ModelFolder:
-    """Blocks until the model is complete in the cache. weights False: only config and tokenizer. Raises FatalError."""
-    import huggingface_hub  # here and not above: half a second that local folders need not wait for
+def store_of(config: EngineConfig, name: str) -> Store | None:
+    """Where whole models are kept; None for Hugging Face's own cache, which knows no buckets."""
+    if config.model_store is None and not name.startswith("s3://"):
+        return None
+    root = Path(config.model_store).expanduser() if config.model_store is not None else default_root()
+    try:
+        return Store(root, config.model_store_size)
+    except OSError as error:
+        raise FatalError(
+            Failure(
+                FailureCode.DOWNLOAD_FAILED,
+                f"Models cannot be kept in {root}: {error.strerror}.",
+                "name a folder that can be written with --model-store",
+            )
+        ) from error
 
-    bar = _bar_class(report)
+
+def download(
+    name: str,
+    revision: str | None,
+    download_dir: str | None,
+    report: Report,
+    *,
+    weights: bool = True,
+    store: Store | None = None,
+) -> ModelFolder:
+    """Blocks until the model is complete in the cache, or in the store where one is given.
+
+    weights False: only config and tokenizer. Raises FatalError.
+    """
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            folder = huggingface_hub.snapshot_download(
-                hub_id(name),
-                revision=revision,
-                cache_dir=download_dir,
-                allow_patterns=[*TEXT_FILES, *(WEIGHT_FILES if weights else ())],
-                tqdm_class=bar,
-            )
+            if store is not None:
+                source = name if name.startswith("s3://") else f"hf://{hub_id(name)}"
+                return ModelFolder(*whole_model(source, revision, store, report, weights=weights))
+            folder = _into_cache(name, revision, download_dir, report, weights=weights)
+        except FatalError:
+            raise
         except Exception as error:
             failure = explain(name, revision, error)
             if attempt == ATTEMPTS or failure.code is not FailureCode.DOWNLOAD_FAILED:
@@ -92,6 +118,19 @@ def download(
             commit = path.name if re.fullmatch(r"[0-9a-f]{40}", path.name) else revision
             return ModelFolder(path, commit)
     raise AssertionError("unreachable")
+
+
+def _into_cache(name: str, revision: str | None, folder: str | None, report: Report, *, weights: bool) -> str:
+    import huggingface_hub  # here and not above: half a second that local folders need not wait for
+
+    path: str = huggingface_hub.snapshot_download(
+        hub_id(name),
+        revision=revision,
+        cache_dir=folder,
+        allow_patterns=[*TEXT_FILES, *(WEIGHT_FILES if weights else ())],
+        tqdm_class=_bar_class(report),
+    )
+    return path
 
 
 def explain(name: str, revision: str | None, error: Exception) -> Failure:

@@ -170,9 +170,11 @@ class _Server:
             self._board.enter(Stage.DOWNLOADING, done, total)
 
         weights = weights and self._engine_config.load_format != "dummy"
+        config = self._engine_config
+        store = find_model.store_of(config, name)
         download = _in_daemon_thread(
             self._loop,
-            lambda: find_model.download(name, revision, self._engine_config.download_dir, report, weights=weights),
+            lambda: find_model.download(name, revision, config.download_dir, report, weights=weights, store=store),
         )
         while not (await asyncio.wait([download], timeout=1.0))[0]:
             if (idle := time.monotonic() - moved_at) > self._config.startup_stall_s:
