@@ -71,7 +71,7 @@ COPY --from=root --chown=10001:10001 /empty /home/octavo
 COPY --from=root --chown=10001:10001 /empty /var/cache/octavo/triton
 ENV PATH=/usr/local/bin:/usr/bin:/usr/sbin HOME=/home/octavo LANG=C.UTF-8 PYTHONUNBUFFERED=1 \
     TRITON_CACHE_DIR=/var/cache/octavo/triton NVIDIA_DRIVER_CAPABILITIES=compute,utility \
-    PYTHONWARNINGS="ignore:Failed to initialize NumPy:UserWarning"
+    PYTHONWARNINGS="ignore:Failed to initialize NumPy:UserWarning" OCTAVO_HOST=0.0.0.0
 # Installed in place: copying torch's gigabytes from another stage would take longer, and comparing them at each build.
 # pip is lent by another stage, so it is not in the image. The lists of requirements decide whether these layers are new.
 COPY docker/install.py /usr/local/share/octavo/

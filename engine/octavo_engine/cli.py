@@ -1,4 +1,7 @@
-"""The command `octavo`: serve, plan, bench, drain. Import-light: what a subcommand needs is imported when it runs."""
+"""The command `octavo`: serve, chat, complete, plan, bench, drain, collect-env.
+
+Import-light: what a subcommand needs is imported when it runs.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from octavo_engine import __version__
+from octavo_engine.command_line import ABOUT_VLLM, add_vllm_flags, help_about, read
 from octavo_engine.config import (
     ArgumentParser,
     ConfigError,
@@ -20,13 +24,26 @@ from octavo_engine.config import (
     from_namespace,
     parse_count,
 )
-from octavo_engine.status import DEFAULT_TERMINATION_LOG, MANAGEMENT_PORT, ExitStatus, Failure, FailureCode, FatalError
+from octavo_engine.status import (
+    API_PORT,
+    DEFAULT_TERMINATION_LOG,
+    MANAGEMENT_PORT,
+    ExitStatus,
+    Failure,
+    FailureCode,
+    FatalError,
+)
+
+if TYPE_CHECKING:
+    from octavo_engine.client import Talk
 
 DOWNLOAD_SETTINGS = (
     *("model", "revision", "model_store", "model_store_size"),
     *("host", "management_port", "log_level", "startup_stall_s", "termination_log"),
 )
-EPILOG = "Flags of vLLM are understood in both spellings (--max-model-len, --max_model_len)."
+
+Command = Callable[[argparse.Namespace, list[str]], int]
+"""Runs a command with its flags, and with the warnings that reading them gave."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,18 +71,28 @@ def _run(arguments: list[str]) -> int:
         return ExitStatus.OK
     # By the command's own parser, so that an unknown flag is compared with that command's flags.
     command, run = commands[name]
-    return run(command.parse_args(arguments[1:]))
+    if (about := next((a for a in arguments[1:] if a.startswith("--help=")), None)) is not None:
+        print(help_about(command, about.partition("=")[2]))
+        return ExitStatus.OK
+    return run(*read(command, arguments[1:], os.environ))
 
 
-def _parsers() -> tuple[ArgumentParser, dict[str, tuple[ArgumentParser, Callable[[argparse.Namespace], int]]]]:
+def _parsers() -> tuple[ArgumentParser, dict[str, tuple[ArgumentParser, Command]]]:
     parser = ArgumentParser(prog="octavo", description="Serves large language models with the OpenAI API.")
     parser.add_argument("--version", action="version", version=f"octavo {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=ArgumentParser)
     serve = commands.add_parser(
-        "serve", help="serve a model", description="Serve a model with the OpenAI API.", epilog=EPILOG
-    )
+        "serve", help="serve a model", description="Serve a model with the OpenAI API.", epilog=ABOUT_VLLM,
+        usage="octavo serve MODEL [flags]",
+    )  # fmt: skip
     _add_model(serve)
+    serve.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS,
+        help="YAML file of flags without their dashes; the command line wins over it.",
+    )  # fmt: skip
     add_arguments(serve, [EngineConfig, ServerConfig])
+    add_vllm_flags(serve)
+    made = {"serve": (serve, _serve), **_client_parsers(commands)}
     drain = commands.add_parser(
         "drain",
         help="let the server on this machine finish its requests, and end it",
@@ -81,6 +108,8 @@ def _parsers() -> tuple[ArgumentParser, dict[str, tuple[ArgumentParser, Callable
         help="tell how much memory a model needs and what fits",
         description="Compute, without a GPU and without the weights, what the engine would allocate. Exit status 0 "
         "when it fits, the failure's own when it does not.",
+        epilog=ABOUT_VLLM,
+        usage="octavo plan MODEL [--memory BYTES] [flags]",
     )
     _add_model(plan)
     plan.add_argument(
@@ -90,6 +119,7 @@ def _parsers() -> tuple[ArgumentParser, dict[str, tuple[ArgumentParser, Callable
         help="Memory of the GPU to plan for (24G = 24 GiB). Default: plan for this machine's CPU.",
     )
     add_arguments(plan, [EngineConfig])
+    add_vllm_flags(plan)
     commands.add_parser("bench", help="measure speed: bench serve, bench throughput, bench latency")
     fetch = commands.add_parser(
         "download",
@@ -100,12 +130,43 @@ def _parsers() -> tuple[ArgumentParser, dict[str, tuple[ArgumentParser, Callable
     _add_model(fetch)
     add_arguments(fetch, [EngineConfig, ServerConfig], only=DOWNLOAD_SETTINGS)
     fetch.set_defaults(management_port=0)  # a server on this machine keeps its port
+    collect = commands.add_parser(
+        "collect-env",
+        help="tell about this machine, for a report",
+        description="Print what a report of an error should have: versions, devices, variables without their secrets.",
+    )
     return parser, {
-        "serve": (serve, _serve),
+        **made,
         "download": (fetch, _download),
         "drain": (drain, _drain),
         "plan": (plan, _plan),
+        "collect-env": (collect, _collect_env),
     }
+
+
+def _client_parsers(commands: Any) -> dict[str, tuple[ArgumentParser, Command]]:
+    made: dict[str, tuple[ArgumentParser, Command]] = {}
+    for name, run, what in (
+        ("chat", _chat, "talk with a model that is served"),
+        ("complete", _complete, "let a model that is served continue a text"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=what,
+            description=what.capitalize() + ". Without --quick it reads line after line; Ctrl-D ends it.",
+        )
+        command.add_argument(
+            "--url", default=f"http://localhost:{API_PORT}/v1", help="Address of the API. Default: %(default)s."
+        )
+        command.add_argument("--model-name", metavar="NAME", help="Default: the one that the server names first.")
+        command.add_argument("--api-key", metavar="KEY", help="Default: OPENAI_API_KEY, OCTAVO_API_KEY, VLLM_API_KEY.")
+        command.add_argument("-q", "--quick", metavar="TEXT", help="Send this, print the answer, end.")
+        command.add_argument("--max-tokens", type=int, metavar="TOKENS", help="Default: the server's.")
+        command.add_argument("--temperature", type=float, help="Default: the server's.")
+        if name == "chat":
+            command.add_argument("--system-prompt", metavar="TEXT", help="What the conversation begins with.")
+        made[name] = (command, run)
+    return made
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -114,21 +175,52 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _serve(namespace: argparse.Namespace) -> int:
+def _serve(namespace: argparse.Namespace, warnings: list[str]) -> int:
     engine_config, server_config = _engine_config(namespace), from_namespace(ServerConfig, namespace)
     engine_config.check()
     from octavo_engine.api.serve import serve
 
-    serve(engine_config, server_config)
+    serve(engine_config, server_config, warnings=warnings)
 
 
-def _download(namespace: argparse.Namespace) -> int:
+def _download(namespace: argparse.Namespace, warnings: list[str]) -> int:
     from octavo_engine.api.download import run
 
     return run(_engine_config(namespace), from_namespace(ServerConfig, namespace))
 
 
-def _plan(namespace: argparse.Namespace) -> int:
+def _chat(namespace: argparse.Namespace, warnings: list[str]) -> int:
+    from octavo_engine import client
+
+    return client.chat(_talk(namespace), namespace.system_prompt, namespace.quick)
+
+
+def _complete(namespace: argparse.Namespace, warnings: list[str]) -> int:
+    from octavo_engine import client
+
+    return client.complete(_talk(namespace), namespace.quick)
+
+
+def _talk(namespace: argparse.Namespace) -> Talk:
+    from octavo_engine.client import Talk
+
+    variables = ("OPENAI_API_KEY", "OCTAVO_API_KEY", "VLLM_API_KEY")
+    key = namespace.api_key or next((os.environ[name] for name in variables if os.environ.get(name)), None)
+    sampling = {name: getattr(namespace, name) for name in ("max_tokens", "temperature")}
+    given = {name: value for name, value in sampling.items() if value is not None}
+    return Talk(namespace.url, namespace.model_name, key, given)
+
+
+def _collect_env(namespace: argparse.Namespace, warnings: list[str]) -> int:
+    from octavo_engine.collect_env import describe
+
+    print(describe(os.environ))
+    return ExitStatus.OK
+
+
+def _plan(namespace: argparse.Namespace, warnings: list[str]) -> int:
+    for warning in warnings:
+        print(f"octavo plan: {warning}", file=sys.stderr)
     config = _engine_config(namespace)
     config.check()
     from octavo_engine.api.find_model import download, local_folder, store_of
@@ -169,7 +261,7 @@ def _bench(arguments: list[str]) -> int:
     return run(add_commands(parser), arguments, parser)
 
 
-def _drain(namespace: argparse.Namespace) -> int:
+def _drain(namespace: argparse.Namespace, warnings: list[str]) -> int:
     import http.client
 
     connection = http.client.HTTPConnection(namespace.host, namespace.management_port)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 import sys
 import types
@@ -23,6 +24,7 @@ from octavo_engine.status import API_PORT, DEFAULT_TERMINATION_LOG, MANAGEMENT_P
 DTYPES = ("auto", "float32", "float16", "bfloat16", "half", "float")
 BLOCK_SIZES = (16, 32, 64, 128)
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("console", "json")
 TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral", "qwen3_coder", "pythonic")
 REASONING_PARSERS = ("deepseek_r1", "qwen3")
 QUANTIZATIONS = ("awq", "gptq", "squeezellm", "fp8")
@@ -53,6 +55,29 @@ def parse_model_len(text: str) -> int | None:
     return None if text == "auto" or text == "-1" else parse_count(text)
 
 
+def parse_log_level(text: str) -> str:
+    """Levels as Python and uvicorn write them: INFO, trace, critical."""
+    level = text.lower()
+    return {"trace": "debug", "warn": "warning", "critical": "error", "fatal": "error"}.get(level, level)
+
+
+def parse_json_object(text: str) -> str:
+    """A JSON object, kept as text. Raises ValueError."""
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("not an object")
+    return text
+
+
+def parse_words(text: str) -> list[str]:
+    """One word, or a JSON list of them, as vLLM's CORS flags take it. Raises ValueError."""
+    if not text.startswith("["):
+        return [text]
+    words = json.loads(text)
+    if not all(isinstance(word, str) for word in words):
+        raise ValueError("not a list of texts")
+    return list(words)
+
+
 def _setting(
     default: Any,
     help: str,
@@ -65,12 +90,14 @@ def _setting(
     aliases: Sequence[str] = (),
     metavar: str | None = None,
     secret: bool = False,
+    managed: bool = False,
 ) -> Any:
+    """managed: on Kubernetes the operator sets it itself or has a field for it, so free arguments may not."""
     return field(
         default=default,
         metadata={
             "help": help, "group": group, "parse": parse, "choices": choices, "low": low, "high": high,
-            "aliases": tuple(aliases), "metavar": metavar, "secret": secret,
+            "aliases": tuple(aliases), "metavar": metavar, "secret": secret, "managed": managed,
         },
     )  # fmt: skip
 
@@ -81,19 +108,24 @@ class EngineConfig:
 
     model: str = _setting(
         "", "Hugging Face id (org/name) or a folder with config.json and safetensors files.",
-        group="Model", metavar="MODEL",
+        group="Model", metavar="MODEL", managed=True,
     )  # fmt: skip
     revision: str | None = _setting(
-        None, "Branch, tag or commit of a Hugging Face model. Default: its main branch.", group="Model"
+        None, "Branch, tag or commit of a Hugging Face model. Default: its main branch.", group="Model", managed=True
     )
     tokenizer: str | None = _setting(
         None, "Tokenizer's id or folder when it is not the model's own.", group="Model", metavar="MODEL"
     )
+    tokenizer_revision: str | None = _setting(
+        None, "Branch, tag or commit of the tokenizer. Default: --revision for the model's own, else main.",
+        group="Model",
+    )  # fmt: skip
     download_dir: str | None = _setting(
         None,
         "Where downloads are kept. Default: Hugging Face's cache (HF_HOME).",
         group="Model",
         metavar="DIR",
+        managed=True,
     )
     model_store: str | None = _setting(
         None,
@@ -113,7 +145,7 @@ class EngineConfig:
     trust_remote_code: bool = _setting(False, "Refused: this version runs no code from a checkpoint.", group="Model")
     dtype: str = _setting(
         "auto", "Type of weights and activations. auto: the checkpoint's own type where the device computes it "
-        "natively, else float32.", group="Model", choices=DTYPES,
+        "natively, else float32.", group="Model", choices=DTYPES, managed=True,
     )  # fmt: skip
     quantization: str | None = _setting(
         None,
@@ -125,48 +157,61 @@ class EngineConfig:
     max_model_len: int | None = _setting(
         None, "Longest prompt plus output, in tokens (8192, 8k, 8K). Default, and auto: the model's own limit, or "
         "what fits in memory where that is less.", group="Model", parse=parse_model_len,
-        low=1, metavar="TOKENS",
+        low=1, metavar="TOKENS", managed=True,
     )  # fmt: skip
     seed: int = _setting(0, "Seed of requests that bring none of their own.", group="Model", low=0, high=2**63 - 1)
 
     device: str = _setting(
         "auto", "Where to compute. auto: the GPU if there is one, else the CPU.", group="Memory and parallelism",
-        choices=("auto", "cpu", "cuda"),
+        choices=("auto", "cpu", "cuda"), managed=True,
     )  # fmt: skip
     gpu_memory_utilization: float = _setting(
         0.9, "Share of the device's memory that the engine may use in all (on a CPU: of the memory that is free at "
-        "start, for the KV cache, at most 4 GiB).", group="Memory and parallelism", low=0.01, high=1.0,
+        "start, for the KV cache, at most 4 GiB).", group="Memory and parallelism", low=0.01, high=1.0, managed=True,
     )  # fmt: skip
     kv_cache_memory_bytes: int | None = _setting(
         None, "Size of the KV cache in bytes (4G = 4 GiB); overrides --gpu-memory-utilization.",
-        group="Memory and parallelism", parse=parse_count, low=1, metavar="BYTES",
+        group="Memory and parallelism", parse=parse_count, low=1, metavar="BYTES", managed=True,
+    )  # fmt: skip
+    num_gpu_blocks_override: int | None = _setting(
+        None, "Blocks of the KV cache, whatever the memory; for trying preemption.", group="Memory and parallelism",
+        low=1, metavar="BLOCKS",
     )  # fmt: skip
     block_size: int = _setting(
-        64, "Tokens in one block of the KV cache.", group="Memory and parallelism", choices=BLOCK_SIZES
+        64, "Tokens in one block of the KV cache.", group="Memory and parallelism", choices=BLOCK_SIZES, managed=True
     )
     tensor_parallel_size: int = _setting(
-        1, "GPUs that share each layer.", group="Memory and parallelism", low=1, high=64, aliases=("-tp",)
+        1, "GPUs that share each layer.", group="Memory and parallelism", low=1, high=64, aliases=("-tp",), managed=True
     )
     pipeline_parallel_size: int = _setting(
         1, "Groups of GPUs that share the layers in sequence.", group="Memory and parallelism", low=1, high=64,
-        aliases=("-pp",),
+        aliases=("-pp",), managed=True,
+    )  # fmt: skip
+    enforce_eager: bool = _setting(
+        False, "Launch every kernel by itself instead of capturing CUDA graphs: slower, for finding errors.",
+        group="Memory and parallelism",
     )  # fmt: skip
     cpu_threads: int | None = _setting(
         None, "Threads for computing on a CPU. Default: the cores this process may use.",
         group="Memory and parallelism", low=1, high=1024,
     )  # fmt: skip
 
-    max_num_seqs: int = _setting(256, "Requests computed together in one step.", group="Scheduling", low=1, high=4096)
+    max_num_seqs: int = _setting(
+        256, "Requests computed together in one step.", group="Scheduling", low=1, high=4096, managed=True
+    )
     max_num_batched_tokens: int = _setting(
         2048, "Tokens computed in one step: the bound on a prompt's chunk.", group="Scheduling",
-        parse=parse_count, low=1, high=2**20, metavar="TOKENS",
+        parse=parse_count, low=1, high=2**20, metavar="TOKENS", managed=True,
     )  # fmt: skip
     enable_prefix_caching: bool = _setting(
-        True, "Keep finished blocks and reuse them for prompts with the same beginning.", group="Scheduling"
+        True,
+        "Keep finished blocks and reuse them for prompts with the same beginning.",
+        group="Scheduling",
+        managed=True,
     )
     enable_chunked_prefill: bool = _setting(
         True, "Split long prompts over several steps, so that running requests go on beside them. Without it a "
-        "prompt must fit in --max-num-batched-tokens.", group="Scheduling",
+        "prompt must fit in --max-num-batched-tokens.", group="Scheduling", managed=True,
     )  # fmt: skip
     max_num_queued_reqs: int = _setting(
         1024, "Requests that may wait; more get 429 with Retry-After.", group="Scheduling", low=1
@@ -223,23 +268,33 @@ class EngineConfig:
 class ServerConfig:
     """What the API process needs beside the engine's part: addresses, keys, limits, life cycle."""
 
-    host: str = _setting("localhost", "Address to listen on; 0.0.0.0 for all.", group="Server")
-    port: int = _setting(API_PORT, "Port of the OpenAI API; 0 takes a free one.", group="Server", low=0, high=65535)
+    host: str = _setting(
+        "localhost", "Address to listen on; 0.0.0.0 for all. Also read from OCTAVO_HOST, which the container image "
+        "sets to 0.0.0.0.", group="Server", managed=True,
+    )  # fmt: skip
+    port: int = _setting(
+        API_PORT, "Port of the OpenAI API; 0 takes a free one.", group="Server", low=0, high=65535, managed=True
+    )
+    uds: str | None = _setting(
+        None, "Unix socket for the OpenAI API, instead of --host and --port.", group="Server", metavar="PATH",
+        managed=True,
+    )  # fmt: skip
     management_port: int = _setting(
         MANAGEMENT_PORT, "Port of /startupz, /livez, /readyz, /statusz, /drain and /metrics; 0 takes a free one.",
-        group="Server", low=0, high=65535,
+        group="Server", low=0, high=65535, managed=True,
     )  # fmt: skip
     served_model_name: tuple[str, ...] = _setting(
         (), "Names under which clients ask for the model; the first is the one reported. Default: MODEL.",
-        group="Server", metavar="NAME",
+        group="Server", metavar="NAME", managed=True,
     )  # fmt: skip
     api_key: tuple[str, ...] = _setting(
         (), "Keys that clients must send one of (Authorization: Bearer KEY). Also read from OCTAVO_API_KEY and "
-        "VLLM_API_KEY.", group="Server", metavar="KEY", secret=True,
+        "VLLM_API_KEY.", group="Server", metavar="KEY", secret=True, managed=True,
     )  # fmt: skip
     api_key_file: str | None = _setting(
-        None, "File with one key a line, read again when it changes.", group="Server", metavar="FILE"
-    )
+        None, "File with one key a line, read again when it changes.", group="Server", metavar="FILE",
+        managed=True,
+    )  # fmt: skip
     chat_template: str | None = _setting(
         None, "File with a Jinja chat template, instead of the tokenizer's.", group="Server", metavar="FILE"
     )
@@ -254,19 +309,101 @@ class ServerConfig:
         None, "How the model marks its thinking, which is then given apart from the answer, as `reasoning`.",
         group="Server", choices=REASONING_PARSERS,
     )  # fmt: skip
+    default_chat_template_kwargs: str | None = _setting(
+        None, "Variables for the chat template, as a JSON object; a request's own win.", group="Server",
+        parse=parse_json_object, metavar="JSON",
+    )  # fmt: skip
+    generation_config: str = _setting(
+        "auto", "Where default sampling parameters come from. auto: the model's generation_config.json; vllm: none, "
+        "OpenAI's defaults; else a folder with that file.", group="Server", metavar="auto|vllm|DIR",
+    )  # fmt: skip
+    override_generation_config: str | None = _setting(
+        None, "Default sampling parameters, as a JSON object; they win over generation_config.json.", group="Server",
+        parse=parse_json_object, metavar="JSON",
+    )  # fmt: skip
+    max_logprobs: int = _setting(
+        20, "Most log-probabilities a token that a request may ask for.", group="Server", low=0, high=20
+    )
+    enable_prompt_tokens_details: bool = _setting(
+        False, "Tell in usage how many tokens of the prompt came from the cache.", group="Server"
+    )
+    enable_force_include_usage: bool = _setting(
+        False, "Send usage at the end of every stream, asked for or not.", group="Server"
+    )
+    root_path: str = _setting(
+        "", "Prefix under which a proxy serves this API; requests are taken with it and without.", group="Server",
+        metavar="/PREFIX",
+    )  # fmt: skip
     max_request_bytes: int = _setting(
         32 * 2**20, "Largest request body.", group="Server", parse=parse_count, low=1024, metavar="BYTES"
     )
-    enable_metrics: bool = _setting(True, "Answer /metrics.", group="Server")
-    log_level: str = _setting("info", "Least severe message that is logged.", group="Server", choices=LOG_LEVELS)
+    ssl_keyfile: str | None = _setting(
+        None, "Private key for HTTPS, as PEM; read again when it changes.", group="TLS and CORS", metavar="FILE"
+    )
+    ssl_certfile: str | None = _setting(
+        None, "Certificate for HTTPS, as PEM; read again when it changes.", group="TLS and CORS", metavar="FILE"
+    )
+    ssl_ca_certs: str | None = _setting(
+        None, "Certificates of authorities that clients' certificates are checked by.", group="TLS and CORS",
+        metavar="FILE",
+    )  # fmt: skip
+    ssl_cert_reqs: int = _setting(
+        0, "Clients' certificates: 0 not asked for, 1 checked when sent, 2 required.", group="TLS and CORS",
+        choices=(0, 1, 2),
+    )  # fmt: skip
+    allowed_origins: tuple[str, ...] = _setting(
+        ("*",), "Origins whose pages may call the API from a browser; words, or a JSON list.", group="TLS and CORS",
+        parse=parse_words, metavar="ORIGIN",
+    )  # fmt: skip
+    allowed_methods: tuple[str, ...] = _setting(
+        ("*",), "Methods that they may use.", group="TLS and CORS", parse=parse_words, metavar="METHOD"
+    )
+    allowed_headers: tuple[str, ...] = _setting(
+        ("*",), "Headers that they may send.", group="TLS and CORS", parse=parse_words, metavar="HEADER"
+    )
+    allow_credentials: bool = _setting(
+        False, "Let browsers send cookies and the like to the API; the origins must be named for it.",
+        group="TLS and CORS",
+    )  # fmt: skip
+
+    enable_metrics: bool = _setting(True, "Answer /metrics.", group="Logs, metrics and traces", managed=True)
+    log_level: str = _setting(
+        "info", "Least severe message that is logged. Also read from VLLM_LOGGING_LEVEL.",
+        group="Logs, metrics and traces", choices=LOG_LEVELS, parse=parse_log_level, aliases=("--uvicorn-log-level",),
+    )  # fmt: skip
+    log_format: str = _setting(
+        "console", "console: lines for people; json: one object a line.", group="Logs, metrics and traces",
+        choices=LOG_FORMATS,
+    )  # fmt: skip
+    log_config_file: str | None = _setting(
+        None, "File with a configuration of Python's logging, as JSON; it replaces --log-level and --log-format.",
+        group="Logs, metrics and traces", metavar="FILE",
+    )  # fmt: skip
+    enable_log_requests: bool = _setting(
+        False, "Log a line for each request: its id, lengths and times, never its text.",
+        group="Logs, metrics and traces",
+    )  # fmt: skip
+    access_log: bool = _setting(False, "Log a line for each HTTP request.", group="Logs, metrics and traces")
+    disable_access_log_for_endpoints: str | None = _setting(
+        None, "Paths that --access-log leaves out, with commas between them: /health,/metrics.",
+        group="Logs, metrics and traces", metavar="PATHS",
+    )  # fmt: skip
+    disable_log_stats: bool = _setting(
+        False, "Leave out the line with throughput and queue that is logged under load.",
+        group="Logs, metrics and traces",
+    )  # fmt: skip
+    log_stats_interval_s: float = _setting(
+        10.0, "Seconds between those lines. Also read from VLLM_LOG_STATS_INTERVAL.",
+        group="Logs, metrics and traces", low=0.1, high=86400, metavar="SECONDS",
+    )  # fmt: skip
 
     drain_timeout_s: float = _setting(
         120.0, "Longest wait for running requests on SIGTERM or POST /drain before they are ended.",
-        group="Life cycle", low=0, high=86400, metavar="SECONDS",
+        group="Life cycle", low=0, high=86400, metavar="SECONDS", aliases=("--shutdown-timeout",), managed=True,
     )  # fmt: skip
     startup_stall_s: float = _setting(
         300.0, "/startupz fails when start-up made no progress for this long.", group="Life cycle", low=1, high=86400,
-        metavar="SECONDS",
+        metavar="SECONDS", managed=True,
     )  # fmt: skip
     liveness_stall_s: float = _setting(
         60.0, "/livez fails when requests run and no step finished for this long.", group="Life cycle", low=1,
@@ -274,7 +411,7 @@ class ServerConfig:
     )  # fmt: skip
     termination_log: str = _setting(
         DEFAULT_TERMINATION_LOG, "File for the death certificate; written only if its folder exists.",
-        group="Life cycle", metavar="FILE",
+        group="Life cycle", metavar="FILE", managed=True,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -287,7 +424,18 @@ class ServerConfig:
                 "--enable-auto-tool-choice", True,
                 "--tool-call-parser beside it, one of " + ", ".join(TOOL_CALL_PARSERS),
             )  # fmt: skip
-        if self.port == self.management_port and self.port != 0:
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            missing = "--ssl-certfile" if self.ssl_certfile is None else "--ssl-keyfile"
+            raise ConfigError(missing, None, "a file: --ssl-keyfile and --ssl-certfile go together")
+        if self.ssl_certfile is None and (self.ssl_ca_certs is not None or self.ssl_cert_reqs):
+            raise ConfigError("--ssl-certfile", None, "a file, and --ssl-keyfile, for TLS")
+        if self.ssl_cert_reqs and self.ssl_ca_certs is None:
+            raise ConfigError("--ssl-ca-certs", None, "the authorities that clients' certificates are checked by")
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise ConfigError("--root-path", self.root_path, "a path with a slash before it and none after, as /llm")
+        if self.allow_credentials and "*" in self.allowed_origins:
+            raise ConfigError("--allow-credentials", True, "--allowed-origins with names, as browsers demand")
+        if self.port == self.management_port and self.port != 0 and self.uds is None:
             raise ConfigError("--management-port", self.management_port, f"another port than --port ({self.port})")
 
 
@@ -297,6 +445,17 @@ Config = EngineConfig | ServerConfig
 def flag_of(name: str) -> str:
     """'max_model_len' → '--max-model-len'."""
     return "--" + name.replace("_", "-")
+
+
+def managed_flags() -> tuple[str, ...]:
+    """Flags, in every spelling, that are the operator's to set: they may not come as free arguments."""
+    spelled = set()
+    for kind in (EngineConfig, ServerConfig):
+        for f in fields(kind):
+            if f.metadata["managed"]:
+                long = [flag for flag in (flag_of(f.name), *f.metadata["aliases"]) if flag.startswith("--")]
+                spelled |= {*long, *("--no-" + flag[2:] for flag in long)}
+    return tuple(sorted(spelled | {"--config"}))
 
 
 TYPED_FLAGS: frozenset[str] = frozenset(flag_of(f.name) for kind in (EngineConfig, ServerConfig) for f in fields(kind))
@@ -372,8 +531,13 @@ def from_namespace(kind: type[C], namespace: argparse.Namespace) -> C:
     """The config of this kind from parsed flags. Raises ConfigError for a value outside its range."""
     given = vars(namespace)
     values: dict[str, Any] = {f.name: given[f.name] for f in fields(kind) if f.name in given}
-    frozen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    frozen: dict[str, Any] = {name: _flat(v) if isinstance(v, list) else v for name, v in values.items()}
     return kind(**frozen)
+
+
+def _flat(words: list[Any]) -> tuple[Any, ...]:
+    """What `parse_words` makes of several words is a list of lists."""
+    return tuple(part for word in words for part in (word if isinstance(word, list) else [word]))
 
 
 def to_args(config: Config) -> list[str]:
@@ -419,6 +583,8 @@ def _check_bounds(config: Config) -> None:
 def _type_text(f: dataclasses.Field[Any], hint: type) -> str:
     if f.metadata["choices"]:
         return "one of " + ", ".join(map(str, f.metadata["choices"]))
+    if f.metadata["metavar"] == "JSON":
+        return "a JSON object"
     words = {bool: "True or False", str: "text", tuple: "a tuple of texts", int: "a whole number", float: "a number"}
     low, high = f.metadata["low"], f.metadata["high"]
     return words[hint] + (f", {_range_text(low, high)}" if low is not None or high is not None else "")
@@ -437,7 +603,7 @@ def _help(f: dataclasses.Field[Any]) -> str:
     if default in (None, (), "", False, True) or f.metadata["secret"]:
         shown = {True: " Default: on.", False: " Default: off."}.get(default, "") if isinstance(default, bool) else ""
     else:
-        shown = f" Default: {default}."
+        shown = f" Default: {' '.join(default) if isinstance(default, tuple) else default}."
     return str(f.metadata["help"] + shown).replace("%", "%%")
 
 

@@ -92,7 +92,8 @@ def make_plan(config: EngineConfig, model: DecoderConfig, dtype: str, memory: De
     per_token = model.kv_bytes_per_token(dtype)
     block_bytes = per_token * config.block_size
     activation = activation_bytes(config, model, dtype, wanted)
-    if weights + activation > budget and config.kv_cache_memory_bytes is None:
+    fixed = config.kv_cache_memory_bytes is not None or config.num_gpu_blocks_override is not None
+    if weights + activation > budget and not fixed:
         raise _too_large(memory, weights, activation, budget)
 
     kv_budget = budget - weights - activation
@@ -107,6 +108,11 @@ def make_plan(config: EngineConfig, model: DecoderConfig, dtype: str, memory: De
                 f"at most {max(room, 0)}: {memory.name} has {_gib(memory.free_bytes)} free and the weights take "
                 f"{_gib(weights)}",
             )  # fmt: skip
+    if config.num_gpu_blocks_override is not None:
+        kv_budget = config.num_gpu_blocks_override * block_bytes
+        if kv_budget > (room := memory.free_bytes - weights):
+            most = max(room, 0) // block_bytes
+            raise ConfigError("--num-gpu-blocks-override", config.num_gpu_blocks_override, f"at most {most}")
     num_blocks = max(kv_budget // block_bytes, 0)
     fits = num_blocks * config.block_size
     max_model_len = min(wanted, fits) if config.max_model_len is None else config.max_model_len

@@ -23,7 +23,7 @@ from octavo_engine.config import (
     ConfigError,
     EngineConfig,
     ServerConfig,
-    flag_of,
+    managed_flags,
     to_args,
 )
 from octavo_engine.status import API_PORT, MANAGEMENT_PORT
@@ -69,18 +69,7 @@ class ApiKeysSecretRef(SecretRef):
 
 # What the operator sets itself, or has a field for. A second road to the same setting would let args win over the
 # field silently; and addresses, ports, keys and life cycle are what probes, Service and drain are wired to.
-_RESOURCE_FLAGS = {
-    *("model", "revision", "dtype", "max_model_len", "gpu_memory_utilization", "kv_cache_memory_bytes"),
-    *("block_size", "tensor_parallel_size", "pipeline_parallel_size", "max_num_seqs", "max_num_batched_tokens"),
-    *("enable_prefix_caching", "enable_chunked_prefill", "served_model_name"),
-    *("device", "download_dir", "host", "port", "management_port", "api_key", "api_key_file", "enable_metrics"),
-    *("drain_timeout_s", "startup_stall_s", "termination_log"),
-}
-TAKEN_FLAGS: tuple[str, ...] = tuple(
-    sorted(
-        spelling for name in _RESOURCE_FLAGS for spelling in (flag_of(name), flag_of(name).replace("--", "--no-", 1))
-    )
-)
+TAKEN_FLAGS: tuple[str, ...] = managed_flags()
 """Flags that spec.engine.args may not hold."""
 
 

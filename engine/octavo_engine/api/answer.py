@@ -105,6 +105,9 @@ class Answer:
         self._prompt_tokens = sum(map(len, prompts))
         self._tokenizer = tokenizer
         self._prompt_only = prompt_only
+        self.tells_cached = False
+        """Whether usage tells how many tokens of the prompts came from the cache."""
+        self._cached: dict[int, int] = {}
 
     @property
     def finished(self) -> bool:
@@ -130,17 +133,29 @@ class Answer:
         """So far; completion_tokens for the figure of a single choice."""
         if completion_tokens is None:
             completion_tokens = sum(choice.num_tokens for choice in self._choices)
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": self._prompt_tokens,
             "total_tokens": self._prompt_tokens + completion_tokens,
             "completion_tokens": completion_tokens,
         }
+        if self.tells_cached:
+            # Of n choices of one prompt, the first to run tells: the others find what it has computed.
+            n = self._n
+            usage["prompt_tokens_details"] = {
+                "cached_tokens": sum(
+                    min((self._cached[i] for i in range(p * n, (p + 1) * n) if i in self._cached), default=0)
+                    for p in range(len(self._choices) // n)
+                )
+            }
+        return usage
 
     def _piece(self, output: Output) -> Piece:
         if output.finish_reason is FinishReason.ERROR:
             raise internal(f"The engine could not finish this request: {output.error or 'no reason given'}")
         choice = self._choices[output.index]
         first, choice.started = not choice.started, True
+        if output.num_cached_tokens is not None:
+            self._cached[output.index] = output.num_cached_tokens
         ended = output.finish_reason is not None
         if self._prompt_only:
             return Piece(output.index, "", first, 0, "length" if ended else None)

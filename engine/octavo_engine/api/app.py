@@ -13,7 +13,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -23,9 +23,11 @@ from aiohttp.typedefs import Handler, Middleware
 
 from octavo_engine import __version__
 from octavo_engine.api import sse
+from octavo_engine.api.access_log import AccessLog
 from octavo_engine.api.answer import Answer, Piece, PromptToken, TokenChance
 from octavo_engine.api.auth import OPEN_PATHS, Keys
 from octavo_engine.api.board import Board
+from octavo_engine.api.cors import Cors
 from octavo_engine.api.engine_client import EngineClient, EngineGoneError, Prompt, QueueFullError, one_sequence
 from octavo_engine.api.errors import ApiError, bad_request, internal, malformed, overloaded, unauthorized, unavailable
 from octavo_engine.api.metrics import CONTENT_TYPE, Metrics
@@ -49,6 +51,7 @@ from octavo_engine.config import ServerConfig
 from octavo_engine.status import Stage
 
 log = logging.getLogger(__name__)
+log_requests = logging.getLogger("octavo.requests")
 
 TEXT_THREADS = 4
 """Threads for templates and encoding. More than one, so that one slow template does not hold up the others."""
@@ -82,13 +85,17 @@ class Api:
 
     def __post_init__(self) -> None:
         self.idle.set()
+        self.cors = Cors.from_config(self.config)
+        self.access_log = AccessLog.from_config(self.config)
+        self.routes = _Routes(self.config.root_path)
 
     # ---- the application
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._edge], client_max_size=self.config.max_request_bytes)
-        app.on_response_prepare.append(_name_response)
-        app.add_routes(
+        app.on_response_prepare.append(self._name_response)
+        routes = _Routes(self.config.root_path)
+        routes.add(
             [
                 web.get("/v1/models", self.models),
                 web.get("/v1/models/{model:.+}", self.model_card),
@@ -104,7 +111,9 @@ class Api:
             ]
         )
         if self.config.enable_metrics:
-            app.add_routes([web.get("/metrics", self.prometheus)])
+            routes.add([web.get("/metrics", self.prometheus)])
+        app.add_routes(routes.all)
+        self.routes = routes
         return app
 
     @property
@@ -113,10 +122,14 @@ class Api:
 
         @web.middleware
         async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
+            began = time.monotonic()
             resource = request.match_info.route.resource
             # The matched route decides, never the path as sent: two parsers of a path have been two truths before.
-            route = resource.canonical if resource is not None else "none"
+            route = self.routes.name(resource.canonical) if resource is not None else "none"
             request[REQUEST_ID] = request_id(request.headers.get("X-Request-Id"))
+            if request.method == "OPTIONS" and (answer := self.cors.preflight(request.headers)) is not None:
+                status, headers, text = answer
+                return web.Response(status=status, headers=headers, text=text)
             try:
                 if route not in OPEN_PATHS and not self.keys.admits(request.headers.get("Authorization")):
                     raise unauthorized()
@@ -133,9 +146,17 @@ class Api:
             if route not in OPEN_PATHS:
                 method = request.method if request.method in _METHODS else "other"
                 self.metrics.http[route, method, f"{response.status // 100}xx"] += 1
+            if self.access_log is not None:
+                self.access_log.add(request, request[REQUEST_ID], response.status, time.monotonic() - began)
             return response
 
         return edge
+
+    async def _name_response(self, request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["Server"] = "octavo"  # and not the versions of what it is made of
+        if REQUEST_ID in request:
+            response.headers["X-Request-Id"] = request[REQUEST_ID]
+        response.headers.update(self.cors.response(request.headers.get("Origin")))
 
     # ---- generating
 
@@ -193,7 +214,15 @@ class Api:
         max_tokens_param: str,
         format: OutputFormat | None = None,
     ) -> web.StreamResponse:
+        if self.config.enable_force_include_usage:
+            generation = replace(generation, include_usage=True)
         sampling = model.resolved(generation.sampling)
+        if (sampling.logprobs or 0) > self.config.max_logprobs:
+            most = self.config.max_logprobs
+            raise bad_request(
+                f"Requested sample logprobs of {sampling.logprobs}, which is greater than max allowed: {most}",
+                "logprobs",
+            )
         n = sampling.n
         sequences = []
         for prompt in prompts:
@@ -212,6 +241,11 @@ class Api:
         except EngineGoneError:
             raise self._not_serving() from None
         answer = Answer(model.tokenizer, stream, sampling, prompts, format, prompt_only=generation.prompt_only)
+        answer.tells_cached = self.config.enable_prompt_tokens_details
+        began, id = time.monotonic(), request[REQUEST_ID]
+        if self.config.enable_log_requests:
+            prompt_tokens = sum(map(len, prompts))
+            log_requests.info("received id=%s prompt_tokens=%d sequences=%d", id, prompt_tokens, len(sequences))
         try:
             if generation.stream:
                 return await _stream(request, generation, answer, writer)
@@ -219,6 +253,9 @@ class Api:
         finally:
             # Also on a client's hanging up, which cancels this task: the engine stops working for nobody.
             answer.close()
+            if self.config.enable_log_requests:
+                made, seconds = answer.usage()["completion_tokens"], time.monotonic() - began
+                log_requests.info("ended id=%s completion_tokens=%d seconds=%.3f", id, made, seconds)
 
     def _check_fan_out(self, num_prompts: int, n: int) -> None:
         most = self.client.limits.most_sequences
@@ -340,6 +377,31 @@ class Api:
         return request_id(generation.base_id) if generation.base_id else request[REQUEST_ID]
 
 
+class _Routes:
+    """The routes, also under the prefix of a proxy that leaves it in the path."""
+
+    def __init__(self, root_path: str) -> None:
+        self._root = root_path
+        self._names: dict[str, str] = {}
+        self.all: list[web.RouteDef] = []
+
+    def add(self, routes: Sequence[web.RouteDef]) -> None:
+        for route in routes:
+            for prefix in dict.fromkeys(("", self._root)):
+                path = prefix + route.path
+                self._names[canonical(path)] = canonical(route.path)
+                self.all.append(web.RouteDef(route.method, path, route.handler, route.kwargs))
+
+    def name(self, path: str) -> str:
+        """A matched route's name without the prefix."""
+        return self._names[path]
+
+
+def canonical(path: str) -> str:
+    """'/v1/models/{model:.+}' → '/v1/models/{model}': how aiohttp names a route with a pattern."""
+    return re.sub(r"\{(\w+):[^}]*\}", r"{\1}", path)
+
+
 class _Accepted:
     """Counts a request while it is answered, so that a drain can wait for it."""
 
@@ -429,12 +491,6 @@ def request_id(given: str | None) -> str:
     """A client's own id made safe for headers and logs, or a new one."""
     safe = _UNSAFE.sub("", given or "")[:MAX_REQUEST_ID_CHARS]
     return safe or secrets.token_hex(16)
-
-
-async def _name_response(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["Server"] = "octavo"  # and not the versions of what it is made of
-    if REQUEST_ID in request:
-        response.headers["X-Request-Id"] = request[REQUEST_ID]
 
 
 def _error_response(error: ApiError) -> web.Response:

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +29,13 @@ class EngineProcess:
     sock: socket.socket
 
     @classmethod
-    def start(cls, config: EngineConfig, command: Sequence[str] = ENGINE_COMMAND) -> EngineProcess:
+    def start(
+        cls, config: EngineConfig, command: Sequence[str] = ENGINE_COMMAND, variables: Mapping[str, str] | None = None
+    ) -> EngineProcess:
+        """variables: for the engine's environment, beside our own less the keys."""
         ours, theirs = socket.socketpair()
         environ = {name: value for name, value in os.environ.items() if name not in KEY_VARIABLES}
+        environ |= variables or {}
         # The same package again, also when it was found through sys.path and not installed.
         root = str(Path(octavo_engine.__file__).parents[1])
         environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environ.get("PYTHONPATH")]))

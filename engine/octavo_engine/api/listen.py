@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
+import stat
 
 from octavo_engine.status import Failure, FailureCode, FatalError
 
@@ -49,6 +51,49 @@ def listen(host: str, port: int, flag: str) -> socket.socket:
             ) from error
         raise _bad_host(address_flag, host, error) from error
     return sock
+
+
+def listen_unix(path: str) -> socket.socket:
+    """A listening Unix socket. What is left of a process that is gone is replaced. Raises FatalError."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if _is_abandoned(path):
+            os.unlink(path)
+        sock.bind(path)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise FatalError(
+                Failure(
+                    FailureCode.PORT_IN_USE,
+                    f"{path} is there already and is in use, or is no socket.",
+                    "end the process that listens there, or choose another path with --uds",
+                )
+            ) from error
+        raise FatalError(
+            Failure(
+                FailureCode.INVALID_CONFIG,
+                f"--uds: no socket can be made at {path!r}.",
+                "name a path of at most 107 bytes in a folder that exists and may be written to",
+                detail=str(error),
+            )
+        ) from error
+    return sock
+
+
+def _is_abandoned(path: str) -> bool:
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return False
+    except FileNotFoundError:
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+    return False
 
 
 def port_of(sock: socket.socket) -> int:

@@ -153,6 +153,11 @@ class Metrics:
         span = max(end - start, 1e-6)
         return (prompt1 - prompt0) / span, (generated1 - generated0) / span
 
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Since the start, 0 to 1."""
+        return self.stats.prefix_hits / self.stats.prefix_queries if self.stats.prefix_queries else 0.0
+
     def render(self) -> bytes:
         text: bytes = generate_latest(self._registry)
         return text
@@ -171,7 +176,6 @@ class Metrics:
         board, labels = self._board, {"model_name": self.model_name, "engine": "0"}
         statusz = board.statusz()
         load, stats = statusz.load, self.stats
-        hit_rate = stats.prefix_hits / stats.prefix_queries if stats.prefix_queries else 0.0
         prompt_rate, generation_rate = self.throughput()
 
         yield gauge("vllm:num_requests_running", "Requests computed in the last step.", labels, load.running)
@@ -180,7 +184,9 @@ class Metrics:
         yield gauges("vllm:num_requests_waiting_by_reason", "Waiting requests by cause.", labels, "reason", by_reason)
         for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):
             yield gauge(name, "Share of the KV cache in use, 0 to 1.", labels, load.kv_usage)
-        yield gauge("vllm:gpu_prefix_cache_hit_rate", "Prefix cache hits per query, 0 to 1.", labels, hit_rate)
+        yield gauge(
+            "vllm:gpu_prefix_cache_hit_rate", "Prefix cache hits per query, 0 to 1.", labels, self.prefix_hit_rate
+        )
         yield gauge(
             "vllm:avg_prompt_throughput_toks_per_s", "Prompt tokens per second, last 10 s.", labels, prompt_rate
         )

@@ -22,16 +22,21 @@ WORDS = {
 }
 BAR_WIDTH = 28
 LOG_EVERY_S = 10.0
-"""Without a terminal: a line of progress this often, and one for the load while requests run."""
+"""Without a terminal: a line of progress this often."""
 
 
 class Screen:
     """Fed by tick() a few times a second."""
 
-    def __init__(self, board: Board, stream: TextIO, started: float) -> None:
+    def __init__(
+        self, board: Board, stream: TextIO, started: float, stats_every_s: float | None, *, log_format: str
+    ) -> None:
+        """stats_every_s: seconds between two lines for the load; None: no such lines."""
         self._board = board
         self._stream = stream
-        self._is_terminal = stream.isatty()
+        self._stats_every_s = stats_every_s
+        # Whoever asks for JSON reads the lines with a program, also when they run by on a terminal.
+        self._is_terminal = stream.isatty() and log_format == "console"
         self._started = started
         self._stage: Stage | None = None
         self._said_at = started
@@ -56,7 +61,8 @@ class Screen:
             log.info("%s", bar(statusz, width=0))
         self._stage = statusz.stage
 
-    def ready(self, effective: Effective, url: str, name: str, needs_key: bool) -> None:
+    def ready(self, effective: Effective, url: str, name: str, curl: str) -> None:
+        """curl: the program and its flags for getting in."""
         seconds = time.monotonic() - self._started
         facts = f"{effective.gpu or 'CPU'} · {effective.dtype} · context {effective.max_model_len:,} tokens"
         if effective.kv_tokens:
@@ -65,25 +71,24 @@ class Screen:
             log.info("ready in %.1f s url=%s model=%s %s", seconds, url, name, facts)
             return
         self.clear()
-        key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
         self._line(
             f"  ready in {seconds:.1f} s   {facts}\n"
             f"  listening on {url}\n\n"
-            f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
+            f"  {curl} {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
             f'    -d \'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n'
         )
 
     def load(self, metrics: Metrics, now: float) -> None:
-        """One line every LOG_EVERY_S while there is something to tell; vLLM's, which people know how to read."""
-        if now - self._said_at < LOG_EVERY_S:
+        """One line now and then while there is something to tell; vLLM's, which people know how to read."""
+        if self._stats_every_s is None or now - self._said_at < self._stats_every_s:
             return
         load, (prompt, generated) = self._board.load, metrics.throughput()
         if load.running or load.waiting or generated:
             self._said_at = now
             log.info(
-                "Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, "
-                "Running: %d reqs, Waiting: %d reqs, KV cache usage: %.1f%%",
-                prompt, generated, load.running, load.waiting, 100 * load.kv_usage,
+                "Engine 000: Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, "
+                "Running: %d reqs, Waiting: %d reqs, GPU KV cache usage: %.1f%%, Prefix cache hit rate: %.1f%%",
+                prompt, generated, load.running, load.waiting, 100 * load.kv_usage, 100 * metrics.prefix_hit_rate,
             )  # fmt: skip
 
     def clear(self) -> None:

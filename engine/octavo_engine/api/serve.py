@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -18,13 +19,15 @@ import types
 from collections.abc import Sequence
 from typing import NoReturn
 
+from octavo_engine import logs
 from octavo_engine.api.auth import Keys
 from octavo_engine.api.board import Board, Limits
 from octavo_engine.api.certificate import write_certificate
 from octavo_engine.api.engine_process import ENGINE_COMMAND, EngineProcess
 from octavo_engine.api.find_model import local_folder
-from octavo_engine.api.listen import listen
+from octavo_engine.api.listen import listen, listen_unix
 from octavo_engine.api.management import ManagementServer
+from octavo_engine.api.tls import Tls
 from octavo_engine.config import EngineConfig, ServerConfig
 from octavo_engine.status import ExitStatus, Failure, FatalError
 
@@ -32,16 +35,23 @@ log = logging.getLogger("octavo")
 
 
 def serve(
-    engine_config: EngineConfig, config: ServerConfig, engine_command: Sequence[str] = ENGINE_COMMAND
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    engine_command: Sequence[str] = ENGINE_COMMAND,
+    warnings: Sequence[str] = (),
 ) -> NoReturn:
-    """Ends the process with its exit status. engine_command: what speaks the channel; its flags are appended."""
+    """Ends the process with its exit status. engine_command: what speaks the channel; its flags are appended.
+
+    warnings: what reading the command line had to say, for the log.
+    """
     started = time.monotonic()
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        level=config.log_level.upper(),
-        stream=sys.stderr,
-    )
     try:
+        if config.log_config_file is not None:
+            logs.configure_from_file(config.log_config_file)
+        else:
+            logs.configure(config.log_level, config.log_format)
+        for warning in warnings:
+            log.warning("%s", warning)
         failure = _serve(engine_config, config, engine_command, started)
     except FatalError as error:
         failure = error.failure
@@ -63,7 +73,7 @@ def _serve(
     engine_config: EngineConfig, config: ServerConfig, engine_command: Sequence[str], started: float
 ) -> Failure | None:
     management_socket = listen(config.host, config.management_port, "--management-port")
-    api_socket = listen(config.host, config.port, "--port")
+    api_socket = listen_unix(config.uds) if config.uds is not None else listen(config.host, config.port, "--port")
     board = Board(
         Limits(
             startup_stall_s=config.startup_stall_s,
@@ -80,15 +90,20 @@ def _serve(
     try:
         # What can be refused is refused before an engine is started for it.
         keys = Keys.from_config(config, os.environ)
+        tls = Tls.from_config(config)
         local_folder(engine_config.model)
-        engine = EngineProcess.start(engine_config, engine_command)
+        variables = logs.for_engine(config.log_level, config.log_format)
+        engine = EngineProcess.start(engine_config, engine_command, variables)
         # Here and not above: aiohttp and tokenizers take a second to import, and probes are answered meanwhile.
         from octavo_engine.api.server import run
 
-        failure = run(engine_config, config, board, management, engine, keys, api_socket, started)
+        failure = run(engine_config, config, board, management, engine, keys, tls, api_socket, started)
     except FatalError as error:
         board.fail(error.failure)
         failure = error.failure
+    if config.uds is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(config.uds)
     board.drained()
     management.stop()
     return failure

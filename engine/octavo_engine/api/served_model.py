@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast
 
 from octavo_engine.api.chat_template import ChatTemplate, TemplateRefusedError
@@ -44,6 +44,8 @@ class ServedModel:
     defaults: GenerationDefaults
     max_model_len: int
     created: int
+    template_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template where a request gives none."""
 
     @property
     def name(self) -> str:
@@ -83,7 +85,7 @@ class ServedModel:
             )
         assert request.messages is not None
         proceed = bool(request.continue_final_message)
-        variables = dict(request.chat_template_kwargs or {})
+        variables = {**self.template_defaults, **(request.chat_template_kwargs or {})}
         documents = truncation = None
         if isinstance(request, ChatRequest):
             truncation = self._truncation(request, _first(request.max_completion_tokens, request.max_tokens))

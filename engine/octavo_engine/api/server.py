@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import signal
 import socket
@@ -30,7 +31,8 @@ from octavo_engine.api.management import ManagementServer
 from octavo_engine.api.metrics import CONTENT_TYPE, Metrics
 from octavo_engine.api.screen import Screen
 from octavo_engine.api.served_model import ServedModel
-from octavo_engine.api.tokenizer import GenerationDefaults, Tokenizer, generation_defaults
+from octavo_engine.api.tls import Tls
+from octavo_engine.api.tokenizer import GenerationDefaults, Tokenizer, chosen_defaults
 from octavo_engine.config import EngineConfig, ServerConfig
 from octavo_engine.core.messages import Shutdown, Start
 from octavo_engine.status import Failure, FatalError, Stage
@@ -50,13 +52,14 @@ def run(
     management: ManagementServer,
     engine: EngineProcess,
     keys: Keys,
+    tls: Tls | None,
     listener: socket.socket,
     started: float,
 ) -> Failure | None:
     """Serve until drained (None) or until something fatal, which is returned."""
 
     async def main() -> Failure | None:
-        server = _Server(engine_config, config, board, management, engine, keys, listener, started)
+        server = _Server(engine_config, config, board, management, engine, keys, tls, listener, started)
         return await server.run()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -72,11 +75,12 @@ class _Server:
         management: ManagementServer,
         engine: EngineProcess,
         keys: Keys,
+        tls: Tls | None,
         listener: socket.socket,
         started: float,
     ) -> None:
         self._engine_config, self._config, self._board = engine_config, config, board
-        self._management, self._engine, self._listener = management, engine, listener
+        self._management, self._engine, self._tls, self._listener = management, engine, tls, listener
         self._loop = asyncio.get_running_loop()
         self._names = config.served_model_name or (engine_config.model,)
         self._metrics = Metrics(board, engine_config, self._names[0])
@@ -85,7 +89,8 @@ class _Server:
         )
         self._client = EngineClient(board, self._metrics, limits)
         self._api = Api(board, self._client, self._metrics, keys, config)
-        self._screen = Screen(board, sys.stderr, started)
+        interval = None if config.disable_log_stats else config.log_stats_interval_s
+        self._screen = Screen(board, sys.stderr, started, interval, log_format=config.log_format)
         self._drain = asyncio.Event()
         self._hurry = asyncio.Event()  # a second signal: end running requests now
 
@@ -99,7 +104,12 @@ class _Server:
             self._api.application(), handler_cancellation=True, access_log=None, shutdown_timeout=LAST_WORDS_S
         )
         await runner.setup()
-        await web.SockSite(runner, self._listener).start()
+        ssl_context = None if self._tls is None else self._tls.context
+        if self._config.uds is None:
+            await web.SockSite(runner, self._listener, ssl_context=ssl_context).start()
+        else:  # aiohttp's own site would bind the path a second time
+            assert runner.server is not None
+            await self._loop.create_unix_server(runner.server, sock=self._listener, ssl=ssl_context)
         await self._client.connect(self._engine.sock)
         self._screen.hello(self._engine_config.model, self._url, f"http://{self._host}:{self._management.port}")
         background = [self._loop.create_task(self._beat()), self._loop.create_task(self._draw())]
@@ -141,9 +151,12 @@ class _Server:
         self._client.send(Start(str(folder.path), folder.resolved_revision))
         text_folder = folder
         if self._engine_config.tokenizer is not None:
-            text_folder = await self._find(self._engine_config.tokenizer, None, weights=False)
-        override = Path(self._config.chat_template) if self._config.chat_template else None
-        tokenizer, template, defaults = await asyncio.to_thread(_load_text, folder.path, text_folder.path, override)
+            name, revision = self._engine_config.tokenizer, self._engine_config.tokenizer_revision
+            text_folder = await self._find(name, revision, weights=False)
+        elif (revision := self._engine_config.tokenizer_revision) is not None:
+            text_folder = await self._find(self._engine_config.model, revision, weights=False)
+        text = await asyncio.to_thread(_load_text, folder.path, text_folder.path, self._config)
+        tokenizer, template, defaults = text
         effective = await self._client.ready
         self._api.model = ServedModel(
             names=self._names,
@@ -153,10 +166,11 @@ class _Server:
             defaults=defaults,
             max_model_len=effective.max_model_len,
             created=int(time.time()),
+            template_defaults=json.loads(self._config.default_chat_template_kwargs or "{}"),
         )
         self._board.ready(effective)
         self._screen.clear()
-        self._screen.ready(effective, self._url, self._names[0], self._api.keys.required)
+        self._screen.ready(effective, self._url, self._names[0], self._curl)
 
     async def _find(self, name: str, revision: str | None, *, weights: bool) -> ModelFolder:
         if (folder := find_model.local_folder(name, of="model" if weights else "tokenizer")) is not None:
@@ -241,6 +255,8 @@ class _Server:
             now = time.monotonic()
             self._metrics.tick(now)
             self._screen.load(self._metrics, now)
+            if self._tls is not None:
+                self._tls.refresh()
             await asyncio.sleep(BEAT_S)
 
     async def _draw(self) -> None:
@@ -254,15 +270,32 @@ class _Server:
         return "localhost" if host in ("", "0.0.0.0", "::") else host
 
     @property
+    def _curl(self) -> str:
+        """What a request begins with: `curl`, and how to get in."""
+        words = ["curl"]
+        if self._config.uds is not None:
+            words.append(f"--unix-socket {self._config.uds}")
+        if self._tls is not None:
+            words.append("--cacert CA.pem" if not self._config.ssl_cert_reqs else "--cacert CA.pem --cert ME.pem")
+        if self._api.keys.required:
+            words.append("-H 'Authorization: Bearer KEY'")
+        return " ".join(words)
+
+    @property
     def _url(self) -> str:
-        return f"http://{self._host}:{port_of(self._listener)}"
+        scheme = "http" if self._tls is None else "https"
+        if self._config.uds is not None:
+            return f"{scheme}://localhost{self._config.root_path}"
+        return f"{scheme}://{self._host}:{port_of(self._listener)}{self._config.root_path}"
 
 
 def _load_text(
-    folder: Path, text_folder: Path, override: Path | None
+    folder: Path, text_folder: Path, config: ServerConfig
 ) -> tuple[Tokenizer, ChatTemplate | None, GenerationDefaults]:
+    override = Path(config.chat_template) if config.chat_template else None
     tokenizer = Tokenizer.load(text_folder, model_folder=folder)
-    return tokenizer, ChatTemplate.load(text_folder, tokenizer.special_tokens, override), generation_defaults(folder)
+    template = ChatTemplate.load(text_folder, tokenizer.special_tokens, override)
+    return tokenizer, template, chosen_defaults(folder, config)
 
 
 def _in_daemon_thread(loop: asyncio.AbstractEventLoop, work: Callable[[], ModelFolder]) -> asyncio.Future[ModelFolder]:

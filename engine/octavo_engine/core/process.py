@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from octavo_engine import logs
 from octavo_engine.config import (
     ArgumentParser,
     ConfigError,
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fd", type=int, required=True, help="socket to the API process")
     add_arguments(parser, [EngineConfig])
     namespace = parser.parse_args(argv)
-    logging.basicConfig(format="%(asctime)s %(levelname)s engine: %(message)s", level=logging.INFO, stream=sys.stderr)
+    logs.configure_engine(os.environ)
     # Ctrl-C in a terminal reaches the whole group: the API process decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

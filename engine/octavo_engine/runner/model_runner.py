@@ -91,14 +91,16 @@ class ModelRunner:
         if device.type == "cuda" and dtype != torch.float32:
             on_stage(Stage.CAPTURING, 0, 0)
             self._gpu = self._gpu_steps(tensors, cos, sin)
-            self._gpu.capture()
+            if not config.enforce_eager:
+                self._gpu.capture()
         on_stage(Stage.WARMING_UP, 0, 0)
         self._warm_up()
         effective = Effective(
             model=config.model, resolved_revision=revision, dtype=plan.dtype, kv_dtype=plan.kv_dtype,
             max_model_len=plan.max_model_len, block_size=plan.block_size, num_blocks=plan.num_blocks,
             kv_tokens=plan.kv_tokens, max_concurrency_at_max_len=round(plan.max_concurrency, 2),
-            attention_backend="triton" if self._gpu else "torch", cuda_graphs=self._gpu is not None,
+            attention_backend="triton" if self._gpu else "torch",
+            cuda_graphs=self._gpu is not None and not config.enforce_eager,
             gpu=memory.name if device.type == "cuda" else "",
             driver=torch.version.cuda if device.type == "cuda" else None, tensor_parallel=1,
             engine_version=__version__, quantization=None, weights_bytes=plan.weights_bytes, kv_bytes=plan.kv_bytes,

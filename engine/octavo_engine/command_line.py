@@ -1,0 +1,176 @@
+"""Read a command line with what surrounds it: --config FILE, environment variables, flags of vLLM, --help=WORD.
+
+What is given twice: the command line wins over the file, the file over the environment.
+Standard library only (a YAML file needs pyyaml); called by cli.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from octavo_engine.config import ArgumentParser, ConfigError, UsageError, flag_of
+from octavo_engine.vllm_flags import BY_NAME, VLLM_FLAGS, Answer, Takes, VllmFlag, answers
+
+ENVIRONMENT = {
+    "OCTAVO_HOST": "host",
+    "VLLM_LOGGING_LEVEL": "log_level",
+    "VLLM_LOGGING_CONFIG_PATH": "log_config_file",
+    "VLLM_LOG_STATS_INTERVAL": "log_stats_interval_s",
+}
+"""Variables that stand for a setting. Keys are read by api/auth.py, Hugging Face's own variables by its client."""
+SO_ANYWAY = frozenset({"VLLM_API_KEY", "VLLM_NO_USAGE_STATS", "VLLM_DO_NOT_TRACK", "VLLM_USE_V1"})
+"""Variables that need no setting: the key is read elsewhere, nothing is sent to anybody."""
+_OF_A_SERVICE = re.compile(r"_(SERVICE_(HOST|PORT.*)|PORT(_\d+_.*)?)$")
+"""Kubernetes gives these to every pod beside a Service named vllm-…; nobody set them."""
+
+ABOUT_VLLM = (
+    "Flags of vLLM are understood in both spellings (--max-model-len, --max_model_len). `--help=WORD` tells about one "
+    "flag or group, `--help=vllm` about vLLM's flags that are not listed here."
+)
+
+
+def add_vllm_flags(parser: argparse.ArgumentParser) -> None:
+    """Let the parser take them; `read` answers them."""
+    for flag in VLLM_FLAGS:
+        options: dict[str, Any] = {"dest": flag.dest, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        match flag.takes:
+            case Takes.NOTHING:
+                options["action"] = argparse.BooleanOptionalAction
+            case Takes.VALUES:
+                options |= {"nargs": "*", "action": "extend"}
+            case Takes.VALUE:
+                pass
+        parser.add_argument(*flag.aliases, flag.name, **options)
+
+
+def read(
+    parser: ArgumentParser, arguments: Sequence[str], environ: Mapping[str, str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The namespace, and warnings for what changes nothing. Raises UsageError and ConfigError."""
+    given = vars(parser.parse_args(arguments))
+    settings: dict[str, Any] = {}
+    known = {action.dest for action in parser._actions}
+    for variable, dest in ENVIRONMENT.items():
+        if (value := environ.get(variable)) and dest in known:
+            settings |= _parse_from(variable, parser, [f"{flag_of(dest)}={value}"])
+    if (path := given.pop("config", None)) is not None and "config" in known:
+        settings |= _parse_from(path, parser, _arguments_of(parser, Path(path)))
+    if given.get("model_positional") is not None:
+        settings.pop("model", None)
+    settings |= given
+    warnings = [] if not any(dest.startswith("vllm:") for dest in known) else answers(settings)
+    return argparse.Namespace(**settings), warnings + _unknown_variables(environ)
+
+
+def _parse_from(source: str, parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = vars(parser.parse_args(arguments))
+    except (ConfigError, UsageError) as error:
+        raise UsageError(f"{parser.prog}: {source}: {str(error).removeprefix(parser.prog + ': ')}") from None
+    found.pop("model_positional", None)
+    return found
+
+
+def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    return [
+        f"{name} has no effect: it is a variable of vLLM that means nothing here"
+        for name in sorted(environ)
+        if name.startswith("VLLM_")
+        and name not in ENVIRONMENT
+        and name not in SO_ANYWAY
+        and not _OF_A_SERVICE.search(name)
+    ]
+
+
+def _arguments_of(parser: ArgumentParser, file: Path) -> list[str]:
+    """A YAML file of flags as a command line. Raises UsageError."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{parser.prog}: --config: {file} cannot be read: {error}") from None
+    if document is None:
+        document = {}
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+        raise UsageError(f"{parser.prog}: --config: {file} must hold flags and their values, as `max-model-len: 4096`")
+    arguments = []
+    for key, value in document.items():
+        flag = "--" + key.lstrip("-").replace("_", "-")
+        if flag == "--config" or not key.lstrip("-"):
+            raise UsageError(f"{parser.prog}: {file}: {key!r} cannot stand in a file")
+        match value:
+            case True:
+                arguments.append(flag)
+            case False:
+                arguments.append("--no-" + flag[2:])
+            case None:
+                raise UsageError(f"{parser.prog}: {file}: {key} has no value")
+            case list():
+                arguments += [f"{flag}={_text(part)}" for part in value]
+            case _:
+                arguments.append(f"{flag}={_text(value)}")
+    return arguments
+
+
+def _text(value: object) -> str:
+    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+
+
+# ---- help
+
+
+def help_about(parser: ArgumentParser, word: str) -> str:
+    """The help of one flag, of one group, or of every flag with the word in its name. Raises UsageError."""
+    wanted = word.strip().lstrip("-").lower().replace("_", "-")
+    if wanted in ("", "all"):
+        return parser.format_help()
+    if wanted == "vllm":
+        return _vllm_help()
+    groups = {group.title.lower(): group for group in parser._action_groups if group.title and group._group_actions}
+    if (group := groups.get(wanted) or groups.get(wanted.replace("-", " "))) is not None:
+        return _section(parser, str(group.title), group._group_actions)
+    actions = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    found = [action for action in actions if f"--{wanted}" in action.option_strings]
+    foreign = [BY_NAME[f"--{wanted}"]] if f"--{wanted}" in BY_NAME else []
+    if not found and not foreign:
+        found = [action for action in actions if any(wanted in option for option in action.option_strings)]
+        foreign = [flag for flag in VLLM_FLAGS if wanted in flag.name]
+    if not found and not foreign:
+        options = [option[2:] for action in actions for option in action.option_strings if option.startswith("--")]
+        near = difflib.get_close_matches(wanted, [*options, *groups], n=1)
+        hint = f"did you mean --help={near[0]}?" if near else f"groups are {', '.join(groups)}"
+        raise UsageError(f"{parser.prog}: no flag and no group {word!r}: {hint}")
+    texts = [_section(parser, None, found)] if found else []
+    return "\n".join(texts + [_vllm_line(flag) for flag in foreign])
+
+
+def _section(parser: ArgumentParser, title: str | None, actions: Sequence[argparse.Action]) -> str:
+    formatter = parser._get_formatter()
+    formatter.start_section(title or "flags")
+    formatter.add_arguments([action for action in actions if action.help != argparse.SUPPRESS])
+    formatter.end_section()
+    return formatter.format_help()
+
+
+def _vllm_help() -> str:
+    titles = {
+        Answer.ALWAYS: "So without the flag:",
+        Answer.MOOT: "Accepted with a warning, without effect:",
+        Answer.MISSING: "Refused, but for the values in brackets:",
+    }
+    return "\n".join(
+        title + "\n" + "\n".join(_vllm_line(flag) for flag in VLLM_FLAGS if flag.answer is answer) + "\n"
+        for answer, title in titles.items()
+    )
+
+
+def _vllm_line(flag: VllmFlag) -> str:
+    values = " [" + " | ".join(flag.neutral) + "]" if any(flag.neutral) else ""
+    return f"  {', '.join((*flag.aliases, flag.name))}{values}\n      {flag.why}"
