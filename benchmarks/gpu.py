@@ -1,6 +1,6 @@
 """The engine on a GPU, measured as vLLM's figures in benchmarks/notes.md were: offline, all requests at once.
 
-    PYTHONPATH=engine python benchmarks/gpu.py [--output FILE] [--only decode,b1_1024_128] [--profile]
+    PYTHONPATH=engine python benchmarks/gpu.py [--output FILE] [--only decode,b1_1024_128] [--profile 128x1024]
 
 Decode: time per output token at a context of 1,056 to 1,184 tokens, as (time for 160 tokens - time for 32) / 128 of
 `batch` requests at once, beside the floor: weights and KV cache read once at this device's copy rate, or the products
@@ -10,6 +10,7 @@ at its matrix rate where that takes longer.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -44,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", default="", help="names, comma-separated: decode and workloads")
-    parser.add_argument("--profile", action="store_true", help="where the time of decode steps goes")
+    parser.add_argument("--profile", default="", help="where the time of steps goes, BATCHxCONTEXT,NAME@STEP,...")
     parser.add_argument("--max-num-seqs", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--trace", action="store_true", help="where the time of workloads goes, by kind of step")
@@ -70,6 +71,8 @@ def main() -> None:
         loaded.plan.num_blocks,
     )
     engine = Engine(scheduler, runner, time.monotonic)
+    gc.collect()
+    gc.freeze()  # as the engine process does
     gpu = torch.cuda.get_device_name()
     peer = VLLM["H200" if "H200" in gpu else "H100"]
     result: dict[str, object] = {
@@ -77,9 +80,11 @@ def main() -> None:
         "start_s": round(start_s, 2), "kv_tokens": loaded.plan.kv_tokens,
     }  # fmt: skip
     run(engine, fixed(4, 100, 8))
+    for which in filter(None, arguments.profile.split(",")):
+        profile(engine, which)
     for name in only:
         if name == "decode":
-            decode(engine, copy, peer, result, arguments.profile)
+            decode(engine, copy, peer, result)
         else:
             workload(engine, name, peer, result, arguments.trace)
     print(json.dumps(result, indent=1))
@@ -123,7 +128,7 @@ def run(engine: Engine, requests: Workload, trace: list[tuple[int, int, float]] 
     return time.monotonic() - began
 
 
-def decode(engine: Engine, copy: float, peer: dict, result: dict[str, object], profile: bool) -> None:
+def decode(engine: Engine, copy: float, peer: dict, result: dict[str, object]) -> None:
     rows = {}
     for batch in BATCHES:
         times = []
@@ -138,20 +143,31 @@ def decode(engine: Engine, copy: float, peer: dict, result: dict[str, object], p
             "of_floor": round(floor / ms, 3), "vs_vllm": round(peer[batch] / ms, 3),
         }  # fmt: skip
         print("decode", batch, rows[batch], flush=True)
-        if profile:
-            profile_decode(engine, batch)
     result["decode"] = rows
 
 
-def profile_decode(engine: Engine, batch: int) -> None:
+def profile(engine: Engine, which: str) -> None:
+    """Eight steps of BATCHxCONTEXT decodes or, NAME@STEP, from that step of a workload on."""
     from torch.profiler import ProfilerActivity, profile
 
-    for index, (prompt, _) in enumerate(fixed(batch, 1024, 1)):
-        engine.submit(Submit(f"p{index}", prompt, SamplingParams(temperature=1.0, max_tokens=64, ignore_eos=True)))
-    while any(request.num_remaining > 1 for request in engine.scheduler.running) or engine.scheduler.waiting:
-        engine.step()
-    for _ in range(3):
-        engine.step()
+    name, at, step = which.partition("@")
+    if at:
+        requests = WORKLOADS[name]()
+    else:
+        batch, context = map(int, which.split("x"))
+        requests = [(prompt, 64) for prompt, _ in fixed(batch, context, 1)]
+    for index, (prompt, output) in enumerate(requests):
+        engine.submit(Submit(f"p{index}", prompt, SamplingParams(temperature=1.0, max_tokens=output, ignore_eos=True)))
+    if at:
+        for _ in range(int(step)):
+            engine.step()
+    else:
+        while any(request.num_remaining > 1 for request in engine.scheduler.running) or engine.scheduler.waiting:
+            engine.step()
+        for _ in range(3):
+            engine.step()
+    running = len(engine.scheduler.running)
+    context = sum(request.num_tokens for request in engine.scheduler.running) // max(running, 1)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
         began = time.monotonic()
         for _ in range(8):
@@ -162,7 +178,7 @@ def profile_decode(engine: Engine, batch: int) -> None:
         engine.step()
     kernels = [e for e in recorded.key_averages() if e.device_time_total and not e.cpu_time_total]
     total = sum(e.device_time_total for e in kernels)
-    print(f"profile of batch {batch}: {wall / 8 * 1e3:.2f} ms a step, kernels {total / 8e3:.2f} ms")
+    print(f"profile of {which}, {running} at {context} tokens: {wall / 8e-3:.2f} ms, kernels {total / 8e3:.2f} ms")
     for e in sorted(kernels, key=lambda e: -e.device_time_total)[:12]:
         print(f"  {e.key[:60]:60s} {e.count // 8:4d} x {e.device_time_total / e.count:8.1f} us", flush=True)
 
@@ -177,8 +193,11 @@ def workload(engine: Engine, name: str, peer: dict, result: dict[str, object], t
             kind = "prompts" if tokens > decodes + 64 else f"{1 << max(decodes - 1, 0).bit_length():5d}"
             buckets.setdefault(kind, []).append(seconds)
         for kind, seconds in sorted(buckets.items()):
-            mean = sum(seconds) / len(seconds) * 1e3
-            print(f"  {name} {kind}: {len(seconds)} steps, {mean:.2f} ms each, {sum(seconds):.2f} s", flush=True)
+            median, most = statistics.median(seconds) * 1e3, max(seconds) * 1e3
+            print(
+                f"  {name} {kind}: {len(seconds)} steps, median {median:.2f} ms, longest {most:.2f} ms,"
+                f" {sum(seconds):.2f} s", flush=True,
+            )  # fmt: skip
     seconds = [run(engine, requests) for _ in range(2)][-1]
     output = sum(count for _, count in requests)
     row: dict[str, float] = {"seconds": round(seconds, 3), "output_tokens_per_s": round(output / seconds, 1)}

@@ -47,7 +47,7 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
             "decode_attention", decode_attention._decode,
             [HALF, "i32", HALF, HALF, HALF, HALF, INT, "i32", INT, FLOAT, FLOAT, INT, HALF, "fp32", "fp32", "fp32"],
             {**HEADS, "query_norm": None, "key_norm": None, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_SIZE": 64, "ROWS": 16,
-             "WINDOW": 0, "SOFTCAP": False, "STAGES": 2}, 2,
+             "WINDOW": 0, "SOFTCAP": False, "STAGES": 2, "WORDS": decode_attention.PART_WORDS}, 2,
         ),
         (
             "prefill_attention", prefill_attention._prefill,

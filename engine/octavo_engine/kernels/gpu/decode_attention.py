@@ -23,8 +23,10 @@ from torch import Tensor
 from octavo_engine.kernels.gpu import rope_kv
 
 PROGRAMS_WANTED = 264
-"""Parts times KV heads that fill the chip: two for each of the 132 multiprocessors of an H100 or H200. Twice or four
-times as many were as fast from 32 sequences on and 5 % slower below."""
+"""Parts times KV heads that fill the chip: two for each of the 132 multiprocessors of an H100 or H200."""
+EVENING_OUT = 4
+"""Sequences longer than their mean may be cut into so many times more parts: at 500 sequences of 260 tokens and one
+of 16,000, 297 us became 214 (197 is the time to read them)."""
 MIN_BLOCKS_PER_PART = 2
 """Below 128 tokens in a part, starting and combining it costs more than reading it."""
 LOG2_E = math.log2(math.e)
@@ -39,7 +41,8 @@ A record without blocks is no work."""
 
 def max_parts(num_sequences: int, kv_heads: int) -> int:
     """Upper bound of the parts that `plan_parts` makes, so that grids and buffers can be fixed."""
-    return num_sequences + PROGRAMS_WANTED // kv_heads
+    room = max(PROGRAMS_WANTED // kv_heads, 1)
+    return num_sequences + (room if num_sequences <= room else EVENING_OUT * room)
 
 
 def plan_parts(
@@ -48,16 +51,23 @@ def plan_parts(
 ) -> list[int]:  # fmt: skip
     """Cut the sequences whose new tokens are at these rows and positions into parts: PART_WORDS for each.
 
+    The longest sequences come first: a long part that starts last is waited for by the whole chip.
     blocks_per_part: fixed, so that a sequence's parts do not depend on its neighbours (needs room for as many parts);
     None chooses it so that the chip is full and there are at most `max_parts`.
     """
     lasts = [position // block_size + 1 for position in positions]
     firsts = [0] * len(lasts) if window is None else [max(p + 1 - window, 0) // block_size for p in positions]
     if blocks_per_part is None:
+        # As many parts as fill the chip. Where the sequences alone do that, cutting one of mean length gains nothing
+        # and costs 5 %, but a long one holds up all others.
         room = max(PROGRAMS_WANTED // kv_heads, 1)
-        blocks_per_part = max(-(-(sum(lasts) - sum(firsts)) // room), MIN_BLOCKS_PER_PART)
+        total = sum(lasts) - sum(firsts)
+        even = max(-(-total // (EVENING_OUT * room)), -(-total // max(len(rows), 1)))
+        blocks_per_part = max(min(-(-total // room), even), MIN_BLOCKS_PER_PART)
     words: list[int] = []
-    for token, (row, position, first, last) in enumerate(zip(rows, positions, firsts, lasts, strict=True)):
+    sizes = [last - first for first, last in zip(firsts, lasts, strict=True)]
+    for token in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        row, position, first, last = rows[token], positions[token], firsts[token], lasts[token]
         if last - first <= blocks_per_part:
             words += (token, row, position, first, last - first, 0, 1, 0)
             continue
@@ -83,13 +93,14 @@ def decode_attention(
     """
     _, _, kv_heads, block_size, dim = kv_cache.shape
     group = out.shape[1] // dim // kv_heads
-    _decode[(parts.shape[0], kv_heads)](
+    # The heads of a part are neighbours in the grid as they are in memory, and every long part starts early.
+    _decode[(kv_heads, parts.shape[0])](
         qkv, qkv.stride(0), cos, sin, kv_cache[0], kv_cache[1], block_tables, block_tables.stride(0), parts,
         scratch.partial, scratch.lse, scratch.finished, out, query_norm, key_norm, eps, scale * LOG2_E, softcap,
         KV_HEADS=kv_heads, GROUP=group,
         HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), BLOCK_SIZE=block_size,
         ROWS=max(16, triton.next_power_of_2(group)), WINDOW=window or 0, SOFTCAP=softcap > 0, STAGES=num_stages,
-        num_warps=num_warps if block_size <= 64 else 4,
+        WORDS=PART_WORDS, num_warps=num_warps if block_size <= 64 else 4,
     )  # fmt: skip
 
 
@@ -132,11 +143,12 @@ def _decode(
     query_norm, key_norm, eps, scale, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(0)
+    part = tl.program_id(1)
     DIM: tl.constexpr = 2 * HALF
-    record = parts + part * 8
+    record = parts + part * WORDS
     token = tl.load(record).to(tl.int64)
     table = block_tables + tl.load(record + 1).to(tl.int64) * stride_table
     position = tl.load(record + 2)
@@ -187,14 +199,14 @@ def _decode(
             seen = seen & (at >= length - WINDOW)
         at_k = keys + start + key[None, :] * DIM + column[:, None]  # [HALF, BLOCK_SIZE]
         at_v = values + start + key[:, None] * DIM + column[None, :]  # [BLOCK_SIZE, HALF]
-        # What lies behind the last key is another request's leftover: finite or not, it must not be added up.
+        # What lies behind the last key is another request's leftover: finite or not, it must not be added up, and
+        # not be read either, half a block per sequence on average.
         if HALF == HALF_BLOCK:
-            k_low, k_high = tl.load(at_k), tl.load(at_k + HALF)
-            readable = seen[:, None]
+            readable_key, readable = seen[None, :], seen[:, None]
         else:
-            k_low = tl.load(at_k, mask=in_half[:, None], other=0.0)
-            k_high = tl.load(at_k + HALF, mask=in_half[:, None], other=0.0)
-            readable = seen[:, None] & in_half[None, :]
+            readable_key, readable = seen[None, :] & in_half[:, None], seen[:, None] & in_half[None, :]
+        k_low = tl.load(at_k, mask=readable_key, other=0.0)
+        k_high = tl.load(at_k + HALF, mask=readable_key, other=0.0)
         scores = tl.dot(query_high, k_high, tl.dot(query_low, k_low)) * scale
         if SOFTCAP:
             # In units of log2 e: softcap * tanh(x / softcap) with x = scores / log2 e.
