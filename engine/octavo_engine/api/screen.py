@@ -29,7 +29,12 @@ class Screen:
     """Fed by tick() a few times a second."""
 
     def __init__(
-        self, board: Board, stream: TextIO, started: float, stats_every_s: float | None, *, log_format: str
+        self,
+        board: Board,
+        stream: TextIO,
+        started: float,
+        stats_every_s: float | None = None,
+        log_format: str = "console",
     ) -> None:
         """stats_every_s: seconds between two lines for the load; None: no such lines."""
         self._board = board
