@@ -123,8 +123,9 @@ class Engine:
         for commit in self.scheduler.commit(plan, sampled.tokens, now, sampled.logprobs, sampled.scores):
             if commit.finish_reason is not None:
                 self._live.discard(commit.request.id)
-            if commit.token is not None or commit.finish_reason is not None:
-                commits.append(commit)
+            elif commit.token is None:
+                continue
+            commits.append(commit)
         return commits
 
     def _problem(self, submit: Submit) -> str | None:
@@ -152,23 +153,19 @@ class Engine:
 
 def _event(commit: Commit) -> TokenEvent:
     request = commit.request
-    first = commit.token is not None and request.num_output == 1
-    queue_s = prefill_s = None
-    if first:
+    event = TokenEvent(request.id, [] if commit.token is None else [commit.token])
+    if commit.finish_reason is not None:
+        event.finish_reason, event.stop_token_id = commit.finish_reason, commit.stop_token_id
+        if commit.finish_reason is FinishReason.ERROR:
+            event.error = "the model's output was not finite"
+    if commit.logprobs is not None:
+        event.logprobs = [commit.logprobs]
+    if commit.token is not None and request.num_output == 1:
         assert request.first_scheduled_s is not None
         assert request.first_token_s is not None
-        queue_s = request.first_scheduled_s - request.arrival_s
-        prefill_s = request.first_token_s - request.first_scheduled_s
-    error = "the model's output was not finite" if commit.finish_reason is FinishReason.ERROR else None
-    return TokenEvent(
-        request_id=request.id,
-        token_ids=[] if commit.token is None else [commit.token],
-        finish_reason=commit.finish_reason,
-        stop_token_id=commit.stop_token_id,
-        num_cached_tokens=request.num_cached_prompt if first else None,
-        queue_s=queue_s,
-        prefill_s=prefill_s,
-        error=error,
-        logprobs=[] if commit.logprobs is None else [commit.logprobs],
-        prompt_logprobs=request.scores if first and request.sampling.prompt_logprobs is not None else None,
-    )
+        event.num_cached_tokens = request.num_cached_prompt
+        event.queue_s = request.first_scheduled_s - request.arrival_s
+        event.prefill_s = request.first_token_s - request.first_scheduled_s
+        if request.sampling.prompt_logprobs is not None:
+            event.prompt_logprobs = request.scores
+    return event

@@ -91,7 +91,7 @@ class TokenLogprobs:
     top: list[tuple[int, float]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: a thousand are made in a step, and freezing one takes two microseconds
 class TokenEvent:
     """New tokens of one request. An event with finish_reason is the request's last; it may carry no tokens.
 

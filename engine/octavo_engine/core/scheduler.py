@@ -33,7 +33,7 @@ class SchedulerConfig:
     enable_chunked_prefill: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Commit:
     """What a step gave one request: a token (None after a chunk that samples nothing), perhaps its end."""
 
@@ -44,7 +44,7 @@ class Commit:
     logprobs: TokenLogprobs | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class _Grant:
     """A request's part of the step being planned."""
 
@@ -63,7 +63,7 @@ class Scheduler:
         self.pool = BlockPool(num_blocks, enable_caching=config.enable_prefix_caching)
         self.running: list[Request] = []
         self.waiting: list[Request] = []
-        """In the order of service; a preempted request comes back to its old place."""
+        """Both in the order of service; a preempted request comes back to its old place."""
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -99,7 +99,11 @@ class Scheduler:
         grants: dict[Request, _Grant] = {}
         preempted = False
 
-        for request in sorted(self.running, key=lambda r: (r.num_remaining > 1, r.order)):
+        decodes: list[Request] = []
+        chunks: list[Request] = []
+        for request in self.running:
+            (decodes if request.num_remaining <= 1 else chunks).append(request)
+        for request in (*decodes, *chunks):
             if request.row is None:  # preempted for one that came before it in this very loop
                 continue
             if self._ends_with_pending(request):
@@ -109,7 +113,7 @@ class Scheduler:
                 continue
             new_blocks = self.pool.allocate(self._blocks_missing(request, count))
             while new_blocks is None:
-                victim = max(self.running, key=lambda r: r.order)
+                victim = self.running[-1]
                 preempted = True
                 if grant := grants.pop(victim, None):
                     budget += grant.count
@@ -184,7 +188,7 @@ class Scheduler:
         request.num_computed = num_cached
         request.num_hashed = len(found)
         request.blocks = [*found, *new_blocks]
-        self.running.append(request)
+        bisect.insort(self.running, request, key=lambda r: r.order)
         return _Grant(request, count, list(request.blocks))
 
     def _plan(self, grants: dict[Request, _Grant]) -> StepPlan:
@@ -243,9 +247,10 @@ class Scheduler:
         scored = iter(scores)
         for item, request in zip(plan.items, requests, strict=True):
             token, chances = next(sampled) if item.samples else (None, None)
-            # What was computed a second time, after a preemption, is known already.
-            of_item = list(itertools.islice(scored, item.num_scored))
-            request.scores += of_item[len(request.scores) - item.start :]
+            if item.num_scored:
+                # What was computed a second time, after a preemption, is known already.
+                of_item = list(itertools.islice(scored, item.num_scored))
+                request.scores += of_item[len(request.scores) - item.start :]
             if request.finish_reason is not None:
                 continue
             if token is not None:
@@ -255,7 +260,8 @@ class Scheduler:
                     commits.append(Commit(request, None, FinishReason.ERROR))
                     continue
                 request.tokens.append(token)
-            self._offer_blocks(request)
+            if self.config.enable_prefix_caching:
+                self._offer_blocks(request)
             if token is None:
                 commits.append(Commit(request, None, None))
                 continue
@@ -302,7 +308,7 @@ class Scheduler:
 
     def _offer_blocks(self, request: Request) -> None:
         """Let others find the blocks that are full now."""
-        if not self.config.enable_prefix_caching or request.row is None:
+        if request.row is None:
             return
         size = self.config.block_size
         num_full = min(request.num_computed, len(request.tokens)) // size
