@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -17,7 +18,12 @@ from typing import Any, Literal
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.status import Failure, FailureCode, FatalError
-from octavo_engine.store.models import S3_SOURCE, Store, default_root, whole_model
+from octavo_engine.store import cache
+from octavo_engine.store.hub import list_model
+from octavo_engine.store.models import S3_SOURCE, Store, default_root, hub_client, whole_model
+from octavo_engine.store.transfer import DamagedError, sleep
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 PAUSE_S = 2.0
@@ -122,15 +128,48 @@ def download(
 
 def _into_cache(name: str, revision: str | None, folder: str | None, report: Report, *, weights: bool) -> str:
     import huggingface_hub  # here and not above: half a second that local folders need not wait for
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    path: str = huggingface_hub.snapshot_download(
-        hub_id(name),
-        revision=revision,
-        cache_dir=folder,
-        allow_patterns=[*TEXT_FILES, *(WEIGHT_FILES if weights else ())],
-        tqdm_class=_bar_class(report),
-    )
-    return path
+    repo, root = hub_id(name), Path(folder or HF_HUB_CACHE).expanduser()
+    patterns = [*TEXT_FILES, *(WEIGHT_FILES if weights else ())]
+    try:
+        listing = list_model(repo, revision, weights=weights)
+    except Exception as error:
+        if getattr(getattr(error, "response", None), "status_code", None) is not None:
+            raise  # the Hub has answered, and the answer was no
+        path = _cached(repo, revision, root, patterns, weights=weights)
+        if path is None:
+            raise
+        log.warning("the Hub cannot be asked, so what %s was last is served: %s", repo, type(error).__name__)
+        return path
+    if any(file.digest is None for file in listing.files):  # a mirror that tells less than the Hub
+        path = huggingface_hub.snapshot_download(
+            repo, revision=revision, cache_dir=root, allow_patterns=patterns, tqdm_class=_bar_class(report)
+        )
+        return str(path)
+    try:
+        return str(cache.fill(listing, root, repo, revision, hub_client(), report, sleep))
+    except DamagedError as error:
+        raise FatalError(
+            Failure(
+                FailureCode.WEIGHTS_CORRUPT,
+                f"{repo}: {error}, again and again.",
+                "nothing of it is served; look at what stands between here and the Hub (proxy, mirror, disk)",
+            )
+        ) from error
+
+
+def _cached(repo: str, revision: str | None, root: Path, patterns: list[str], *, weights: bool) -> str | None:
+    """What is in the cache of it, when that is whole."""
+    import huggingface_hub
+
+    try:
+        path: str = huggingface_hub.snapshot_download(
+            repo, revision=revision, cache_dir=root, allow_patterns=patterns, local_files_only=True
+        )
+    except (OSError, ValueError):  # the client's ways of saying that it is not there
+        return None
+    return path if cache.is_whole(Path(path), weights=weights) else None
 
 
 def explain(name: str, revision: str | None, error: Exception) -> Failure:
@@ -138,10 +177,25 @@ def explain(name: str, revision: str | None, error: Exception) -> Failure:
     kind, detail = {base.__name__ for base in type(error).__mro__}, str(error)[:800]
     where = hub_id(name) + (f" at revision {revision}" if revision else "")
     if "GatedRepoError" in kind:
+        page = f"https://huggingface.co/{hub_id(name)}"
+        if _has_token():
+            fix = f"accept its terms at {page} with the account that HF_TOKEN is of, or set the token of one that has"
+        else:
+            fix = (
+                f"accept its terms at {page}, make a token at https://huggingface.co/settings/tokens, and set HF_TOKEN "
+                "to it"
+            )
         return Failure(
             FailureCode.MODEL_GATED,
-            f"{where} is gated: its owner grants access on request.",
-            f"accept its terms at https://huggingface.co/{hub_id(name)} and set HF_TOKEN to a token of that account",
+            f"{where} is gated: its owner grants access on request, and {_who()}.",
+            fix,
+            detail=detail,
+        )
+    if "OfflineModeIsEnabled" in kind:
+        return Failure(
+            FailureCode.MODEL_NOT_FOUND,
+            f"{where} is not whole in the cache, and HF_HUB_OFFLINE forbids to download it.",
+            "unset HF_HUB_OFFLINE, or bring the model into the cache (HF_HOME, --download-dir) first",
             detail=detail,
         )
     if kind & {"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"}:
@@ -155,7 +209,9 @@ def explain(name: str, revision: str | None, error: Exception) -> Failure:
         return Failure(
             FailureCode.MODEL_GATED,
             f"The Hugging Face Hub refused access to {where} (HTTP {status}).",
-            "check HF_TOKEN: it is missing, wrong, or of an account without access",
+            "set HF_TOKEN to a token of an account with access"
+            if not _has_token()
+            else "check HF_TOKEN: it is wrong, or of an account without access",
             detail=detail,
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -171,6 +227,17 @@ def explain(name: str, revision: str | None, error: Exception) -> Failure:
         "check the network and proxy settings (HTTPS_PROXY, HF_ENDPOINT), or name a local folder",
         detail=f"{type(error).__name__}: {detail}",
     )
+
+
+def _has_token() -> bool:
+    """HF_TOKEN, HUGGING_FACE_HUB_TOKEN, or a login on this machine."""
+    import huggingface_hub
+
+    return huggingface_hub.get_token() is not None
+
+
+def _who() -> str:
+    return "the token's account has none" if _has_token() else "no token is set"
 
 
 def stalled(name: str, seconds: float) -> Failure:

@@ -36,7 +36,7 @@ def whole_model(
     known = store.recall(kept, revision)
     if known and revision and COMMIT.fullmatch(revision) and store.find(known):
         return _held(store, known)  # a commit never becomes another: no need to ask
-    get = _hub_client()
+    get = hub_client()
     try:
         listing = _list(source, revision, get, weights=weights)
     except Exception as error:
@@ -122,7 +122,8 @@ def _is_refusal(error: Exception) -> bool:
     return status in (401, 403, 404, 410)
 
 
-def _hub_client() -> Get:
+def hub_client() -> Get:
+    """Through the Hub client's own session, which knows proxies and certificates."""
     import huggingface_hub
     from huggingface_hub.utils import HfHubHTTPError, hf_raise_for_status
 
@@ -133,4 +134,4 @@ def _hub_client() -> Get:
     return client(huggingface_hub.get_session(), broken, hf_raise_for_status)
 
 
-__all__ = ["S3_SOURCE", "Store", "default_root", "whole_model"]
+__all__ = ["S3_SOURCE", "Store", "default_root", "hub_client", "whole_model"]

@@ -128,7 +128,7 @@ def test_a_plan_needs_the_config_and_no_weights(hub: Hub, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "refusal", "code", "words"),
     [
-        (["no/model"], (401, ""), FailureCode.MODEL_GATED, "check HF_TOKEN"),
+        (["no/model"], (401, ""), FailureCode.MODEL_GATED, "set HF_TOKEN to a token"),
         (["no/model"], (401, "RepoNotFound"), FailureCode.MODEL_NOT_FOUND, "check the spelling"),
         (["no/model"], (404, "RepoNotFound"), FailureCode.MODEL_NOT_FOUND, "check the spelling"),
         (["no/model"], (403, "GatedRepo"), FailureCode.MODEL_GATED, "set HF_TOKEN"),
