@@ -65,15 +65,17 @@ class Piece:
     calls: list[ToolCall] = field(default_factory=list)
     prompt: list[PromptToken] = field(default_factory=list)
     """Every token of the choice's prompt where its log-probabilities were asked for; on the first piece."""
+    num_reasoning_tokens: int = 0
+    """So far; those that arrived while nothing but reasoning was read."""
 
 
 class _Choice:
-    __slots__ = ("num_tokens", "parser", "started", "text")
+    __slots__ = ("num_reasoning_tokens", "num_tokens", "parser", "started", "text")
 
     def __init__(self, text: TextStream, parser: OutputParser | None) -> None:
         self.text = text
         self.parser = parser
-        self.num_tokens = 0
+        self.num_tokens = self.num_reasoning_tokens = 0
         self.started = False
 
 
@@ -177,6 +179,8 @@ class Answer:
         parsed = Parsed(delta.text)
         if choice.parser is not None:
             parsed = choice.parser.push(delta.text, last=reason is not None)
+            if parsed.reasoning and not parsed.content:
+                choice.num_reasoning_tokens += delta.num_tokens
             if reason == "stop" and choice.parser.has_calls:
                 reason = "tool_calls"
         return Piece(
@@ -189,6 +193,7 @@ class Answer:
             tokens,
             parsed.reasoning,
             parsed.calls,
+            num_reasoning_tokens=choice.num_reasoning_tokens,
         )
 
     def _rate(self, prompt: list[int], logprobs: list[TokenLogprobs]) -> list[PromptToken]:

@@ -22,9 +22,11 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from octavo_engine import __version__
-from octavo_engine.api import sse
+from octavo_engine.api import openapi, sse
 from octavo_engine.api.access_log import AccessLog
 from octavo_engine.api.answer import Answer, Piece, PromptToken, TokenChance
+from octavo_engine.api.anthropic import protocol as anthropic
+from octavo_engine.api.anthropic.writer import MessagesWriter, error_body
 from octavo_engine.api.auth import OPEN_PATHS, Keys
 from octavo_engine.api.board import Board
 from octavo_engine.api.cors import Cors
@@ -45,6 +47,8 @@ from octavo_engine.api.protocol import (
     parse_body,
     role_and_echo,
 )
+from octavo_engine.api.responses import protocol as responses
+from octavo_engine.api.responses.writer import ResponsesWriter
 from octavo_engine.api.served_model import ServedModel, prompts_of
 from octavo_engine.api.tools import check_tools, output_format
 from octavo_engine.config import ServerConfig
@@ -101,6 +105,9 @@ class Api:
                 web.get("/v1/models/{model:.+}", self.model_card),
                 web.post("/v1/chat/completions", self.chat_completions),
                 web.post("/v1/completions", self.completions),
+                web.post("/v1/responses", self.responses),
+                web.post("/v1/messages", self.messages),
+                web.post("/v1/messages/count_tokens", self.count_tokens),
                 web.post("/tokenize", self.tokenize),
                 web.post("/detokenize", self.detokenize),
                 web.get("/health", self.health),
@@ -108,6 +115,8 @@ class Api:
                 web.post("/ping", self.health),
                 web.get("/version", self.version),
                 web.get("/load", self.load),
+                web.get("/openapi.json", self.openapi_document),
+                web.get("/docs", self.docs),
             ]
         )
         if self.config.enable_metrics:
@@ -131,18 +140,18 @@ class Api:
                 status, headers, text = answer
                 return web.Response(status=status, headers=headers, text=text)
             try:
-                if route not in OPEN_PATHS and not self.keys.admits(request.headers.get("Authorization")):
+                if route not in OPEN_PATHS and not self.keys.admits(*_credentials(request)):
                     raise unauthorized()
                 response = await handler(request)
             except ApiError as error:
-                response = _error_response(error)
+                response = _error_response(error, route)
             except web.HTTPException as error:
-                response = _error_response(_from_http(error, request))
+                response = _error_response(_from_http(error, request), route)
             except ConnectionError:
                 raise  # the client has gone: nobody to tell
             except Exception:
                 log.exception("request failed id=%s route=%s", request[REQUEST_ID], route)
-                response = _error_response(internal())
+                response = _error_response(internal(), route)
             if route not in OPEN_PATHS:
                 method = request.method if request.method in _METHODS else "other"
                 self.metrics.http[route, method, f"{response.status // 100}xx"] += 1
@@ -161,8 +170,41 @@ class Api:
     # ---- generating
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
-        model = self._serving()
         body = await self._parse(ChatRequest, request)
+        role, echo = role_and_echo(body)
+
+        def writer(id: str, created: int, name: str) -> sse.Writer:
+            return sse.ChatWriter(f"chatcmpl-{id}", created, name, role, echo)
+
+        return await self._chat(request, body, writer)
+
+    async def messages(self, request: web.Request) -> web.StreamResponse:
+        asked = await self._parse(anthropic.MessagesRequest, request)
+
+        def writer(id: str, created: int, name: str) -> sse.Writer:
+            return MessagesWriter(f"msg_{id}", name)
+
+        try:
+            return await self._chat(request, anthropic.chat_request(asked), writer)
+        except ApiError as error:
+            raise anthropic.renamed(error) from None
+
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        asked = await self._parse(responses.ResponsesRequest, request)
+
+        def writer(id: str, created: int, name: str) -> sse.Writer:
+            return ResponsesWriter(id, created, name, asked)
+
+        try:
+            return await self._chat(request, responses.chat_request(asked), writer)
+        except ApiError as error:
+            raise responses.renamed(error) from None
+
+    async def _chat(
+        self, request: web.Request, body: ChatRequest, make_writer: Callable[[str, int, str], sse.Writer]
+    ) -> web.StreamResponse:
+        """make_writer: from the request's id, the time and the model's name."""
+        model = self._serving()
         model.check_name(body.model)
         generation = chat_generation(body, model.defaults)
         format = output_format(body, self.config)
@@ -174,12 +216,7 @@ class Api:
             prompt = await self._in_thread(model.chat_prompt, body)
             if format is not None and format.reasoning is not None:
                 format = replace(format, begun=prompt.begun)
-            writer = sse.ChatWriter(
-                f"chatcmpl-{self._base_id(request, generation)}",
-                int(time.time()),
-                body.model or model.name,
-                *role_and_echo(body),
-            )
+            writer = make_writer(self._base_id(request, generation), int(time.time()), body.model or model.name)
             return await self._generate(request, model, generation, [prompt.token_ids], writer, name, format)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -292,6 +329,19 @@ class Api:
             }
         )
 
+    async def count_tokens(self, request: web.Request) -> web.StreamResponse:
+        model = self._serving()
+        asked = await self._parse(anthropic.CountRequest, request)
+        model.check_name(asked.model)
+        try:
+            body = anthropic.chat_request(asked)
+            check_messages(body.messages)
+            check_tools(body.tools)
+            prompt = await self._in_thread(model.chat_prompt, body)
+        except ApiError as error:
+            raise anthropic.renamed(error) from None
+        return web.json_response({"input_tokens": len(prompt.token_ids)})
+
     async def detokenize(self, request: web.Request) -> web.StreamResponse:
         model = self._serving()
         body = await self._parse(DetokenizeRequest, request)
@@ -334,6 +384,13 @@ class Api:
     async def load(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"server_load": self.active})
 
+    async def openapi_document(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(await self._in_thread(openapi.document))
+
+    async def docs(self, request: web.Request) -> web.StreamResponse:
+        policy = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+        return web.Response(text=await self._in_thread(openapi.page), content_type="text/html", headers=policy)
+
     async def prometheus(self, request: web.Request) -> web.StreamResponse:
         return web.Response(body=await self._in_thread(self.metrics.render), headers={"Content-Type": CONTENT_TYPE})
 
@@ -358,6 +415,7 @@ class Api:
         )
 
     async def _parse(self, kind: type[Any], request: web.Request) -> Any:
+        self._serving()  # before the body is read: what cannot be answered need not be sent
         if request.content_type != "application/json":
             raise malformed("Unsupported Media Type: only application/json is allowed.", "body")
         body = await request.read()
@@ -451,6 +509,7 @@ async def _whole(answer: Answer, writer: sse.Writer, num_choices: int) -> web.St
 async def _stream(
     request: web.Request, generation: Generation, answer: Answer, writer: sse.Writer
 ) -> web.StreamResponse:
+    counts = generation.continuous_usage or writer.wants_usage
     # Headers go out with the first output: until then a failure can still be told with its own status code.
     pieces = await answer.next()
     response = web.StreamResponse(headers=sse.HEADERS)
@@ -461,26 +520,23 @@ async def _stream(
     try:
         while True:
             chunks = b"".join(
-                [
-                    writer.chunk(piece, answer.usage(piece.num_tokens) if generation.continuous_usage else None)
-                    for piece in pieces
-                ]
+                [writer.chunk(piece, answer.usage(piece.num_tokens) if counts else None) for piece in pieces]
             )
             if chunks:
                 await response.write(chunks)
             if answer.finished:
                 break
             pieces = await answer.next()
-        end = writer.usage_chunk(answer.usage()) if generation.include_usage else b""
+        end = writer.end(answer.usage(), include_usage=generation.include_usage)
     except ApiError as error:
-        end = sse.error_event(error)
+        end = writer.failure(error)
     except ConnectionError:
         return response
     except Exception:
         log.exception("stream failed id=%s", request[REQUEST_ID])
-        end = sse.error_event(internal())
+        end = writer.failure(internal())
     try:
-        await response.write(end + sse.DONE)
+        await response.write(end)
         await response.write_eof()
     except ConnectionError:
         pass  # hung up after the last token
@@ -493,10 +549,15 @@ def request_id(given: str | None) -> str:
     return safe or secrets.token_hex(16)
 
 
-def _error_response(error: ApiError) -> web.Response:
-    return web.Response(
-        status=error.status, body=error.body_bytes(), content_type="application/json", headers=error.headers()
-    )
+def _credentials(request: web.Request) -> list[str]:
+    """What a client may have put its key into; Anthropic's clients send it bare."""
+    bare = [f"Bearer {key}" for key in request.headers.getall("X-Api-Key", ())]
+    return [*request.headers.getall("Authorization", ()), *bare]
+
+
+def _error_response(error: ApiError, route: str) -> web.Response:
+    body = error_body(error) if route.startswith("/v1/messages") else error.body_bytes()
+    return web.Response(status=error.status, body=body, content_type="application/json", headers=error.headers())
 
 
 def _from_http(error: web.HTTPException, request: web.Request) -> ApiError:

@@ -18,6 +18,9 @@ KEY_VARIABLES = ("OCTAVO_API_KEY", "VLLM_API_KEY")
 OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics"})
 """Everything else needs a key when there is one; vLLM guards only /v1 and has had holes from it."""
 
+MAX_KEYS_TRIED = 4
+"""Headers of one request that are looked at."""
+
 
 class Keys:
     """Which requests may pass. Only digests are kept."""
@@ -46,17 +49,18 @@ class Keys:
     def required(self) -> bool:
         return bool(self._fixed) or self._file is not None
 
-    def admits(self, authorization: str | None) -> bool:
-        """Whether a request with this Authorization header may pass. Takes the same time for every wrong key."""
+    def admits(self, *authorizations: str) -> bool:
+        """Whether a request with one of these values of Authorization may pass. As slow for every wrong key."""
         if not self.required:
             return True
         self._refresh()
-        scheme, _, key = (authorization or "").partition(" ")
-        digest = _digest(key.strip())
         known = False
-        for candidate in (*self._fixed, *self._from_file):
-            known |= hmac.compare_digest(digest, candidate)
-        return known and scheme.lower() == "bearer"
+        for authorization in authorizations[:MAX_KEYS_TRIED]:
+            scheme, _, key = authorization.partition(" ")
+            digest, is_bearer = _digest(key.strip()), scheme.lower() == "bearer"
+            for candidate in (*self._fixed, *self._from_file):
+                known |= hmac.compare_digest(digest, candidate) and is_bearer
+        return known
 
     def _refresh(self) -> None:
         if self._file is None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
+import msgspec
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -172,7 +173,7 @@ class DetokenizeRequest(_Body):
     tokens: TokenIds
 
 
-B = TypeVar("B", bound=_Body)
+B = TypeVar("B", bound=Strict)
 
 
 def parse_body(kind: type[B], body: bytes) -> B:
@@ -185,6 +186,11 @@ def parse_body(kind: type[B], body: bytes) -> B:
         raise malformed("The body is nested too deeply.", "body") from None
     _refuse_unsupported(kind, request.model_extra or {})
     return request
+
+
+def build(kind: type[B], body: Mapping[str, Any]) -> B:
+    """A request that another API's request means. Raises ApiError, as parse_body."""
+    return parse_body(kind, msgspec.json.encode(body))
 
 
 @dataclass(frozen=True)
@@ -419,7 +425,7 @@ _REFUSED_EVERYWHERE: dict[str, _Refusal] = {
     "service_tier": _Refusal(_only(None, "auto", "default"), "other than auto and default does not exist here"),
 }
 
-_REFUSED: dict[type[_Body], dict[str, _Refusal]] = {
+_REFUSED: dict[type[BaseModel], dict[str, _Refusal]] = {
     ChatRequest: {
         **_REFUSED_EVERYWHERE,
         "functions": _Refusal(_only(None), "is the older form, which is not supported; use tools"),
@@ -451,8 +457,10 @@ _HARMLESS = frozenset(
 """Known fields whose every value leaves the answer as it is."""
 
 
-def _refuse_unsupported(kind: type[_Body], extra: Mapping[str, Any]) -> None:
-    refused = _REFUSED[kind]
+def _refuse_unsupported(kind: type[BaseModel], extra: Mapping[str, Any]) -> None:
+    refused = _REFUSED.get(kind)
+    if refused is None:  # an API's own module looks after its fields
+        return
     for name, value in extra.items():
         refusal = refused.get(name)
         if refusal is not None and not refusal.harmless(value):

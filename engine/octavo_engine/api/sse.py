@@ -27,25 +27,53 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Writer(Protocol):
-    """How one kind of answer is written. usage is given when every chunk carries it."""
+    """How one kind of answer is written."""
+
+    wants_usage: bool
+    """Whether chunks need the usage although the request did not ask for it."""
 
     def chunk(self, piece: Piece, usage: dict[str, Any] | None) -> bytes:
-        """The event or events for a piece; b"" when it has nothing to tell."""
+        """The event or events for a piece; b"" when it has nothing to tell. usage: so far, where it is wanted."""
 
-    def usage_chunk(self, usage: dict[str, Any]) -> bytes:
-        """The event before [DONE] that carries the usage of the whole request."""
+    def end(self, usage: dict[str, Any], *, include_usage: bool) -> bytes:
+        """The last events of a stream. usage: of the whole request; include_usage: the request asks for it."""
+
+    def failure(self, error: ApiError) -> bytes:
+        """The last events of a stream that fails."""
 
     def body(self, choices: list[Piece], usage: dict[str, Any]) -> bytes:
         """The whole answer; each choice's pieces joined into one."""
 
 
-class ChatWriter:
+class OpenAiWriter:
+    """What streams of chats and completions have in common: a chunk with the usage if it is wanted, then [DONE]."""
+
+    wants_usage = False
+    object: str
+    _id: str
+    _created: int
+    _model: str
+
+    def end(self, usage: dict[str, Any], *, include_usage: bool) -> bytes:
+        if not include_usage:
+            return DONE
+        fields = {"id": self._id, "object": self.object, "created": self._created, "model": self._model}
+        fields |= {"choices": [], "usage": usage, "system_fingerprint": FINGERPRINT}
+        return b"data: " + _encode(fields) + b"\n\n" + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return b"data: " + error.body_bytes() + b"\n\n" + DONE
+
+
+class ChatWriter(OpenAiWriter):
     """echo: text that goes before each choice's own."""
+
+    object = "chat.completion.chunk"
 
     def __init__(self, request_id: str, created: int, model: str, role: str = "assistant", echo: str = "") -> None:
         self._id, self._created, self._model, self._role = request_id, created, model, role
         self._echo = echo
-        self._head = _head(request_id, "chat.completion.chunk", created, model)
+        self._head = _head(request_id, self.object, created, model)
         self._role_delta = (
             b',"delta":{"role":' + _encode(role) + b',"content":""},"logprobs":null,"finish_reason":null}'
         )
@@ -95,9 +123,6 @@ class ChatWriter:
         body = b',"delta":' + _encode(delta) + b',"logprobs":null,"finish_reason":null}'
         return self._head + index + body + tail
 
-    def usage_chunk(self, usage: dict[str, Any]) -> bytes:
-        return _usage_chunk(self._id, "chat.completion.chunk", self._created, self._model, usage)
-
     def body(self, choices: list[Piece], usage: dict[str, Any]) -> bytes:
         return _encode(
             {
@@ -140,18 +165,20 @@ class ChatWriter:
         return message
 
 
-class CompletionWriter:
+class CompletionWriter(OpenAiWriter):
     """prefixes: the prompts' texts, one for each choice, when they are to be echoed; else empty.
 
     tells_prompt: the log-probabilities of the prompt have a field of their own (vLLM's `prompt_logprobs`).
     """
+
+    object = "text_completion"
 
     def __init__(
         self, request_id: str, created: int, model: str, prefixes: list[str], *, tells_prompt: bool = False
     ) -> None:
         self._id, self._created, self._model, self._prefixes = request_id, created, model, prefixes
         self._tells_prompt = tells_prompt
-        self._head = _head(request_id, "text_completion", created, model)
+        self._head = _head(request_id, self.object, created, model)
         self._offsets: dict[int, int] = {}
 
     def chunk(self, piece: Piece, usage: dict[str, Any] | None) -> bytes:
@@ -197,9 +224,6 @@ class CompletionWriter:
             "top_logprobs": tops,
         }
 
-    def usage_chunk(self, usage: dict[str, Any]) -> bytes:
-        return _usage_chunk(self._id, "text_completion", self._created, self._model, usage)
-
     def body(self, choices: list[Piece], usage: dict[str, Any]) -> bytes:
         return _encode(
             {
@@ -232,36 +256,20 @@ def prompt_logprobs(piece: Piece) -> list[dict[int, Rated] | None]:
 def chat_logprobs(tokens: list[TokenChance]) -> dict[str, Any] | None:
     if not tokens:
         return None
+    return {"content": logprob_entries(tokens)}
 
+
+def logprob_entries(tokens: list[TokenChance]) -> list[dict[str, Any]]:
     def entry(token: str, logprob: float) -> dict[str, Any]:
         return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 
-    return {
-        "content": [
-            {**entry(chance.token, chance.logprob), "top_logprobs": [entry(*one) for one in chance.top]}
-            for chance in tokens
-        ]
-    }
-
-
-def error_event(error: ApiError) -> bytes:
-    return b"data: " + error.body_bytes() + b"\n\n"
+    return [
+        {**entry(chance.token, chance.logprob), "top_logprobs": [entry(*one) for one in chance.top]}
+        for chance in tokens
+    ]
 
 
 def _head(request_id: str, object: str, created: int, model: str) -> bytes:
     """Everything of a chunk up to the choice's index."""
     fields = {"id": request_id, "object": object, "created": created, "model": model}
     return b"data: " + _encode(fields)[:-1] + b',"choices":[{"index":'
-
-
-def _usage_chunk(request_id: str, object: str, created: int, model: str, usage: dict[str, Any]) -> bytes:
-    fields = {
-        "id": request_id,
-        "object": object,
-        "created": created,
-        "model": model,
-        "choices": [],
-        "usage": usage,
-        "system_fingerprint": FINGERPRINT,
-    }
-    return b"data: " + _encode(fields) + b"\n\n"

@@ -136,7 +136,9 @@ Start = Callable[..., Server]
 
 
 @contextlib.contextmanager
-def servers(folder: Path, scratch: Path) -> Iterator[Start]:
+def servers(
+    folder: Path, scratch: Path, program: tuple[str, ...] = (str(HERE / "serve_scripted.py"),)
+) -> Iterator[Start]:
     """start(*flags, script={…}, ready=True): servers that end with the block."""
     started: list[Server] = []
 
@@ -144,7 +146,7 @@ def servers(folder: Path, scratch: Path) -> Iterator[Start]:
         port, management_port = free_port(), free_port()
         certificate = scratch / f"termination-{len(started)}.log"
         command = [
-            sys.executable, str(HERE / "serve_scripted.py"), f"--model={folder}", "--served-model-name=tiny",
+            sys.executable, *program, f"--model={folder}", "--served-model-name=tiny",
             f"--port={port}", f"--management-port={management_port}", f"--termination-log={certificate}", *flags,
         ]  # fmt: skip
         environment = {
@@ -185,6 +187,14 @@ def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def start_shared(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """A function that starts servers for a file's own fixtures."""
     with servers(model_folder, tmp_path_factory.mktemp("shared")) as function:
+        yield function
+
+
+@pytest.fixture(scope="module")
+def start_real(smollm2_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """A function that starts servers of SmolLM2 with the real engine, for a file's own fixtures."""
+    program = ("-m", "octavo_engine.cli", "serve")
+    with servers(smollm2_tokenizer, tmp_path_factory.mktemp("real"), program) as function:
         yield function
 
 
