@@ -12,7 +12,7 @@ BASE_PYTHON ?= $(shell tests/find-python)
 VENV   ?= $(OCTAVO_CACHE)/venv-$(shell $(BASE_PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 PYTHON  = $(VENV)/bin/python
 CLUSTER = $(BASE_PYTHON) tests/cluster/cluster.py
-TEST_PROGRAMS = k8s etcd coredns helm prometheus kwok
+TEST_PROGRAMS = k8s etcd coredns helm prometheus promtool kwok
 PYTEST ?= $(PYTHON) -m pytest
 export PYTHONPATH = $(CURDIR)/engine:$(CURDIR)/operator
 
@@ -69,6 +69,9 @@ crd: venv  ## write crds/llmserver.yaml and the chart's copy from the operator's
 	$(PYTHON) -m octavo_operator.cli crd > crds/llmserver.yaml
 	cp crds/llmserver.yaml helm/octavo/files/llmserver.yaml
 
+dashboards: venv  ## write Grafana's boards into the chart
+	$(PYTHON) helm/dashboards.py
+
 bench-cpu: venv model  ## compare with transformers on this CPU
 	$(PYTHON) benchmarks/cpu.py
 
@@ -79,4 +82,5 @@ $(VENV)/.made: pyproject.toml
 	@touch $@
 
 .PHONY: help demo demo-down test check test-engine test-fast test-other-pythons test-cluster-ready images model format crd \
+	dashboards \
 	bench-cpu venv

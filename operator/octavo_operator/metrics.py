@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from octavo_operator.names import Key
 
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
@@ -23,3 +30,46 @@ REQUESTS = Counter(
     ["verb", "kind", "code"],
     registry=REGISTRY,
 )
+
+
+class ServersCollector(Collector):
+    """What the resources' statuses say, for alerts: made when asked for, so that a thousand servers cost nothing."""
+
+    def __init__(self) -> None:
+        self._told: dict[Key, Mapping[str, Any]] = {}
+
+    def tell(self, key: Key, status: Mapping[str, Any]) -> None:
+        """status: the document as it was written."""
+        self._told[key] = status
+
+    def forget(self, key: Key) -> None:
+        self._told.pop(key, None)
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["namespace", "server"]
+        replicas = GaugeMetricFamily(
+            "octavo_server_replicas", "Engine pods of an LLMServer: desired, ready, updated.", labels=[*labels, "state"]
+        )
+        conditions = GaugeMetricFamily(
+            "octavo_server_condition",
+            "1 where the condition holds, 0 where not; none while it is Unknown.",
+            labels=[*labels, "type", "reason"],
+        )
+        for (namespace, name), status in list(self._told.items()):
+            counts = {
+                "desired": int(str(status["ready"]).rpartition("/")[2]),
+                "ready": status["readyReplicas"],
+                "updated": status["updatedReplicas"],
+            }
+            for state, count in counts.items():
+                replicas.add_metric([namespace, name, state], count)
+            for condition in status["conditions"]:
+                if condition["status"] != "Unknown":
+                    value = float(condition["status"] == "True")
+                    conditions.add_metric([namespace, name, condition["type"], condition["reason"]], value)
+        yield replicas
+        yield conditions
+
+
+STATUSES = ServersCollector()
+REGISTRY.register(STATUSES)

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from octavo_engine.status import Statusz
-from octavo_operator import names, observed, status
+from octavo_operator import metrics, names, observed, status
 from octavo_operator.announce import Announcement, announcements
 from octavo_operator.causes import About, Cause, Wanted, refusal_of_object, refusal_of_pods
 from octavo_operator.changes import Changes, changes
@@ -69,6 +69,7 @@ class Reconciler:
     async def look(self, key: Key, changed: bool) -> Next:
         seen = await self._observe(key, changed)
         if seen is None:
+            metrics.STATUSES.forget(key)
             return Next(gone=True)
         if "deletionTimestamp" in seen.resource["metadata"]:
             return Next()  # its children go by their owner references
@@ -170,6 +171,7 @@ class Reconciler:
         self, key: Key, seen: _Seen, new: Status, findings: Sequence[Finding], todo: Changes, now: datetime
     ) -> None:
         before, document = seen.resource.get("status", {}), status.as_document(new)
+        metrics.STATUSES.tell(key, document)
         if not status.same(document, before):
             metadata = {name: seen.resource["metadata"][name] for name in ("name", "namespace", "uid")}
             body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": metadata, "status": document}

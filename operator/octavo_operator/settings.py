@@ -28,6 +28,8 @@ class EngineDefaults:
     image: str = f"octavo/octavo-engine:{__version__}"
     pull_policy: str = "IfNotPresent"
     pull_secrets: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    """Variables of every engine, such as a mirror's address."""
     profiles: Mapping[str, Profile] = field(default_factory=dict)
     """By name, for spec.hardware.profile."""
 
@@ -64,6 +66,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
             image=environ.get("OCTAVO_ENGINE_IMAGE") or default.engine.image,
             pull_policy=_choice(environ, "OCTAVO_ENGINE_IMAGE_PULL_POLICY", PULL_POLICIES, default.engine.pull_policy),
             pull_secrets=_words(environ, "OCTAVO_ENGINE_IMAGE_PULL_SECRETS"),
+            env=_variables(environ, "OCTAVO_ENGINE_ENV"),
             profiles=_profiles(environ, "OCTAVO_ENGINE_PROFILES"),
         ),
         watch_namespaces=_words(environ, "OCTAVO_WATCH_NAMESPACES"),
@@ -91,6 +94,14 @@ def _profiles(environ: Mapping[str, str], name: str) -> dict[str, Profile]:
         if problems := problems_of_profile(given):
             raise SettingsError(f"{name}: profile {profile}: {'; '.join(problems)}")
     return found
+
+
+def _variables(environ: Mapping[str, str], name: str) -> tuple[tuple[str, str], ...]:
+    """A JSON list as a container's env is."""
+    try:
+        return tuple((str(one["name"]), str(one["value"])) for one in json.loads(environ.get(name) or "[]"))
+    except (ValueError, KeyError, TypeError):
+        raise SettingsError(f'{name}: got {environ[name]!r}, expected [{{"name": ..., "value": ...}}, ...]') from None
 
 
 def _words(environ: Mapping[str, str], name: str) -> tuple[str, ...]:

@@ -56,6 +56,8 @@ COMPONENTS = {
         Component(
             "prometheus", ("github.com/prometheus/prometheus/cmd/prometheus",), "remove_all_sd,enable_kubernetes_sd"
         ),
+        # Of the same version; apart, so that who wants one of them builds one.
+        Component("promtool", ("github.com/prometheus/prometheus/cmd/promtool",), "remove_all_sd,enable_kubernetes_sd"),
         Component("kwok", ("sigs.k8s.io/kwok/cmd/kwok",)),
     )
 }

@@ -301,8 +301,10 @@ def test_a_bad_model_name_is_seen_on_the_resource_with_its_fix(installed):
 def test_the_operator_killed_in_the_middle_ends_the_same(installed):
     def restarts() -> int:
         selector = "app.kubernetes.io/name=octavo-operator"
-        path = "jsonpath={.items[0].status.containerStatuses[0].restartCount}"
-        return int(installed.kubectl("get", "pods", "-n", "octavo-system", "-l", selector, "-o", path) or 0)
+        path = "jsonpath={.items[*].status.containerStatuses[0].restartCount}"
+        return sum(
+            map(int, installed.kubectl("get", "pods", "-n", "octavo-system", "-l", selector, "-o", path).split())
+        )
 
     before = restarts()
     installed.kubectl("patch", "llm", SERVER, "--type=merge", "-p", '{"spec":{"engine":{"maxModelLen":1024}}}')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from octavo_operator.settings import from_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "octavo"
@@ -104,6 +108,203 @@ def test_parts_can_be_left_to_others(helm, flags, kind, present):
     assert any(d["kind"] == kind for d in render(helm, *flags)) is present
 
 
+def named(documents: list[dict[str, Any]], kind: str) -> list[str]:
+    return [d["metadata"]["name"] for d in documents if d["kind"] == kind]
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "names"),
+    [
+        ([], "PodDisruptionBudget", ["octavo-operator"]),
+        (["operator.replicas=1"], "PodDisruptionBudget", []),
+        (["operator.podDisruptionBudget=false"], "PodDisruptionBudget", []),
+        ([], "PodMonitor", []),
+        (["metrics.podMonitor.enabled=true"], "PodMonitor", ["octavo-operator"]),
+        ([], "PrometheusRule", []),
+        (["alerts.enabled=true"], "PrometheusRule", ["octavo-operator"]),
+        ([], "ConfigMap", []),
+        (
+            ["dashboards.enabled=true"],
+            "ConfigMap",
+            ["octavo-operator-dashboard-operator", "octavo-operator-dashboard-servers"],
+        ),
+        ([], "NetworkPolicy", []),
+        (["networkPolicy.enabled=true"], "NetworkPolicy", ["octavo-operator"]),
+        ([], "Service", ["octavo-operator"]),
+        ([], "Pod", ["octavo-operator-test"]),
+        (["tests.enabled=false"], "Service", []),
+        (["tests.enabled=false"], "Pod", []),
+        ([], "LLMServer", []),
+        (["servers[0].name=a", "servers[0].spec.replicas=1", "servers[1].name=b", "servers[1].spec.replicas=2"],
+         "LLMServer", ["a", "b"]),
+        (["fullnameOverride=mine"], "Deployment", ["mine"]),
+        (["nameOverride=mine"], "Deployment", ["mine-operator"]),
+        (["rbac.aggregate=false"], "ClusterRole", ["octavo-operator"]),
+    ],
+)  # fmt: skip
+def test_each_branch_makes_what_it_is_for(helm, flags, kind, names):
+    assert named(render(helm, *(f"--set={flag}" for flag in flags)), kind) == names
+
+
+def test_a_pod_monitor_takes_the_place_of_the_annotation(helm):
+    documents = render(
+        helm,
+        "--set=metrics.podMonitor.enabled=true,metrics.podMonitor.interval=15s,metrics.podMonitor.labels.release=p",
+    )
+    monitor = only(documents, "PodMonitor")
+
+    assert "prometheus.io/scrape" not in only(documents, "Deployment")["spec"]["template"]["metadata"]["annotations"]
+    assert monitor["metadata"]["labels"]["release"] == "p"
+    assert monitor["spec"]["podMetricsEndpoints"][0]["interval"] == "15s"
+    assert monitor["spec"]["selector"] == only(documents, "Deployment")["spec"]["selector"]
+
+
+def test_alerts_can_be_labelled_and_left_out(helm):
+    written = {
+        rule["alert"]
+        for group in yaml.safe_load((CHART / "files/rules.yaml").read_text())["groups"]
+        for rule in group["rules"]
+    }
+    rule = only(
+        render(
+            helm,
+            *("--set=alerts.enabled=true", "--set=alerts.disabled={OctavoQueueLong,OctavoPreemptions}"),
+            *("--set=alerts.alertLabels.team=ml", "--set=alerts.labels.release=p"),
+        ),
+        "PrometheusRule",
+    )
+    rules = [one for group in rule["spec"]["groups"] for one in group["rules"]]
+
+    assert {one["alert"] for one in rules} == written - {"OctavoQueueLong", "OctavoPreemptions"}
+    assert all(one["labels"]["team"] == "ml" and one["labels"]["severity"] for one in rules)
+    assert any("{{ $labels.server }}" in one["annotations"]["summary"] for one in rules)
+    assert rule["metadata"]["labels"]["release"] == "p"
+
+
+def test_boards_are_json_in_a_config_map_where_the_sidecar_looks(helm):
+    found = [
+        d
+        for d in render(
+            helm,
+            *("--set=dashboards.enabled=true", "--set=dashboards.namespace=grafana"),
+            "--set=dashboards.annotations.grafana_folder=Octavo",
+        )
+        if d["kind"] == "ConfigMap"
+    ]
+
+    for config in found:
+        ((_, text),) = config["data"].items()
+        assert json.loads(text)["panels"]
+        assert config["metadata"]["namespace"] == "grafana"
+        assert config["metadata"]["labels"]["grafana_dashboard"] == "1"
+        assert config["metadata"]["annotations"] == {"grafana_folder": "Octavo"}
+
+
+def test_common_labels_and_annotations_are_on_everything_but_the_hook(helm):
+    values = (
+        *("commonLabels.team=ml", "commonAnnotations.note=x", "networkPolicy.enabled=true", "alerts.enabled=true"),
+        *("metrics.podMonitor.enabled=true", "dashboards.enabled=true", "servers[0].name=a", "servers[0].spec.x=1"),
+    )
+    flags = [f"--set={value}" for value in values]
+    for document in render(helm, *flags):
+        metadata = document["metadata"]
+        assert metadata["labels"]["team"] == "ml", document
+        assert document["kind"] == "Pod" or metadata["annotations"]["note"] == "x", document
+
+
+def test_every_container_of_the_chart_is_confined(helm):
+    documents = render(helm)
+    pods = [only(documents, "Deployment")["spec"]["template"]["spec"], only(documents, "Pod")["spec"]]
+
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        (container,) = pod["containers"]
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+
+
+def test_what_the_operator_is_told_of_engines_is_what_it_reads(helm):
+    """From values to settings: the variables that the chart writes, read by the operator's own parser."""
+    profile = {"gpus": 2, "nodeSelector": {"gpu": "l4"}, "image": "r/e:1"}
+    values = {"engine": {"env": [{"name": "HF_ENDPOINT", "value": "https://hub"}], "profiles": {"l4": profile}}}
+    values["operator"] = {"loadingPollSeconds": 2, "settledPollSeconds": 30, "resyncSeconds": 600, "leaseSeconds": 20}
+    values["operator"]["logLevel"] = "debug"
+    environment = only(render(helm, f"--set-json={_joined(values)}"), "Deployment")["spec"]["template"]["spec"][
+        "containers"
+    ][0]["env"]
+    settings = from_environment({one["name"]: one["value"] for one in environment if "value" in one})
+
+    assert settings.engine.env == (("HF_ENDPOINT", "https://hub"),)
+    assert settings.engine.profiles == {"l4": profile}
+    assert (settings.loading_poll_s, settings.settled_poll_s, settings.resync_s) == (2, 30, 600)
+    assert (settings.lease_seconds, settings.log_level) == (20, "debug")
+
+
+def _joined(values: dict[str, Any]) -> str:
+    return ",".join(f"{name}={json.dumps(value)}" for name, value in values.items())
+
+
+def test_each_value_stands_in_the_schema_and_has_a_line_of_why():
+    text, schema = (CHART / "values.yaml").read_text(), json.loads((CHART / "values.schema.json").read_text())
+    values = yaml.safe_load(text)
+    count = 0
+
+    def walk(value: dict[str, Any], schema: dict[str, Any], path: str) -> None:
+        nonlocal count
+        assert set(value) <= set(schema["properties"]), path
+        assert schema["additionalProperties"] is False, path
+        for name, child in value.items():
+            below = schema["properties"][name]
+            if isinstance(child, dict) and "properties" in below:
+                walk(child, below, f"{path}.{name}")
+            else:
+                count += 1
+
+    walk(values, schema, "")
+    lines = text.splitlines()
+    unexplained = [
+        lines[at].strip()
+        for at in range(1, len(lines))
+        if re.match(r" *[A-Za-z]+: *[^ ]", lines[at])
+        and not (lines[at - 1].strip().startswith("#") or re.match(r" *[A-Za-z]+:", lines[at - 1]))
+    ]
+
+    assert 50 <= count <= 70, count
+    assert unexplained == []
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["networkPolicy.enabled=true,dashboards.enabled=true,commonLabels.a=b,commonAnnotations.c=d"],
+        ["watchNamespaces={default,kube-system}"],
+        ["operator.replicas=1,tests.enabled=false,serviceAccount.create=false,serviceAccount.name=default"],
+        ["networkPolicy.enabled=true,networkPolicy.metricsFrom[0].ipBlock.cidr=10.0.0.0/8"],
+    ],
+)
+def test_a_real_api_server_takes_all_of_it(helm, api, cluster, flags):
+    documents = [
+        d for d in render(helm, *(f"--set={flag}" for flag in flags)) if d["kind"] != "CustomResourceDefinition"
+    ]
+    cluster.kubectl(
+        "apply", "--server-side", "--dry-run=server", "--field-manager=test", "--force-conflicts",
+        "--validate=strict", "-f", "-", stdin=yaml.safe_dump_all(documents),
+    )  # fmt: skip
+
+
+@pytest.mark.cluster
+def test_servers_in_values_are_taken_by_the_definition_of_the_same_chart(helm, api, cluster):
+    values = {"servers": [{"name": "qwen", "namespace": "default", "spec": {"model": {"source": "hf://o/n"}}}]}
+    server = only(render(helm, f"--set-json={_joined(values)}"), "LLMServer")
+
+    cluster.kubectl("apply", "--server-side", "--dry-run=server", "-f", "-", stdin=json.dumps(server))
+
+
 def test_every_value_of_the_operator_reaches_its_pod(helm):
     deployment = only(
         render(
@@ -144,6 +345,12 @@ def test_every_value_of_the_operator_reaches_its_pod(helm):
         ("watchNamespaces={Team_A}", "watchNamespaces"),
         ("engine.image=", "image"),
         ("unknown=1", "unknown"),
+        ("engine.profiles.l4.gpu=1", "gpu"),
+        ("engine.env[0].value=x", "name"),
+        ("alerts.disabled={QueueLong}", "disabled"),
+        ("metrics.podMonitor.interval=often", "interval"),
+        ("servers[0].name=Qwen", "name"),
+        ("networkPolicy.apiServerPorts={}", "apiServerPorts"),
     ],
 )
 def test_a_value_outside_its_range_is_refused_by_name(helm, flag, word):

@@ -1,6 +1,11 @@
 {{/* Names are the release's own, so that two releases can live in two namespaces. */}}
 {{- define "octavo.name" -}}
-{{- printf "%s-operator" (.Release.Name | trunc 50 | trimSuffix "-") -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 63 | trimSuffix "-" -}}
+{{- else -}}
+{{- $base := .Values.nameOverride | default .Release.Name -}}
+{{- printf "%s-operator" ($base | trunc 50 | trimSuffix "-") -}}
+{{- end -}}
 {{- end }}
 
 {{- define "octavo.serviceAccount" -}}
@@ -17,4 +22,30 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* "annotations:" with the common ones and those given as a second argument; nothing where there are none. */}}
+{{- define "octavo.annotations" -}}
+{{- $root := index . 0 -}}
+{{- $all := merge (dict) (index . 1) $root.Values.commonAnnotations -}}
+{{- with $all }}
+annotations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* What every container of the chart's own pods may do: nothing beside its work. */}}
+{{- define "octavo.confined" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end }}
+
+{{- define "octavo.confinedPod" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+seccompProfile: {type: RuntimeDefault}
 {{- end }}

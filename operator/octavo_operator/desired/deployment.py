@@ -134,7 +134,7 @@ def _container(server: Server, defaults: EngineDefaults) -> dict[str, Any]:
         "image": server.spec.engine.image or defaults.image,
         "imagePullPolicy": defaults.pull_policy,
         "args": server.args,
-        "env": _environment(server),
+        "env": _environment(server, defaults),
         "ports": [
             {"name": names.API_PORT_NAME, "containerPort": API_PORT, "protocol": "TCP"},
             {"name": names.MANAGEMENT_PORT_NAME, "containerPort": MANAGEMENT_PORT, "protocol": "TCP"},
@@ -169,11 +169,12 @@ def _probe(path: str, *, period: int, failures: int, timeout: int) -> dict[str, 
     }
 
 
-def _environment(server: Server) -> list[dict[str, Any]]:
+def _environment(server: Server, defaults: EngineDefaults) -> list[dict[str, Any]]:
     environment: list[dict[str, Any]] = [
         # The root file system is read-only: libraries that write beneath the home directory find room in the cache.
         {"name": "HOME", "value": CACHE_PATH},
         {"name": "HF_HOME", "value": f"{CACHE_PATH}/huggingface"},
+        *({"name": name, "value": value} for name, value in defaults.env),
     ]
     if not server.spec.model.is_downloaded:
         # All that is needed is in its file system: whatever tries the network is wrong, and should fail at once.
