@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import re
 import sys
@@ -560,8 +561,13 @@ def to_args(config: Config) -> list[str]:
     return args
 
 
+@functools.cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(kind)  # a millisecond, which an operator of many servers would spend at each look
+
+
 def _check_bounds(config: Config) -> None:
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(type(config))  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
     for f in fields(config):
         value, meta = getattr(config, f.name), f.metadata
         if value is None and f.default is None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+from octavo_engine.status import MANAGEMENT_PORT
 from octavo_operator.failures import Failure, failure_of
 from octavo_operator.observed import Pod, PodEvent
 
@@ -50,12 +51,21 @@ _CONFIG_REASONS = ("CreateContainerConfigError",)
 _START_REASONS = ("CreateContainerError", "RunContainerError", "ContainerCannotRun", "StartError")
 
 
-def cause_of(pod: Pod, events: Sequence[PodEvent], wanted: Wanted, *, engine_is_up: bool = False) -> Cause | None:
+def cause_of(
+    pod: Pod,
+    events: Sequence[PodEvent],
+    wanted: Wanted,
+    *,
+    engine_is_up: bool = False,
+    engine_is_silent: bool = False,
+) -> Cause | None:
     """What keeps this pod from serving, or None while nothing is wrong (it may simply be loading).
 
     engine_is_up: the engine says of itself that it is. The failure before that is history then; until then it is the
     cause, so that it does not come and go with each new try.
     """
+    if pod.ready and engine_is_silent and not pod.terminating:
+        return Cause(About.START, "EngineUnreachable", _SILENT)
     if pod.ready or pod.terminating or pod.over or engine_is_up:
         return None
     if pod.unschedulable is not None:
@@ -76,6 +86,12 @@ def cause_of(pod: Pod, events: Sequence[PodEvent], wanted: Wanted, *, engine_is_
         if sandbox:
             return Cause(About.START, "PodSandbox", _sentence(sandbox[-1]))
     return None
+
+
+_SILENT = (
+    f"The pod passes its probes, but its engine does not answer the operator on port {MANAGEMENT_PORT}: let the "
+    "operator's namespace through to it (NetworkPolicy), or check that engine.image is Octavo's engine."
+)
 
 
 def refusal_of_object(kind: str, message: str) -> Cause:

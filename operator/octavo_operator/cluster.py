@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -91,6 +91,9 @@ class Cluster:
         except config.ConfigException as error:
             raise UnavailableError(f"no way to the API server: {error}") from error
         configuration.connection_pool_maxsize = CONNECTIONS
+        # The client would read the user's netrc for each request: asked for only where there is a proxy to find.
+        proxied = any(name.lower() in ("https_proxy", "http_proxy", "all_proxy") for name in os.environ)
+        configuration.client_session_kwargs = {"trust_env": proxied}
         return cls(ApiClient(configuration), observer)
 
     async def close(self) -> None:
@@ -104,17 +107,29 @@ class Cluster:
     async def list(
         self, kind: str, namespace: str | None = None, *, labels: str | None = None, fields: str | None = None
     ) -> list[Document]:
-        found: list[Document] = []
+        return [document async for page, _ in self.pages(kind, namespace, labels, fields) for document in page]
+
+    async def pages(
+        self,
+        kind: str,
+        namespace: str | None = None,
+        labels: str | None = None,
+        fields: str | None = None,
+        *,
+        only_metadata: bool = False,
+    ) -> AsyncIterator[tuple[Sequence[Document], int]]:
+        """A list page by page, each with the version that the whole list is of."""
         page: str | None = None
+        accept = "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io" if only_metadata else None
         while True:
             query = {"labelSelector": labels, "fieldSelector": fields, "limit": str(PAGE), "continue": page}
-            answer = await self._request("list", kind, KINDS[kind].path(namespace), query=query)
+            answer = await self._request("list", kind, KINDS[kind].path(namespace), query=query, accept=accept)
             if isinstance(answer, Refusal):
                 raise UnavailableError(f"list {KINDS[kind].plural}: {answer.message}")
-            found += answer.get("items", [])
+            yield answer.get("items") or [], int(answer.get("metadata", {}).get("resourceVersion") or 0)
             page = answer.get("metadata", {}).get("continue")
             if not page:
-                return found
+                return
 
     async def knows(self, kind: str) -> bool:
         """Whether the cluster has the kind, as for those that another project's CRD brings."""
@@ -160,6 +175,7 @@ class Cluster:
         body: Document | None = None,
         query: Mapping[str, str | None] | None = None,
         content_type: str = "application/json",
+        accept: str | None = None,
     ) -> Document | Refusal:
         method = {"apply": "patch", "create": "post", "replace": "put", "delete": "delete"}.get(verb, "get")
         try:
@@ -169,6 +185,7 @@ class Cluster:
                 body=body,
                 query_params=[(name, value) for name, value in (query or {}).items() if value is not None],
                 content_type=content_type,
+                header_params={"Accept": accept} if accept else {},
                 serializer=lambda _, document: document,
                 _request_timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
             )

@@ -138,7 +138,9 @@ def _ready(view: View) -> Finding:
     if view.ready:
         return Finding(names.READY, "True", "SomeReplicasReady", f"{count}. {_capital(view.progress())}")
     if view.cause:
-        return Finding(names.READY, "False", view.cause.reason, f"{count}. {view.cause.message}", trouble=True)
+        # A pod that passes its probes has its place in the Service, and we cannot see what it does there.
+        truth: Truth = "Unknown" if view.cause.reason == "EngineUnreachable" else "False"
+        return Finding(names.READY, truth, view.cause.reason, f"{count}. {view.cause.message}", trouble=True)
     replica = headline(view.replicas)
     reason = _camel(replica.stage) if replica else "CreatingPods"
     if replica and replica.stage == Stage.READY:

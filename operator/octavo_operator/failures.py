@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from octavo_engine.status import Failure as Certificate
+from octavo_engine.status import FailureCode
 from octavo_operator.observed import Pod, Termination, write_time
 from octavo_operator.report import LastFailure
 from octavo_operator.spec import in_fields
@@ -72,7 +73,11 @@ def last_failure(pods: Iterable[Pod], previous: LastFailure | None, memory_limit
 
 
 def _read(pod: Pod, end: Termination, memory_limit: str | None) -> Failure:
-    if certificate := Certificate.from_json(end.message):
+    certificate = Certificate.from_json(end.message)
+    if end.reason == "OOMKilled" and certificate and certificate.code is FailureCode.ENGINE_DIED:
+        # The kernel took the engine's process, and its other process could only tell that it died.
+        certificate = None
+    if certificate:
         return Failure(
             pod.name, certificate.code, in_fields(certificate.message), in_fields(certificate.fix), end.finished_at
         )

@@ -30,17 +30,36 @@ REQUESTS = Counter(
     ["verb", "kind", "code"],
     registry=REGISTRY,
 )
+LOST = Counter(
+    "octavo_operator_watch_lost",
+    "Changes that a list showed and no watch told of; a growing number is a watch that does not work.",
+    ["kind"],
+    registry=REGISTRY,
+)
+
+
+_Told = tuple[dict[str, int], tuple[tuple[str, str, float], ...]]
+"""Counts of pods; and of each condition its type, its reason and whether it holds."""
 
 
 class ServersCollector(Collector):
     """What the resources' statuses say, for alerts: made when asked for, so that a thousand servers cost nothing."""
 
     def __init__(self) -> None:
-        self._told: dict[Key, Mapping[str, Any]] = {}
+        self._told: dict[Key, _Told] = {}
 
     def tell(self, key: Key, status: Mapping[str, Any]) -> None:
         """status: the document as it was written."""
-        self._told[key] = status
+        desired = str(status["ready"]).rpartition("/")[2]
+        counts = {"ready": int(status["readyReplicas"]), "updated": int(status["updatedReplicas"])}
+        if desired.isdigit():  # of a spec that is not understood nobody knows how many it wants
+            counts["desired"] = int(desired)
+        conditions = tuple(
+            (str(condition["type"]), str(condition["reason"]), float(condition["status"] == "True"))
+            for condition in status["conditions"]
+            if condition["status"] != "Unknown"
+        )
+        self._told[key] = counts, conditions
 
     def forget(self, key: Key) -> None:
         self._told.pop(key, None)
@@ -55,18 +74,11 @@ class ServersCollector(Collector):
             "1 where the condition holds, 0 where not; none while it is Unknown.",
             labels=[*labels, "type", "reason"],
         )
-        for (namespace, name), status in list(self._told.items()):
-            counts = {
-                "desired": int(str(status["ready"]).rpartition("/")[2]),
-                "ready": status["readyReplicas"],
-                "updated": status["updatedReplicas"],
-            }
+        for (namespace, name), (counts, told) in list(self._told.items()):
             for state, count in counts.items():
                 replicas.add_metric([namespace, name, state], count)
-            for condition in status["conditions"]:
-                if condition["status"] != "Unknown":
-                    value = float(condition["status"] == "True")
-                    conditions.add_metric([namespace, name, condition["type"], condition["reason"]], value)
+            for kind, reason, value in told:
+                conditions.add_metric([namespace, name, kind, reason], value)
         yield replicas
         yield conditions
 

@@ -17,7 +17,7 @@ from octavo_operator import names
 Document = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Termination:
     """One end of a container."""
 
@@ -29,7 +29,7 @@ class Termination:
     finished_at: datetime | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pod:
     name: str
     uid: str
@@ -83,6 +83,8 @@ class World:
     pods: tuple[Pod, ...] = ()
     engines: Mapping[str, Statusz] = field(default_factory=dict)
     """By pod, what its engine says of itself. A pod whose engine did not answer is absent."""
+    answered: Mapping[str, datetime] = field(default_factory=dict)
+    """By pod that runs, when its engine last answered, or was first asked."""
     events: tuple[PodEvent, ...] = ()
     pod_monitors_known: bool = False
 

@@ -1,7 +1,8 @@
 """One look at one server: observe, parse, decide, apply, report, and say when to look again.
 
-What the API server knows is read again only when a watch (or the resync) said that something may have changed: a server
-that loads is looked at every second, and all that is asked then is its engines, which have no watch.
+What the API server knows is in the cache, which the watches fill: a server that loads is looked at every second, and
+all that is asked then is its engines, which have no watch. Asked for directly are only objects that the watches do not
+tell of: those of kinds that a CRD brings, and those that stand where a child is to be made.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from octavo_engine.status import Statusz
 from octavo_operator import metrics, names, observed, status
 from octavo_operator.announce import Announcement, announcements
+from octavo_operator.cache import WATCHED, Cache, Seen
 from octavo_operator.causes import About, Cause, Wanted, refusal_of_object, refusal_of_pods
 from octavo_operator.changes import Changes, changes
 from octavo_operator.cluster import Cluster, Refusal, UnavailableError
@@ -33,7 +35,8 @@ from octavo_operator.workers import Next
 
 log = logging.getLogger(__name__)
 
-CHILDREN = ("Deployment", "Service", "PodDisruptionBudget")
+POLLED = ("PodMonitor",)
+"""Children of kinds that not every cluster has, and that are not watched."""
 REFUSED_POLL_S = 15.0
 """Between tries of what the API server refused: somebody has to mend that first."""
 EVENTS_AFTER = timedelta(seconds=3)
@@ -47,17 +50,24 @@ class Engines(Protocol):
 
 
 @dataclass
-class _Seen:
-    """The resource and its world, as last read from the API server."""
+class _Known:
+    """What is remembered of a server from look to look. A restart loses nothing by it but a moment."""
 
-    resource: dict[str, Any]
-    world: World
+    polled: dict[str, dict[str, Any]] | None = None
+    """Its children of polled kinds, None where they have to be read again."""
+    answered: dict[str, datetime] = field(default_factory=dict)
+    """By pod, when its engine last answered."""
+    settled_with: dict[str, object] | None = None
+    """What the engines said at the last look, where nothing was left to be done then."""
 
 
 class Reconciler:
-    def __init__(self, cluster: Cluster, engines: Engines, settings: Settings, clock: Callable[[], datetime]) -> None:
-        self._cluster, self._engines, self._settings, self._clock = cluster, engines, settings, clock
-        self._seen: dict[Key, _Seen] = {}
+    def __init__(
+        self, cluster: Cluster, cache: Cache, engines: Engines, settings: Settings, clock: Callable[[], datetime]
+    ) -> None:
+        self._cluster, self._cache, self._engines = cluster, cache, engines
+        self._settings, self._clock = settings, clock
+        self._known: dict[Key, _Known] = {}
         self._pod_monitors_known = False
 
     async def learn_kinds(self) -> bool:
@@ -67,18 +77,25 @@ class Reconciler:
         return self._pod_monitors_known != before
 
     async def look(self, key: Key, changed: bool) -> Next:
-        seen = await self._observe(key, changed)
+        seen = self._cache.seen(key)
         if seen is None:
+            self._known.pop(key, None)
             metrics.STATUSES.forget(key)
             return Next(gone=True)
         if "deletionTimestamp" in seen.resource["metadata"]:
             return Next()  # its children go by their owner references
-        now, world = self._clock(), await self._ask_engines(key, seen.world)
+        world = await self._ask_engines(key, await self._observe(key, seen, changed))
+        now, known = self._clock(), self._known[key]
+        said = {name: _gist(statusz) for name, statusz in world.engines.items()}
+        if not changed and said == known.settled_with:
+            return Next(self._settings.settled_poll_s)
+        known.settled_with = None
         server = parse(seen.resource, self._settings.engine.profiles)
         if not isinstance(server, Server):
             return await self._report_invalid(key, seen, server, world, now)
         wanted = objects(server, self._settings.engine, pod_monitors_known=world.pod_monitors_known)
         scrape = pod_annotations(server, pod_monitors_known=world.pod_monitors_known)
+        world = await self._look_where_children_go(key, wanted, world)
         todo = changes(server.uid, wanted, world.children, world.pods, scrape, server.namespace)
         causes, unannotated = await self._apply(key, server, todo, world)
         view = View(
@@ -93,30 +110,29 @@ class Reconciler:
         new = status.status_of(view, findings, world.pods, seen.resource.get("status", {}), now)
         await self._report(key, seen, new, findings, todo, now)
         if any(cause.about is About.OBJECTS for cause in causes):
-            self._seen.pop(key, None)  # nobody watches what stands in the way: it is read again
-            return Next(REFUSED_POLL_S)
-        return Next(self._settings.settled_poll_s if view.settled else self._settings.loading_poll_s)
+            return Next(REFUSED_POLL_S)  # nobody watches what stands in the way
+        if not view.settled:
+            return Next(self._settings.loading_poll_s)
+        known.settled_with = said if len(said) == view.desired else None
+        return Next(self._settings.settled_poll_s)
 
-    async def _observe(self, key: Key, changed: bool) -> _Seen | None:
-        if not changed and key in self._seen:
-            return self._seen[key]
-        self._seen.pop(key, None)
-        namespace, name = key
-        resource = await self._cluster.get(names.KIND, namespace, name)
-        if resource is None:
-            return None
-        known = self._pod_monitors_known
-        kinds = (*CHILDREN, "PodMonitor") if known else CHILDREN
-        found, pods = await asyncio.gather(
-            asyncio.gather(*(self._cluster.get(kind, namespace, name) for kind in kinds)),
-            self._cluster.list("Pod", namespace, labels=f"{names.SERVER_LABEL}={name}"),
-        )
-        children = {kind: child for kind, child in zip(kinds, found, strict=True) if child is not None}
-        for document in (resource, *children.values()):
-            document["metadata"].pop("managedFields", None)  # half of what it takes to remember them
-        world = World(children, tuple(map(observed.read_pod, pods)), pod_monitors_known=known)
-        self._seen[key] = _Seen(resource, world)
-        return self._seen[key]
+    async def _observe(self, key: Key, seen: Seen, changed: bool) -> World:
+        known = self._known.setdefault(key, _Known())
+        kinds = POLLED if self._pod_monitors_known else ()
+        if changed or known.polled is None:
+            known.polled = await self._get(kinds, key)
+        children = {**seen.children, **known.polled}
+        return World(children, seen.pods, pod_monitors_known=bool(kinds))
+
+    async def _look_where_children_go(self, key: Key, wanted: Sequence[dict[str, Any]], world: World) -> World:
+        """The world with what has the name of a child that is to be made: another's, or ours and not told of yet."""
+        missing = [body["kind"] for body in wanted if body["kind"] not in world.children]
+        found = await self._get(missing, key)
+        return replace(world, children={**world.children, **found}) if found else world
+
+    async def _get(self, kinds: Sequence[str], key: Key) -> dict[str, dict[str, Any]]:
+        found = await asyncio.gather(*(self._cluster.get(kind, *key) for kind in kinds))
+        return {kind: document for kind, document in zip(kinds, found, strict=True) if document is not None}
 
     async def _ask_engines(self, key: Key, world: World) -> World:
         """The world with what is asked at each look: the engines, and the events of pods that do not come up."""
@@ -129,7 +145,10 @@ class Reconciler:
             asyncio.gather(*(self._cluster.list("Event", key[0], fields=fields + pod.name) for pod in late)),
         )
         read = tuple(observed.read_event(event) for found in events for event in found)
-        return replace(world, engines=engines, events=read)
+        known = self._known.setdefault(key, _Known())
+        before = {pod.name: known.answered.get(pod.name, now) for pod in world.pods if pod.running}
+        known.answered = before | dict.fromkeys(engines, now)
+        return replace(world, engines=engines, events=read, answered=known.answered)
 
     async def _apply(
         self, key: Key, server: Server, todo: Changes, world: World
@@ -141,23 +160,30 @@ class Reconciler:
             answer = await self._cluster.apply(body, force=body in todo.update)
             if isinstance(answer, Refusal):
                 causes.append(refusal_of_object(body["kind"], answer.message))
+            elif body["kind"] in WATCHED:
+                self._cache.put(body["kind"], answer)
         for body in todo.delete:
             refusal = await self._cluster.delete(body)
             causes += [refusal_of_object(body["kind"], refusal.message)] if refusal else []
+            if refusal is None and body["kind"] in WATCHED:
+                self._cache.drop(body["kind"], body["metadata"])
         answers = await asyncio.gather(*(self._cluster.apply(pod) for pod in todo.annotate))
+        for answer in answers:
+            if not isinstance(answer, Refusal):
+                self._cache.put("Pod", answer)
         unannotated = next((a.message for a in answers if isinstance(a, Refusal) and a.status == 403), None)
         if todo.create or todo.update or todo.delete or todo.annotate:
             log.info(
                 "applied server=%s/%s created=%d updated=%d deleted=%d annotated=%d refused=%d",
                 *key, len(todo.create), len(todo.update), len(todo.delete), len(todo.annotate), len(causes),
             )  # fmt: skip
-            self._seen.pop(key, None)  # it is another world now
+            self._known[key].polled = None
         if why := world.refused_pods:
             causes.append(refusal_of_pods(why))
         return tuple(causes), unannotated
 
     async def _report_invalid(
-        self, key: Key, seen: _Seen, problems: Sequence[Problem], world: World, now: datetime
+        self, key: Key, seen: Seen, problems: Sequence[Problem], world: World, now: datetime
     ) -> Next:
         """Nothing is applied for a spec that cannot be served, and nothing is tried again until it changes."""
         found = replicas(world, Wanted("", 0, None, None), now)
@@ -168,7 +194,7 @@ class Reconciler:
         return Next()
 
     async def _report(
-        self, key: Key, seen: _Seen, new: Status, findings: Sequence[Finding], todo: Changes, now: datetime
+        self, key: Key, seen: Seen, new: Status, findings: Sequence[Finding], todo: Changes, now: datetime
     ) -> None:
         before, document = seen.resource.get("status", {}), status.as_document(new)
         metrics.STATUSES.tell(key, document)
@@ -180,10 +206,16 @@ class Reconciler:
                 if answer.status in (404, 409):
                     return  # the server is gone, or another of its name is there: a watch wakes us for that
                 raise UnavailableError(f"write the status: {answer.message}")
-            seen.resource["status"] = document
+            self._cache.put(names.KIND, answer)
         for told in announcements(findings, new.last_failure, todo, before):
             log.info("event server=%s/%s reason=%s message=%r", *key, told.reason, told.message)
             await self._cluster.create(_event(seen.resource, told, now))
+
+
+def _gist(statusz: Statusz) -> object:
+    """What of it the resource tells. Its clocks go on when nothing happens."""
+    load = statusz.load
+    return statusz.stage, statusz.progress, statusz.effective, statusz.failure, load.running, load.waiting
 
 
 def _wanted(server: Server) -> Wanted:

@@ -15,6 +15,8 @@ from octavo_operator.report import PodStatus
 
 STARTING_GRACE = timedelta(seconds=10)
 """An engine binds its ports in a third of a second; on a node that is busy with starting it, a little later."""
+SILENT_AFTER = timedelta(seconds=10)
+"""An answer may be late once or twice; an engine that is silent for longer than this is not there for us."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Replica:
 
     @property
     def ready(self) -> bool:
-        return self.pod.ready and not self.pod.terminating
+        """In the Service, and its engine answers: a pod whose probes pass without it is some other program."""
+        return self.pod.ready and not self.pod.terminating and self.stage != names.POD_UNREACHABLE
 
     @property
     def has_model(self) -> bool:
@@ -36,12 +39,12 @@ class Replica:
     def words(self) -> str:
         """'pod qwen-7f: loading weights 61 % (9.3 GiB of 15.2 GiB), about 40 s left'."""
         text = f"pod {self.pod.name}: {_STAGE_WORDS.get(self.stage, self.stage.replace('_', ' '))}"
+        if self.engine is not None and self.stage == Stage.DRAINING:
+            return f"{text}, {self.engine.load.running} requests running"
         if self.engine is None or self.stage != self.engine.stage:
             return text
         if self.stage == Stage.READY:
             return text if self.pod.ready else f"{text}, not yet in the Service"
-        if self.stage == Stage.DRAINING:
-            return f"{text}, {self.engine.load.running} requests running"
         progress = self.engine.progress
         if percent := _percent(self.engine):
             text += f" {percent} %"
@@ -85,17 +88,27 @@ def replicas(world: World, wanted: Wanted, now: datetime) -> tuple[Replica, ...]
 
 def _replica(pod: Pod, world: World, wanted: Wanted, now: datetime) -> Replica:
     engine = world.engines.get(pod.name)
-    is_up = engine is not None and engine.stage in (Stage.READY, Stage.DRAINING)
-    return Replica(pod, _stage(pod, engine, now), engine, cause_of(pod, world.events, wanted, engine_is_up=is_up))
+    stage = _stage(pod, engine, world.answered.get(pod.name, now), now)
+    cause = cause_of(
+        pod,
+        world.events,
+        wanted,
+        engine_is_up=engine is not None and engine.stage in (Stage.READY, Stage.DRAINING),
+        engine_is_silent=stage == names.POD_UNREACHABLE,
+    )
+    return Replica(pod, stage, engine, cause)
 
 
-def _stage(pod: Pod, engine: Statusz | None, now: datetime) -> str:
+def _stage(pod: Pod, engine: Statusz | None, answered: datetime, now: datetime) -> str:
+    """answered: when the engine did last, or was first asked."""
     if pod.running and engine is not None:
-        return engine.stage.value
+        # It still takes the requests of nodes that do not know yet, but it is on its way out.
+        ending = pod.terminating and engine.stage is Stage.READY
+        return Stage.DRAINING.value if ending else engine.stage.value
     if pod.terminating:
         return names.POD_TERMINATING
     if pod.running and pod.running_since is not None:
-        if pod.ready:  # the kubelet reached it a moment ago
+        if pod.ready and now - answered < SILENT_AFTER:
             return Stage.READY.value
         fresh = now - pod.running_since < STARTING_GRACE
         return Stage.STARTING.value if fresh else names.POD_UNREACHABLE

@@ -9,11 +9,14 @@ import asyncio
 import logging
 import signal
 import time
+from collections.abc import Coroutine
 from datetime import UTC, datetime
+from typing import Any
 
 import kopf
 
-from octavo_operator import handlers, metrics, names
+from octavo_operator import handlers, metrics
+from octavo_operator.cache import Cache
 from octavo_operator.cluster import Cluster, UnavailableError
 from octavo_operator.endpoints import serve
 from octavo_operator.engine_client import EngineClient
@@ -21,6 +24,7 @@ from octavo_operator.leader import Leader
 from octavo_operator.names import Key
 from octavo_operator.reconcile import Reconciler
 from octavo_operator.settings import Settings
+from octavo_operator.sweep import Sweep
 from octavo_operator.workers import Next, Workers
 
 log = logging.getLogger(__name__)
@@ -30,7 +34,7 @@ KINDS_POLL_S = 10.0
 
 
 async def run(settings: Settings) -> int:
-    """The exit status: 0 when asked to end, 1 when the lease is lost or a watch failed beyond repair."""
+    """The exit status: 0 when asked to end, 1 when the lease is lost or the watches are. Raises UnavailableError."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -61,45 +65,80 @@ async def run(settings: Settings) -> int:
 
 async def _lead(settings: Settings, cluster: Cluster, leader: Leader, stop: asyncio.Event) -> int:
     engines = EngineClient(settings.statusz_timeout_s)
-    reconciler = Reconciler(cluster, engines, settings, _now)
+    cache = Cache()
+    reconciler = Reconciler(cluster, cache, engines, settings, _now)
 
     async def look(key: Key, changed: bool) -> Next:
         with metrics.LOOKS.time():
             return await reconciler.look(key, changed)
 
-    await reconciler.learn_kinds()
     workers = Workers(look, _on_error)
     metrics.SERVERS.set_function(lambda: len(workers.keys))
-    watches = kopf.operator(
-        registry=handlers.registry(workers.wake),
-        settings=handlers.settings(),
-        standalone=True,
-        clusterwide=not settings.watch_namespaces,
-        namespaces=settings.watch_namespaces,
-        stop_flag=stop,
-    )
+    sweep = Sweep(cluster, cache, workers.wake, settings.watch_namespaces)
     try:
-        # kopf has its own handlers for signals from here on, and its end is ours.
-        ended = await _first(watches, stop.wait(), leader.hold(), _tend(settings, cluster, reconciler, workers))
-        return 1 if ended == 2 else 0
+        if not await _before(stop, _begin(reconciler, sweep)):
+            return 0
+        for key in cache.servers():
+            workers.wake(key)
+        watches = _watch(settings, handlers.registry(cache, workers.wake), stop)
+        tended = _tend(settings, reconciler, workers, sweep)
+        return 1 if await _first(watches, stop.wait(), leader.hold(), tended) >= 2 else 0
     finally:
         await workers.close()
         await engines.close()
 
 
-async def _tend(settings: Settings, cluster: Cluster, reconciler: Reconciler, workers: Workers) -> None:
-    """What no watch tells: kinds that come and go, and from time to time every server, in case a watch lost one."""
-    resync_at = time.monotonic() + settings.resync_s
+async def _begin(reconciler: Reconciler, sweep: Sweep) -> None:
+    """Reads all that there is, as often as that takes."""
+    while True:
+        try:
+            await reconciler.learn_kinds()
+            return await sweep.fill()
+        except UnavailableError as error:
+            log.warning("the servers could not be read yet: %s", error)
+            await asyncio.sleep(1)
+
+
+async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Whether the work was done before everything is to stop."""
+    return await _first(stop.wait(), work) == 1
+
+
+async def _watch(settings: Settings, registry: kopf.OperatorRegistry, stop: asyncio.Event) -> None:
+    """Returns when kopf ends: by a signal, for which it has handlers of its own, or by an error that it cannot mend."""
+    try:
+        await kopf.operator(
+            registry=registry,
+            settings=handlers.settings(),
+            standalone=True,
+            clusterwide=not settings.watch_namespaces,
+            namespaces=settings.watch_namespaces,
+            stop_flag=stop,
+        )
+    except Exception as error:
+        raise UnavailableError(f"the watches ended: {type(error).__name__} {error}") from error
+
+
+async def _tend(settings: Settings, reconciler: Reconciler, workers: Workers, sweep: Sweep) -> None:
+    """What no watch tells: kinds that come and go, and what a watch has lost. Returns when watches are found deaf.
+
+    The process ends then. Another replica, or the kubelet's restart, comes with new watches and nothing half broken.
+    """
+    sweep_at = time.monotonic() + settings.resync_s
+    deaf: set[str] = set()
     while True:
         await asyncio.sleep(min(KINDS_POLL_S, settings.resync_s))
         try:
-            if await reconciler.learn_kinds() or time.monotonic() >= resync_at:
-                resync_at = time.monotonic() + settings.resync_s
-                for namespace in settings.watch_namespaces or (None,):
-                    for document in await cluster.list(names.KIND, namespace):
-                        workers.wake(handlers.key_of_server(document))
-                for key in workers.keys:  # those that are gone, too
+            if await reconciler.learn_kinds():
+                for key in workers.keys:
                     workers.wake(key)
+            if time.monotonic() >= sweep_at:
+                sweep_at = time.monotonic() + settings.resync_s
+                lost = set(await sweep.lost())
+                if lost & deaf:  # once may be a busy moment
+                    log.error("the watches lose changes, so the operator starts anew kinds=%s", ",".join(sorted(lost)))
+                    return
+                deaf = lost
         except UnavailableError as error:
             log.warning("the servers could not be listed: %s", error)
 

@@ -52,8 +52,8 @@ class Settings:
     """Between looks at a server that is not settled; the status is at most this, and a request, behind the engine."""
     settled_poll_s: float = 20.0
     """Between looks at a server where nothing is expected to change but its load."""
-    resync_s: float = 300.0
-    """Between full lists of the servers, which find what a watch may have lost."""
+    resync_s: float = 30.0
+    """Between lists of everything's metadata, which find what a watch has lost."""
     statusz_timeout_s: float = 1.0
     """Longest wait for an engine's /statusz."""
 

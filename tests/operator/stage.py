@@ -85,14 +85,21 @@ class Api:
         self._host = server["server"].removeprefix("https://")
         self._local = threading.local()
 
-    def request(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> Document:
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        content_type: str = "application/json",
+        accept: str = "application/json",
+    ) -> Document:
         for attempt in (1, 2):
             connection = getattr(self._local, "connection", None)
             if connection is None:
                 connection = http.client.HTTPSConnection(self._host, context=self._tls, timeout=30)
                 self._local.connection = connection
             try:
-                headers = {"Content-Type": content_type}
+                headers = {"Content-Type": content_type, "Accept": accept}
                 connection.request(method, path, None if body is None else json.dumps(body), headers)
                 answer = connection.getresponse()
                 document = json.loads(answer.read())
@@ -137,12 +144,18 @@ class Engines:
         self.folder = cluster.state / "engines"
         self.folder.mkdir(exist_ok=True)
         self._numbers = itertools.count(1)
+        self._cluster = cluster
         script = Path(__file__).with_name("standin.py")
         cluster.start_program("standin", [sys.executable, str(script), str(self.folder)])
 
     def new_address(self) -> str:
         number = next(self._numbers)
         return f"127.1.{number // 250}.{number % 250 + 1}"
+
+    def answer_for_kwok(self) -> None:
+        """KWOK's pods get addresses of one range; made local, they all lead to the stand-in, and all are ready."""
+        self._cluster.run(["ip", "route", "replace", "local", "10.245.0.0/16", "dev", "lo"])
+        self.say("10.245", says(EngineStage.READY, effective=EFFECTIVE))
 
     def say(self, address: str, statusz: Statusz | None) -> None:
         file = self.folder / f"{address}.json"
@@ -187,6 +200,25 @@ def chart(release: str, *templates: str, values: tuple[str, ...] = ()) -> str:
     command += ["--kube-version=1.34.0", *(f"--show-only=templates/{name}.yaml" for name in templates)]
     command += [f"--set={value}" for value in values]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+class Faults:
+    """A proxy in front of the API server that does badly what it is told to (faults.py)."""
+
+    def __init__(self, cluster: Any, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._orders = cluster.state / f"faults-{port}.json"
+        self.do()
+        script = str(Path(__file__).with_name("faults.py"))
+        pki = "/etc/kubernetes/pki"
+        command = [sys.executable, script, str(port), "https://10.250.0.1:6443", f"{pki}/ca.crt", str(self._orders)]
+        cluster.start_program(f"faults-{port}", command)
+
+    def do(self, **orders: Any) -> None:
+        """What goes wrong from now on: nothing, without orders."""
+        partial = self._orders.with_suffix(".partial")
+        partial.write_text(json.dumps(orders))
+        partial.rename(self._orders)
 
 
 class Stage:
@@ -398,13 +430,23 @@ class Operator:
     """`octavo-operator run` as a process in the cluster's network, with the rights that the chart gives it."""
 
     def __init__(
-        self, cluster: Any, identity: str, port: int, account: str = "octavo-operator", **environment: str
+        self,
+        cluster: Any,
+        identity: str,
+        port: int,
+        account: str = "octavo-operator",
+        *,
+        python: tuple[str, ...] = (sys.executable,),
+        server: str = "",
+        **environment: str,
     ) -> None:
         self.cluster, self.identity, self.port = cluster, identity, port
         kubeconfig = cluster.state / f"{identity}.kubeconfig"
         token = cluster.kubectl("create", "token", account, "-n", "octavo-system", "--duration=2h").strip()
         config = yaml.safe_load((cluster.state / "root/etc/kubernetes/pki/admin.kubeconfig").read_text())
         config["users"][0]["user"] = {"token": token}
+        if server:
+            config["clusters"][0]["cluster"] = {"server": server}
         kubeconfig.write_text(yaml.safe_dump(config))
         settings = {
             "KUBECONFIG": str(kubeconfig),
@@ -418,7 +460,7 @@ class Operator:
         }
         self._log = cluster.logs / f"{identity}-{port}-{time.monotonic():.0f}.log"
         words = ["env", *(f"{name}={value}" for name, value in settings.items())]
-        command = [*words, sys.executable, "-m", "octavo_operator.cli", "run"]
+        command = [*words, *python, "-m", "octavo_operator.cli", "run"]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(cluster.inside(command), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 

@@ -16,7 +16,7 @@ from octavo_engine.status import Failure, FailureCode, Load, Stage
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("operator")]
 
 
-READS = 'octavo_operator_api_requests_total{code="200",kind="Service",verb="get"}'
+LOOKS = "octavo_operator_look_seconds_count"
 
 
 def test_an_applied_server_has_a_pod_within_a_second(stage):
@@ -112,10 +112,10 @@ def test_looking_again_writes_nothing(stage, operator):
         found = [stage.get(kind, "qwen") for kind in ("llmservers", *CHILDREN)] + stage.pods()
         return {document["metadata"]["uid"]: document["metadata"]["resourceVersion"] for document in found}
 
-    before, reads, events = versions(), operator.metric(READS), stage.events()
+    before, looks, events = versions(), operator.metric(LOOKS), stage.events()
     stage.api.merge(stage.path("services", "qwen"), {"metadata": {"labels": {"team": None}}})
     del before[service_uid := stage.get("services", "qwen")["metadata"]["uid"]]
-    wait_for(lambda: operator.metric(READS) > reads, "the next look", 5, 0.2)
+    wait_for(lambda: operator.metric(LOOKS) > looks, "the next look", 5, 0.2)
     time.sleep(0.5)
     after = versions()
     del after[service_uid]
@@ -123,6 +123,36 @@ def test_looking_again_writes_nothing(stage, operator):
     assert after == before
     assert not stage.get("services", "qwen")["metadata"]["labels"].get("team")
     assert stage.events() == events
+
+
+def test_an_engine_that_is_silent_behind_passing_probes_does_not_count_as_ready(stage):
+    stage.serve()
+    (pod,) = stage.wait_pods(1)
+    address = stage.up(pod)
+    stage.wait_condition("Ready", "True", "AllReplicasReady")
+    stage.engines.say(address, None)
+    ready = stage.wait_condition("Ready", "Unknown", "EngineUnreachable", timeout_s=60)
+    counted = stage.status()["readyReplicas"]
+    stage.up(pod)
+    stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=60)
+
+    assert "does not answer the operator on port 8001" in ready["message"]
+    assert "NetworkPolicy" in ready["message"]
+    assert counted == 0
+
+
+def test_a_pod_that_is_told_to_end_is_draining_at_once(stage):
+    stage.serve()
+    (pod,) = stage.wait_pods(1)
+    stage.up(pod, load=Load(running=2))
+    stage.wait_condition("Ready", "True", "AllReplicasReady")
+    stage.delete("pods", pod["metadata"]["name"])
+
+    def told():
+        return next((p for p in stage.status().get("pods", []) if p["name"] == pod["metadata"]["name"]), {})
+
+    wait_for(lambda: told().get("stage") == "draining", "the stage", 2)
+    assert stage.condition("Ready")["status"] == "False"
 
 
 def test_an_edited_child_is_put_right_and_foreign_labels_stay(stage):
@@ -205,6 +235,16 @@ def test_an_engine_killed_at_its_memory_limit_is_told_with_the_limit(stage):
     assert "at its memory limit of 4Gi" in ready["message"]
     assert "hardware.resources.limits.memory" in ready["message"]
     assert stage.status()["lastFailure"]["code"] == "OOM_KILLED"
+
+
+def test_a_kill_of_the_engine_process_alone_is_told_as_the_kernels(stage):
+    stage.serve(hardware={"resources": {"limits": {"memory": "4Gi"}}})
+    (pod,) = stage.wait_pods(1)
+    died = Failure(FailureCode.ENGINE_DIED, "The engine process was killed by SIGKILL.", "")
+    stage.crash_pod(pod, certificate(died), FailureCode.ENGINE_DIED.exit_status, "OOMKilled")
+    ready = stage.wait_condition("Ready", "False", "OOMKilled")
+
+    assert "at its memory limit of 4Gi" in ready["message"]
 
 
 def test_a_crash_without_a_certificate_is_told_with_its_last_words(stage):

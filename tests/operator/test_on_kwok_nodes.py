@@ -10,10 +10,11 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")
-def kwok(cluster):
+def kwok(cluster, engines):
     if not programs.is_built("kwok"):
         pytest.skip("kwok is not built: run `python tests/cluster/cluster.py build kwok`")
     cluster.start_kwok()
+    engines.answer_for_kwok()
 
 
 def running(stage) -> int:

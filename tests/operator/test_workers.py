@@ -8,7 +8,8 @@ import random
 import pytest
 
 from octavo_operator import workers as module
-from octavo_operator.handlers import is_news, key_of_child
+from octavo_operator.cache import key_of
+from octavo_operator.handlers import is_news
 from octavo_operator.workers import LAST_RETRY_S, Next, Workers, retry_delay
 
 A, B = ("ns", "a"), ("ns", "b")
@@ -198,4 +199,4 @@ def test_our_own_status_is_no_news(event, generation, observed, metadata, news):
 def test_a_child_tells_its_server_by_its_label():
     body = {"metadata": {"namespace": "ns", "name": "x-1", "labels": {"octavo.dev/server": "x"}}}
 
-    assert key_of_child(body) == ("ns", "x")
+    assert key_of("Service", body["metadata"]) == ("ns", "x")
