@@ -61,7 +61,7 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         ),
         (
             "noisy_best", sample._noisy_best, [HALF, INT, INT, INT, FLOAT, LONG, FLOAT, FLOAT, INT],
-            {"VOCAB": 128256, "SLICE": 4096}, 4,
+            {"VOCAB": 128256, "SLICE": 4096, "LANES": sample.LANES}, 4,
         ),
         (
             "pick", sample._pick, [FLOAT, INT, INT, INT, INT, INT, "i32", "i32", INT],

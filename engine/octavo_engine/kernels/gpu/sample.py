@@ -21,6 +21,8 @@ from torch import Tensor
 
 SLICE = 4096
 """Tokens of one program of `_noisy_best`; a quarter of them share one call of Philox."""
+LANES = 256
+"""Calls of Philox at once."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ def sample(
         *common, state.top_k, state.top_p, state.min_p, scratch.cutoff, VOCAB=vocab, AT_ONCE=8192, num_warps=16
     )
     _noisy_best[(n, slices)](
-        *common, state.seed, scratch.cutoff, scratch.best, scratch.index, VOCAB=vocab, SLICE=SLICE, num_warps=4
-    )
+        *common, state.seed, scratch.cutoff, scratch.best, scratch.index, VOCAB=vocab, SLICE=SLICE, LANES=LANES,
+        num_warps=4,
+    )  # fmt: skip
     _pick[(n,)](
         scratch.best, scratch.index, tokens, rows, positions, token_ids, token_ids.stride(0), token_ids.shape[1], out,
         SLICES=slices, SLICES_BLOCK=triton.next_power_of_2(slices), num_warps=1,
@@ -92,7 +95,7 @@ def _ordered(x):
     return tl.where(bits >= 0x8000, 0xFFFF - bits, bits + 0x8000)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tokens", "rows", "positions"])
 def _cutoff(
     logits, tokens, rows, positions, temperatures, top_ks, top_ps, min_ps, cutoff, VOCAB: tl.constexpr,
     AT_ONCE: tl.constexpr,
@@ -166,22 +169,23 @@ def _better(best, index, other_best, other_index):
 
 
 @triton.jit
-def _score(base, column, lowest, temperature, bits, VOCAB: tl.constexpr):
+def _score(base, column, lowest, sharpness, bits, VOCAB: tl.constexpr):
     """Logits with noise from uniform bits; -inf where cut, +inf where not finite."""
     x = tl.load(base + column, mask=column < VOCAB, other=float("-inf")).to(tl.float32)
     bad = (x != x) | (x == float("inf"))
     # Exponential variates from the side of zero, where floats are dense: -log(1 - u) and for small u its series.
     u = (bits.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     exponential = tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(1.0 - tl.minimum(u, 0.99999994)))
-    score = x / temperature - tl.log(exponential)
+    score = x * sharpness - tl.log(exponential)
     score = tl.where((x >= lowest) & (column < VOCAB), score, float("-inf"))
     return tl.where(bad, float("inf"), score)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tokens", "rows", "positions"])
 def _noisy_best(
-    logits, tokens, rows, positions, temperatures, seeds, cutoff, best, index, VOCAB: tl.constexpr, SLICE: tl.constexpr
-):
+    logits, tokens, rows, positions, temperatures, seeds, cutoff, best, index, VOCAB: tl.constexpr,
+    SLICE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0)
     part = tl.program_id(1)
     token = tl.load(tokens + n)
@@ -195,29 +199,33 @@ def _noisy_best(
         tl.store(best + n * tl.num_programs(1) + part, tl.max(x, 0))
         tl.store(index + n * tl.num_programs(1) + part, part * SLICE + tl.argmax(x, 0))
     else:
+        # In a loop over LANES, as the code of a whole slice at once is 240 KB and waits for its own instructions.
         QUARTER: tl.constexpr = SLICE // 4
         lowest = tl.load(cutoff + n)
         seed = tl.load(seeds + row)
-        lane = tl.arange(0, QUARTER)
-        counter = part * QUARTER + lane
-        zero = tl.zeros([QUARTER], tl.int32)
+        sharpness = 1.0 / temperature
+        zero = tl.zeros([LANES], tl.int32)
         position = zero + tl.load(positions + token) + 1
-        a, b, c, d = tl.philox(seed, counter, position, zero, zero)
-        column = part * SLICE + lane
-        score = _score(base, column, lowest, temperature, a, VOCAB)
-        top, at = _better(
-            score, column, _score(base, column + QUARTER, lowest, temperature, b, VOCAB), column + QUARTER
-        )
-        third = _score(base, column + 2 * QUARTER, lowest, temperature, c, VOCAB)
-        top, at = _better(top, at, third, column + 2 * QUARTER)
-        fourth = _score(base, column + 3 * QUARTER, lowest, temperature, d, VOCAB)
-        top, at = _better(top, at, fourth, column + 3 * QUARTER)
+        top = tl.full([LANES], float("-inf"), tl.float32)
+        at = tl.zeros([LANES], tl.int32)
+        for start in range(0, QUARTER, LANES):
+            lane = start + tl.arange(0, LANES)
+            a, b, c, d = tl.philox(seed, part * QUARTER + lane, position, zero, zero)
+            column = part * SLICE + lane
+            first = _score(base, column, lowest, sharpness, a, VOCAB)
+            top, at = _better(top, at, first, column)
+            second = _score(base, column + QUARTER, lowest, sharpness, b, VOCAB)
+            top, at = _better(top, at, second, column + QUARTER)
+            third = _score(base, column + 2 * QUARTER, lowest, sharpness, c, VOCAB)
+            top, at = _better(top, at, third, column + 2 * QUARTER)
+            fourth = _score(base, column + 3 * QUARTER, lowest, sharpness, d, VOCAB)
+            top, at = _better(top, at, fourth, column + 3 * QUARTER)
         chosen = tl.argmax(top, 0)
         tl.store(best + n * tl.num_programs(1) + part, tl.max(top, 0))
-        tl.store(index + n * tl.num_programs(1) + part, tl.sum(tl.where(lane == chosen, at, 0), 0))
+        tl.store(index + n * tl.num_programs(1) + part, tl.sum(tl.where(tl.arange(0, LANES) == chosen, at, 0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_row", "max_len"], do_not_specialize_on_alignment=["tokens", "rows", "positions"])
 def _pick(
     best, index, tokens, rows, positions, token_ids, stride_row, max_len, out, SLICES: tl.constexpr,
     SLICES_BLOCK: tl.constexpr,
@@ -249,7 +257,7 @@ def reference(
             results.append(int(row.argmax()))
             continue
         lowest = reference_cutoff(row, float(temperature[i]), int(top_k[i]), float(top_p[i]), float(min_p[i]))
-        score = row / temperature[i] + gumbel(int(seed[i]), int(position[i]), len(row)).to(row.device)
+        score = row * (1.0 / temperature[i]) + gumbel(int(seed[i]), int(position[i]), len(row)).to(row.device)
         results.append(int(score.masked_fill(row < lowest, float("-inf")).argmax()))
     return torch.tensor(results, dtype=torch.int32)
 
