@@ -71,6 +71,10 @@ def main() -> None:
         loaded.plan.num_blocks,
     )
     engine = Engine(scheduler, runner, time.monotonic)
+    prepared = 0
+    while engine.prepare():
+        prepared += 1
+    print(f"prepared {prepared} more graphs in {time.monotonic() - began - start_s:.1f} s", flush=True)
     gc.collect()
     gc.freeze()  # as the engine process does
     gpu = torch.cuda.get_device_name()

@@ -19,12 +19,13 @@ MAX_HEADER_BYTES = 100 * 2**20
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies. dtype is the format's name (F32, BF16, …)."""
+    """Where one tensor lies. dtype is the format's name (F32, BF16, …), offset counts bytes from the file's start."""
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
     num_bytes: int
 
 
@@ -85,6 +86,7 @@ def _read_header(file: Path) -> list[TensorInfo]:
             infos = [
                 TensorInfo(
                     name, file, str(entry["dtype"]), tuple(int(d) for d in entry["shape"]),
+                    8 + length + int(entry["data_offsets"][0]),
                     int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]),
                 )
                 for name, entry in header.items()

@@ -1,4 +1,4 @@
-"""The command `octavo`: serve, chat, complete, plan, bench, drain, collect-env.
+"""The command `octavo`: serve, chat, complete, plan, bench, download, compile-kernels, drain, collect-env.
 
 Import-light: what a subcommand needs is imported when it runs.
 """
@@ -9,7 +9,9 @@ import argparse
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from octavo_engine import __version__
@@ -37,6 +39,7 @@ from octavo_engine.status import (
 if TYPE_CHECKING:
     from octavo_engine.client import Talk
 
+COMPILE_SETTINGS = ("model", "revision", "download_dir", "block_size", "dtype")
 DOWNLOAD_SETTINGS = (
     *("model", "revision", "model_store", "model_store_size"),
     *("host", "management_port", "log_level", "startup_stall_s", "termination_log"),
@@ -130,6 +133,19 @@ def _parsers() -> tuple[ArgumentParser, dict[str, tuple[ArgumentParser, Command]
     _add_model(fetch)
     add_arguments(fetch, [EngineConfig, ServerConfig], only=DOWNLOAD_SETTINGS)
     fetch.set_defaults(management_port=0)  # a server on this machine keeps its port
+    kernels = commands.add_parser(
+        "compile-kernels",
+        help="compile a model's GPU kernels ahead of its first start",
+        description="Compile, without a GPU, every kernel that a model needs, so that its first start does not. "
+        "Name the folder in OCTAVO_PREBUILT_KERNELS when serving; the kernels fit this version of Octavo and Triton.",
+    )
+    _add_model(kernels)
+    kernels.add_argument(
+        "--architecture", default="sm_90", choices=("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"),
+        help="A100: sm_80, L4 and L40S: sm_89, H100 and H200: sm_90, B200: sm_100. Default: %(default)s.",
+    )  # fmt: skip
+    kernels.add_argument("--output", required=True, metavar="DIR", help="Folder to fill; what it has already stays.")
+    add_arguments(kernels, [EngineConfig], only=COMPILE_SETTINGS)
     collect = commands.add_parser(
         "collect-env",
         help="tell about this machine, for a report",
@@ -140,6 +156,7 @@ def _parsers() -> tuple[ArgumentParser, dict[str, tuple[ArgumentParser, Command]
         "download": (fetch, _download),
         "drain": (drain, _drain),
         "plan": (plan, _plan),
+        "compile-kernels": (kernels, _compile_kernels),
         "collect-env": (collect, _collect_env),
     }
 
@@ -250,6 +267,33 @@ def _plan(namespace: argparse.Namespace, warnings: list[str]) -> int:
         print(f"octavo plan: {error.failure}", file=sys.stderr)
         return error.failure.code.exit_status
     print(describe(plan, model, memory))
+    return ExitStatus.OK
+
+
+def _compile_kernels(namespace: argparse.Namespace, warnings: list[str]) -> int:
+    config = _engine_config(namespace)
+    config.check()
+    from octavo_engine.api.find_model import download, local_folder, store_of
+    from octavo_engine.models.config import load_config
+    from octavo_engine.plan import choose_dtype
+
+    try:
+        folder = local_folder(config.model) or download(
+            config.model, config.revision, config.download_dir, lambda done, total: None, weights=False,
+            store=store_of(config, config.model),
+        )  # fmt: skip
+        model = load_config(folder.path)
+        dtype = choose_dtype(config, model.dtype, "cuda")
+    except FatalError as error:
+        print(f"octavo compile-kernels: {error.failure}", file=sys.stderr)
+        return error.failure.code.exit_status
+    from octavo_engine.runner.compile_ahead import compile_kernels
+    from octavo_engine.runner.device import TORCH_DTYPES
+
+    began = time.monotonic()
+    output = Path(namespace.output)
+    count = compile_kernels(model, namespace.architecture, output, config.block_size, TORCH_DTYPES[dtype])
+    print(f"compiled {count} kernels for {namespace.architecture} into {output} in {time.monotonic() - began:.0f} s")
     return ExitStatus.OK
 
 

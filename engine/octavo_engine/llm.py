@@ -81,6 +81,8 @@ class LLM:
             loaded.plan.num_blocks,
         )
         self._engine = Engine(scheduler, runner, time.monotonic, self._config.seed)
+        while self._engine.prepare():  # there is no idle moment later on
+            pass
         self._num_requests = 0
 
     def generate(

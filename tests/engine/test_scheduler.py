@@ -309,6 +309,8 @@ class NaiveDevice:
 
     def __init__(self, scheduler: Scheduler, depth: int, broken: frozenset[int] = frozenset()) -> None:
         self.depth = depth
+        self.num_compilations = 0
+        self.prepare = lambda: False
         self._scheduler = scheduler
         self._size = scheduler.config.block_size
         self._broken = broken

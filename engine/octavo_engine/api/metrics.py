@@ -247,6 +247,12 @@ class Metrics:
         yield gauge("octavo:kv_headroom_tokens", "Tokens that still fit in the KV cache.", labels, headroom)
         yield gauge("octavo:waiting_prefill_tokens", "Prompt tokens that wait.", labels, load.waiting_prefill_tokens)
         yield counter("octavo:steps", "Steps computed.", labels, stats.num_steps)
+        yield counter(
+            "octavo:kernel_compilations",
+            "Kernels compiled since the engine was ready, each while requests waited; 0 is right.",
+            labels,
+            stats.compilations,
+        )
         info = GaugeMetricFamily("octavo:build_info", "Version of the engine.", labels=["version"])
         info.add_metric([__version__], 1)
         yield info

@@ -24,6 +24,13 @@ class Runner(Protocol):
     def depth(self) -> int:
         """Steps that may be under way when the next is launched: 1 lets planning and computing overlap, 0 does not."""
 
+    @property
+    def num_compilations(self) -> int:
+        """Kernels that had to be compiled since it was ready, each while requests waited."""
+
+    def prepare(self) -> bool:
+        """Make later steps faster, for a tenth of a second; called while nothing runs. False: nothing is left."""
+
     def launch(self, plan: StepPlan) -> Any:
         """Start a step; what it returns is handed to `collect` once, oldest first."""
 
@@ -88,6 +95,10 @@ class Engine:
             events += self._collect()
         return StepOutput(events, self.load(), self._stats(plan, self._clock() - started))
 
+    def prepare(self) -> bool:
+        """To be called while there is no work: the runner uses the time. False when nothing is left to prepare."""
+        return self._runner.prepare()
+
     def _collect(self) -> list[TokenEvent]:
         plan, launched, started = self._launched.popleft()
         sampled = self._runner.collect(launched)
@@ -148,6 +159,7 @@ class Engine:
             prefix_queries=self.scheduler.prefix_queries,
             prefix_hits=self.scheduler.prefix_hits,
             num_steps=self._num_steps,
+            compilations=self._runner.num_compilations,
         )
 
 

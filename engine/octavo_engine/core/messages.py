@@ -125,6 +125,7 @@ class StepStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     num_steps: int = 0
+    compilations: int = 0
 
 
 @dataclass(frozen=True)

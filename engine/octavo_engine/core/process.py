@@ -116,6 +116,8 @@ def serve(engine: Engine, inbox: queue.SimpleQueue[ToEngine], channel: Channel) 
 
 
 def _next(inbox: queue.SimpleQueue[ToEngine], engine: Engine) -> ToEngine:
+    while inbox.empty() and engine.prepare():
+        pass
     while True:
         try:
             return inbox.get(timeout=CHECK_INTERVAL_S)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from octavo_engine.core.step import Admission, Sampled, StepItem, StepPlan
 from octavo_engine.kernels import sampling
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts, plan_parts
+from octavo_engine.kernels.gpu.prebuilt import Compilations
 from octavo_engine.kernels.gpu.prefill_attention import Chunk, max_tiles, plan_tiles
 from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
 from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_sampling
@@ -41,6 +42,9 @@ GRAPH_SIZES = (
     *range(320, 1025, 64),
 )
 """Decodes in a graph; a step takes the next larger one. Padding is at most a fifth of a step above 8."""
+FIRST_GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
+"""Captured before it is ready; the others come when nobody waits. Up to 64 decodes padding to these costs nothing, as
+the products' tiles have those sizes anyway, beyond up to a fifth of a step."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class GpuSteps:
 
     def __init__(
         self, decoder: GpuDecoder, plan: Plan, max_tokens: int, max_seqs: int, kv_cache: Tensor, token_ids: Tensor,
-        block_tables: Tensor,
+        block_tables: Tensor, compilations: Compilations,
     ) -> None:  # fmt: skip
         self._decoder, self._plan = decoder, plan
         self._kv_cache, self._token_ids, self._block_tables = kv_cache, token_ids, block_tables
@@ -86,12 +90,23 @@ class GpuSteps:
         self._pinned_updates = [_Pinned(updates) for _ in range(RING)]
         self._hosts = [torch.zeros(max_seqs, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
         self._zeros = array("i", bytes(4 * PART_WORDS * parts))
+        self._compilations = compilations
         self._launches = 0
         self._admissions: dict[int, Admission] = {}
         self._num_blocks_of: dict[int, int] = {}
         self._slow: set[int] = set()
         """Rows whose sampling needs their history: those go through the reference sampler after the fast one."""
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._uncaptured: list[int] = []
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def num_compilations(self) -> int:
+        return self._compilations.late
+
+    def is_ready(self) -> None:
+        """From here on requests wait for what is compiled: nothing should be left to compile."""
+        self._compilations.ready = True
 
     # ---- steps
 
@@ -293,21 +308,37 @@ class GpuSteps:
 
     # ---- graphs
 
+    def capture(self, between: Callable[[], None]) -> None:
+        """Capture the first graphs, the largest first, so that their pool is sized once. Calls `between` them.
+
+        The weights need not be there yet: a graph holds their addresses.
+        """
+        sizes = {*(size for size in GRAPH_SIZES if size < self._max_seqs), min(self._max_seqs, GRAPH_SIZES[-1])}
+        first = {size for size in sizes if size in FIRST_GRAPH_SIZES} | {max(sizes)}
+        self._uncaptured = sorted(sizes - first, reverse=True)
+        for size in sorted(first, reverse=True):
+            between()
+            self._capture(size)
+
+    def prepare(self) -> bool:
+        """Capture one more graph, while no step is under way; whether there was one left."""
+        if not self._uncaptured:
+            return False
+        self._compilations.ready = False  # nobody waits for what is compiled here
+        self._capture(self._uncaptured.pop())
+        self._compilations.ready = True
+        return True
+
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Compile and capture every size of decode graph, the largest first, so that the pool is sized once."""
-        sizes = [size for size in GRAPH_SIZES if size < self._max_seqs] + [self._max_seqs]
-        sizes = [size for size in sizes if size <= GRAPH_SIZES[-1]]
-        pool = torch.cuda.graph_pool_handle()
-        for size in sorted(sizes, reverse=True):
-            self._describe(0, [], size)
-            step = self._graph_step(size)
-            self._run(step)  # compiles what is not in the cache yet, which a capture could not
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._run(step)
-            self._graphs[size] = graph
+    def _capture(self, size: int) -> None:
+        self._describe(0, [], size)
+        step = self._graph_step(size)
+        self._run(step)  # compiles what is not in the cache yet, which a capture could not
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._run(step)
+        self._graphs[size] = graph
         torch.cuda.synchronize()
 
 

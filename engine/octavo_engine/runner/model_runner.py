@@ -7,6 +7,7 @@ each step brings: admissions write a row, new blocks extend its table, sampled t
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,10 +79,12 @@ class ModelRunner:
             rows, columns = config.max_num_seqs + padding, -(-plan.max_model_len // plan.block_size)
             self._token_ids = torch.zeros((rows, plan.max_model_len), dtype=torch.int32, device=device)
             self._block_tables = torch.zeros((rows, columns), dtype=torch.int32, device=device)
+        loading = None
+        progress = functools.partial(on_stage, Stage.LOADING_WEIGHTS)
         if config.load_format == "dummy":
-            weights.fill_with_noise(model, tensors, config.seed, lambda d, t: on_stage(Stage.LOADING_WEIGHTS, d, t))
+            weights.fill_with_noise(model, tensors, config.seed, progress)
         else:
-            weights.load(folder, model, tensors, lambda d, t: on_stage(Stage.LOADING_WEIGHTS, d, t))
+            loading = weights.Loading(folder, model, tensors)
         cos, sin = rotary.tables(model.rope, model.head_dim, plan.max_model_len, device)
         self._model, self._plan, self._device = model, plan, device
         self._decoder = Decoder(model, tensors, cos, sin)
@@ -89,12 +92,15 @@ class ModelRunner:
         self._num_blocks_of: dict[int, int] = {}
         # The kernels compute in 16 bits; float32 on a GPU is for comparisons and takes the references.
         if device.type == "cuda" and dtype != torch.float32:
-            on_stage(Stage.CAPTURING, 0, 0)
             self._gpu = self._gpu_steps(tensors, cos, sin)
-            if not config.enforce_eager:
-                self._gpu.capture()
+            # Graphs hold addresses, so they are captured while the weights still come.
+            self._gpu.capture(lambda: loading.poll(progress) if loading else on_stage(Stage.CAPTURING, 0, 0))
+        if loading:
+            loading.wait(progress)
         on_stage(Stage.WARMING_UP, 0, 0)
         self._warm_up()
+        if self._gpu:
+            self._gpu.is_ready()
         effective = Effective(
             model=config.model, resolved_revision=revision, dtype=plan.dtype, kv_dtype=plan.kv_dtype,
             max_model_len=plan.max_model_len, block_size=plan.block_size, num_blocks=plan.num_blocks,
@@ -112,6 +118,14 @@ class ModelRunner:
         """Steps that may be under way: on a CPU results are there when launch returns, so nothing can overlap."""
         return self._gpu.depth if self._gpu else 0
 
+    @property
+    def num_compilations(self) -> int:
+        return self._gpu.num_compilations if self._gpu else 0
+
+    def prepare(self) -> bool:
+        """Use a moment in which no request waits; whether there is more to do."""
+        return self._gpu is not None and self._gpu.prepare()
+
     def launch(self, plan: StepPlan) -> Any:
         return self._gpu.launch(plan) if self._gpu else self.execute(plan)
 
@@ -122,9 +136,11 @@ class ModelRunner:
 
     def _gpu_steps(self, tensors: dict[str, Tensor], cos: Tensor, sin: Tensor) -> GpuSteps:
         # Only here: a CPU needs no triton, and importing it takes a fifth of a second.
+        from octavo_engine.kernels.gpu import prebuilt
         from octavo_engine.models.gpu_decoder import GpuDecoder
         from octavo_engine.runner.gpu_steps import GpuSteps
 
+        compilations = prebuilt.use()
         config, half = self._config, self._model.head_dim // 2
         dtype = self._kv_cache.dtype
         decoder = GpuDecoder(
@@ -133,7 +149,7 @@ class ModelRunner:
         )  # fmt: skip
         return GpuSteps(
             decoder, self._plan, config.max_num_batched_tokens, config.max_num_seqs, self._kv_cache, self._token_ids,
-            self._block_tables,
+            self._block_tables, compilations,
         )  # fmt: skip
 
     @torch.inference_mode()

@@ -137,7 +137,7 @@ def _rotated(at, inside, column, cos, sin, norm, eps, HALF: tl.constexpr):
     return (low * cos - high * sin).to(kind), (high * cos + low * sin).to(kind)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["parts"])
 def _decode(
     qkv, stride_token, cos, sin, keys, values, block_tables, stride_table, parts, partial, partial_lse, finished, out,
     query_norm, key_norm, eps, scale, softcap,

@@ -71,7 +71,7 @@ def _add_rms_norm(x, residual, weight, out, eps, HIDDEN: tl.constexpr, BLOCK: tl
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_row"], do_not_specialize_on_alignment=["ids", "rows", "positions"])
 def _embed_rms_norm(
     ids, rows, positions, token_ids, stride_row, embedding, weight, residual, out, shares, eps,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr,

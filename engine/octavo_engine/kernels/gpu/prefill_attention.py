@@ -114,7 +114,7 @@ def _attend(
     return new_best, total, sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["tiles"])
 def _prefill(
     qkv, stride_token, keys, values, block_tables, stride_table, tiles, out, stride_out, scale, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,

@@ -46,7 +46,7 @@ def _head_norm(low, high, weight, column, inside, eps, HALF: tl.constexpr):
     return low.to(w_low.dtype).to(tl.float32), high.to(w_low.dtype).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["rows", "positions"])
 def _rope_kv(
     qkv, stride_token, cos, sin, rows, positions, block_tables, stride_table, keys, values, query_norm, key_norm, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,

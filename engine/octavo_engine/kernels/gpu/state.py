@@ -29,7 +29,7 @@ def set_sampling(updates: Tensor, state: SamplingState) -> None:
     )
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "stride_table"], do_not_specialize_on_alignment=["updates"])
 def _set_blocks(updates, count, block_tables, stride_table, AT_ONCE: tl.constexpr):
     at = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
     inside = at < count
@@ -39,7 +39,7 @@ def _set_blocks(updates, count, block_tables, stride_table, AT_ONCE: tl.constexp
     tl.store(block_tables + row * stride_table + index, block, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["updates"])
 def _set_sampling(updates, temperature, top_k, top_p, min_p, seed, WORDS: tl.constexpr):
     at = updates + tl.program_id(0) * WORDS
     row = tl.load(at)

@@ -1,0 +1,153 @@
+"""Compile every kernel that a model's steps launch, for a GPU that is not there.
+
+The decoder runs over tensors without memory while launches stop after compiling, so that what is compiled here is what
+a step launches, found on the same road and under the same keys. Called by `octavo compile-kernels`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import build, driver
+from triton.runtime.jit import JITFunction
+
+from octavo_engine.kernels.gpu import prebuilt
+from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
+from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
+from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_sampling
+from octavo_engine.loader import weights
+from octavo_engine.models.config import DecoderConfig
+from octavo_engine.models.gpu_decoder import FUSED_TOKENS, DeviceStep, GpuDecoder
+from octavo_engine.runner.gpu_steps import GRAPH_SIZES
+
+ARCHITECTURES = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
+}
+"""Name as NVIDIA gives it: what Triton compiles for, and the bytes of shared memory that a program may have."""
+
+
+def compile_kernels(
+    model: DecoderConfig, architecture: str, folder: Path, block_size: int, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Fill `folder` with the kernels of this model; returns how many were compiled and not there yet."""
+    target, shared_memory = ARCHITECTURES[architecture]
+    compilations = prebuilt.use()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _absent_gpu(target, shared_memory, folder) as launched:
+        _launch_all(model, block_size, dtype)
+        _build_launchers(launched)
+    return compilations.count
+
+
+def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype) -> None:
+    device = torch.device("meta")
+    max_seqs, max_tokens, columns = 256, 512, 64
+
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    kv_cache = torch.empty(
+        (model.num_layers, 2, columns, model.num_kv_heads, block_size, model.head_dim), dtype=dtype, device=device
+    )
+    half = torch.empty((columns * block_size, model.head_dim // 2), dtype=dtype, device=device)
+    token_ids, block_tables = ints(max_seqs, columns * block_size), ints(max_seqs, columns)
+    decoder = GpuDecoder(
+        model, weights.allocate(model, dtype, device), half, half, kv_cache, token_ids, block_tables, max_tokens,
+        max_seqs,
+    )  # fmt: skip
+    state = SamplingState.allocate(max_seqs, device)
+    scratch = SamplingScratch.allocate(max_seqs, model.vocab_size, device)
+    set_blocks(ints(1, 3), block_tables)
+    set_sampling(ints(1, SAMPLING_WORDS), state)
+    windows = set(model.windows)
+
+    def step(decodes: int, chunk: int) -> None:
+        total = decodes + chunk
+        described = DeviceStep(
+            ints(total), ints(total), ints(total), num_decodes=decodes,
+            parts={window: ints(max_parts(decodes, model.num_kv_heads), PART_WORDS) for window in windows},
+            tiles=ints(1, 4) if chunk else None,
+            logit_tokens=torch.empty(1, dtype=torch.int32, device=device) if chunk else None,
+        )  # fmt: skip
+        logits = decoder.forward(described)
+        tokens = ints(logits.shape[0])
+        sample(logits, tokens, described.rows, described.positions, state, scratch, token_ids, ints(logits.shape[0]))
+
+    for size in GRAPH_SIZES:
+        step(size, 0)
+        if size > FUSED_TOKENS:
+            break
+    step(0, 16)
+    step(1, 16)
+
+
+@contextmanager
+def _absent_gpu(target: GPUTarget, shared_memory: int, folder: Path) -> Iterator[list[Any]]:
+    """Launches compile for `target` into `folder` and end there; yields the list of what was compiled."""
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel not in compiled:
+            compiled.append(kernel)
+        return kernel
+
+    properties = {"max_shared_mem": shared_memory}
+    absent = SimpleNamespace(
+        # Functions keep what they compiled by device: each target is one of its own.
+        get_current_device=lambda: 1000 + int(target.arch), get_current_stream=lambda _: 0,
+        get_current_target=lambda: target, utils=SimpleNamespace(get_device_properties=lambda _: properties),
+    )  # fmt: skip
+    with (
+        triton.knobs.cache.scope(),
+        triton.knobs.compilation.scope(),
+        patch.object(JITFunction, "run", only_compile),
+        patch.object(driver, "_active", absent),
+    ):
+        triton.knobs.cache.dir = str(folder)
+        triton.knobs.compilation.store_binary_only = True
+        yield compiled
+
+
+def _build_launchers(kernels: list[Any]) -> None:
+    """Build the C functions that launch these kernels, and Triton's own helper, as it would at the first launch.
+
+    They are linked with the driver's library, which is not here: an empty one of the same name takes its place.
+    """
+    from triton.backends.nvidia import driver as nvidia
+
+    with tempfile.TemporaryDirectory() as empty:
+        stub = Path(empty) / "libcuda.so.1"
+        subprocess.run(
+            ["cc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(stub), "-x", "c", "/dev/null"], check=True
+        )
+        built = SimpleNamespace(launch=None)
+        with (
+            triton.knobs.nvidia.scope(),
+            patch.object(build, "_load_module_from_path", lambda name, path: built),
+        ):
+            triton.knobs.nvidia.libcuda_path = empty
+            nvidia.libcuda_dirs.cache_clear()
+            build.compile_module_from_src(
+                src=Path(nvidia.dirname, "driver.c").read_text(), name="cuda_utils",
+                library_dirs=nvidia.library_dirs(), include_dirs=nvidia.include_dirs, libraries=nvidia.libraries,
+            )  # fmt: skip
+            for kernel in kernels:
+                nvidia.CudaLauncher(kernel.src, kernel.metadata)
+        nvidia.libcuda_dirs.cache_clear()

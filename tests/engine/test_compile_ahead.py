@@ -1,0 +1,42 @@
+"""Kernels compiled ahead are found by name wherever their folder lies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 64,
+    "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 64, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def compile_kernels(model: Path, output: Path, **environment: str) -> str:
+    command = [sys.executable, "-m", "octavo_engine.cli", "compile-kernels", str(model), "--output", str(output)]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=280,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+    )  # fmt: skip
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_folder_of_prebuilt_kernels_that_moved_leaves_nothing_to_compile(tmp_path):
+    model, built, moved = tmp_path / "model", tmp_path / "built", tmp_path / "moved"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIG))
+
+    first = compile_kernels(model, built)
+    built.rename(moved)
+    second = compile_kernels(model, tmp_path / "unused", OCTAVO_PREBUILT_KERNELS=str(moved))
+
+    assert int(first.split()[1]) > 30
+    assert second.startswith("compiled 0 kernels")
+    assert not [file for file in (tmp_path / "unused").rglob("*") if file.is_file()]
+    assert {file.suffix for file in moved.rglob("*") if file.is_file()} >= {".cubin", ".json", ".so"}
