@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo_operator import names
-from octavo_operator.desired.deployment import digest
+from octavo_operator.digest import digest
 from octavo_operator.observed import Pod
 from octavo_operator.quantity import parse_quantity
 
@@ -27,7 +27,7 @@ class Changes:
     foreign: tuple[str, ...] = ()
     """Kinds whose object of our name belongs to somebody else. It is left alone, and a condition says so."""
     annotate: tuple[Object, ...] = ()
-    """Pods, as far as we set them: their scrape annotations."""
+    """Pods, as far as we set them: annotations for Prometheus, and for the choice of pods to end."""
 
 
 def changes(
@@ -37,8 +37,12 @@ def changes(
     pods: Iterable[Pod],
     scrape: Mapping[str, str],
     namespace: str,
+    costs: Mapping[str, int] | None = None,
 ) -> Changes:
-    """children: by kind, the object with the server's name. scrape: annotations that the pods should carry."""
+    """children: by kind, the object with the server's name. scrape: annotations that the pods should carry.
+
+    costs: by pod, what the Deployment's controller goes by when it chooses which pods end.
+    """
     create, update, delete, foreign = [], [], [], []
     wanted = {body["kind"]: with_digest(body) for body in desired}
     for kind, body in wanted.items():
@@ -53,11 +57,12 @@ def changes(
         going = "deletionTimestamp" in present["metadata"]
         if kind not in wanted and _is_ours(present, owner_uid) and not going:
             delete.append(present)
-    annotate = [
-        _annotations(pod, scrape, namespace)
-        for pod in pods
-        if not pod.terminating and not pod.over and _needs_annotations(pod, scrape)
-    ]
+    annotate = []
+    for pod in pods:
+        cost = (costs or {}).get(pod.name)
+        marks = {**scrape, **({} if cost is None else {names.DELETION_COST_ANNOTATION: str(cost)})}
+        if not pod.terminating and not pod.over and _needs_annotations(pod, marks):
+            annotate.append(_annotations(pod, marks, namespace))
     return Changes(tuple(create), tuple(update), tuple(delete), tuple(foreign), tuple(annotate))
 
 

@@ -48,6 +48,7 @@ class Kind:
 KINDS = {
     names.KIND: Kind(names.API_VERSION, names.PLURAL),
     "Deployment": Kind("apps/v1", "deployments"),
+    "ReplicaSet": Kind("apps/v1", "replicasets"),
     "Service": Kind("v1", "services"),
     "PodDisruptionBudget": Kind("policy/v1", "poddisruptionbudgets"),
     "PodMonitor": Kind("monitoring.coreos.com/v1", "podmonitors"),

@@ -16,6 +16,7 @@ from octavo_operator.desired.service import url
 from octavo_operator.failures import OOM_KILLED
 from octavo_operator.quantity import gib
 from octavo_operator.replicas import Replica, headline
+from octavo_operator.rollout import Decision
 from octavo_operator.spec import Problem, Server
 
 Truth = Literal["True", "False", "Unknown"]
@@ -62,6 +63,7 @@ class View:
     """Why the pods could not be annotated, where they should be."""
     causes: tuple[Cause, ...] = ()
     """Beside those of single pods: objects that could not be applied, pods that may not be made."""
+    rollout: Decision | None = None
 
     @property
     def desired(self) -> int:
@@ -82,7 +84,8 @@ class View:
     @property
     def settled(self) -> bool:
         """Nothing is on its way: what is wanted is there, ready and of the present spec."""
-        return len(self.replicas) == self.ready == self.updated == self.desired and not self.causes
+        waits = self.rollout is not None and self.rollout.held == "idle"
+        return len(self.replicas) == self.ready == self.updated == self.desired and not (self.causes or waits)
 
     @property
     def cause(self) -> Cause | None:
@@ -101,6 +104,8 @@ class View:
         """What happens now, in a few words; empty when nothing does."""
         if self.cause is not None:
             return self.cause.message
+        if self.rollout and self.rollout.held in ("failed", "idle") and self.rollout.report.reason:
+            return self.rollout.report.reason
         if replica := headline(self.replicas):
             return replica.words() + "."
         ending = len(self.replicas) - len(self.live)
@@ -112,7 +117,10 @@ class View:
 
 
 def conditions(view: View) -> list[Finding]:
-    return [_ready(view), _progressing(view), _schedulable(view), _model_cached(view), _fits(view), _monitoring(view)]
+    return [
+        *(_ready(view), _progressing(view), _schedulable(view), _model_cached(view), _fits(view)),
+        *(_verified(view), _update_available(view), _monitoring(view)),
+    ]
 
 
 def conditions_of_invalid(problems: Sequence[Problem], serving: int) -> list[Finding]:
@@ -121,7 +129,10 @@ def conditions_of_invalid(problems: Sequence[Problem], serving: int) -> list[Fin
     still = f" Still serving: {_pods(serving)} of the specification before it." if serving else ""
     ready = Finding(names.READY, "False", INVALID_SPEC, told + still, trouble=True)
     stopped = Finding(names.PROGRESSING, "False", INVALID_SPEC, "It waits for the specification to be corrected.")
-    others = (names.SCHEDULABLE, names.MODEL_CACHED, names.FITS, names.MONITORING_READY)
+    others = (
+        *(names.SCHEDULABLE, names.MODEL_CACHED, names.FITS),
+        *(names.VERIFIED, names.UPDATE_AVAILABLE, names.MONITORING_READY),
+    )
     return [ready, stopped, *(Finding(kind, "Unknown", INVALID_SPEC, "Not looked at.") for kind in others)]
 
 
@@ -149,6 +160,10 @@ def _ready(view: View) -> Finding:
 
 
 def _progressing(view: View) -> Finding:
+    if view.rollout and view.rollout.held == "failed":
+        return Finding(names.PROGRESSING, "False", "RolledBack", view.rollout.report.reason or "", trouble=True)
+    if view.rollout and view.rollout.held == "idle":
+        return Finding(names.PROGRESSING, "True", "WaitingForIdle", view.rollout.report.reason or "")
     if view.settled:
         return Finding(names.PROGRESSING, "False", "Settled", "Everything is as specified.")
     if view.cause:
@@ -156,7 +171,8 @@ def _progressing(view: View) -> Finding:
     message = _capital(view.progress())
     if view.updated < len(view.live):
         count = f"{view.updated} of {view.desired} pods are of the present specification."
-        return Finding(names.PROGRESSING, "True", "RollingOut", f"{count} {message}")
+        how = f" {view.rollout.report.reason}" if view.rollout and view.rollout.report.reason else ""
+        return Finding(names.PROGRESSING, "True", "RollingOut", f"{count} {message}{how}")
     if len(view.live) > view.desired or view.ready >= view.desired:
         return Finding(names.PROGRESSING, "True", "ScalingDown", message)
     return Finding(names.PROGRESSING, "True", "Starting", message)
@@ -204,6 +220,30 @@ def _fits(view: View) -> Finding:
         f"{sizes.max_concurrency_at_max_len:.1f} requests of {sizes.max_model_len:,} tokens at once."
     )
     return Finding(names.FITS, "True", "Planned", message)
+
+
+def _verified(view: View) -> Finding:
+    """By the engine's own generation before it calls itself ready: the operator holds no key to ask for one."""
+    for replica in view.live:
+        if replica.pod.revision == view.revision and replica.ready and replica.stage == Stage.READY:
+            message = f"An engine of revision {view.revision} generated, and the result was sound."
+            return Finding(names.VERIFIED, "True", "Generated", message)
+    for replica in view.replicas:
+        if replica.cause and replica.cause.code == FailureCode.SELF_TEST_FAILED:
+            return Finding(names.VERIFIED, "False", replica.cause.reason, replica.cause.message, trouble=True)
+    return Finding(
+        names.VERIFIED, "Unknown", "NotGeneratedYet", f"No engine of revision {view.revision} was ready yet."
+    )
+
+
+def _update_available(view: View) -> Finding:
+    if view.rollout and view.rollout.held == "update":
+        message = (
+            "This operator would make the pods differently (its version, or its default image). Running ones are left "
+            "alone: change restart.id for a rollout, or set rollout.updatePolicy to Always."
+        )
+        return Finding(names.UPDATE_AVAILABLE, "True", "OperatorChanged", message)
+    return Finding(names.UPDATE_AVAILABLE, "False", "UpToDate", "The pods are made as this operator would make them.")
 
 
 def _monitoring(view: View) -> Finding:

@@ -29,6 +29,11 @@ APPLIED_ANNOTATION = "octavo.dev/applied"
 RESTART_ANNOTATION = "octavo.dev/restart"
 """On pods: spec.restart.id, so that a new one makes new pods."""
 
+ASKED_ANNOTATION = "octavo.dev/asked"
+"""On the Deployment: a digest of the spec that its pod template was made for. It tells a change that somebody asked for
+from one that came with another operator."""
+DELETION_COST_ANNOTATION = "controller.kubernetes.io/pod-deletion-cost"
+
 ENGINE_CONTAINER = "engine"
 API_PORT_NAME = "http"
 MANAGEMENT_PORT_NAME = "management"
@@ -39,6 +44,8 @@ PROGRESSING = "Progressing"
 FITS = "Fits"
 MODEL_CACHED = "ModelCached"
 SCHEDULABLE = "Schedulable"
+VERIFIED = "Verified"
+UPDATE_AVAILABLE = "UpdateAvailable"
 MONITORING_READY = "MonitoringReady"
 
 # Phases, a one-word summary of the conditions for people; nothing is decided by them.

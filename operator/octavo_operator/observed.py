@@ -88,6 +88,12 @@ class World:
     events: tuple[PodEvent, ...] = ()
     pod_monitors_known: bool = False
 
+    def own(self, kind: str, uid: str) -> dict[str, Any] | None:
+        """The child of that kind, unless it is somebody else's. uid: the server's."""
+        child = self.children.get(kind)
+        owners = child["metadata"].get("ownerReferences", []) if child else []
+        return child if any(owner.get("uid") == uid and owner.get("controller") for owner in owners) else None
+
     @property
     def refused_pods(self) -> str | None:
         """Why the API server refuses to let pods be made: quota, admission. The Deployment repeats its ReplicaSet."""

@@ -23,12 +23,12 @@ from octavo_operator.changes import Changes, changes
 from octavo_operator.cluster import Cluster, Refusal, UnavailableError
 from octavo_operator.conditions import Finding, View, conditions, conditions_of_invalid
 from octavo_operator.desired import objects
-from octavo_operator.desired.deployment import revision
 from octavo_operator.desired.monitoring import pod_annotations
 from octavo_operator.names import Key
 from octavo_operator.observed import Pod, World
 from octavo_operator.replicas import replicas
-from octavo_operator.report import Status
+from octavo_operator.report import RevisionStatus, Status
+from octavo_operator.rollout import Decision, decide, deletion_costs, put_back
 from octavo_operator.settings import Settings
 from octavo_operator.spec import Problem, Server, parse
 from octavo_operator.workers import Next
@@ -96,12 +96,21 @@ class Reconciler:
         wanted = objects(server, self._settings.engine, pod_monitors_known=world.pod_monitors_known)
         scrape = pod_annotations(server, pod_monitors_known=world.pod_monitors_known)
         world = await self._look_where_children_go(key, wanted, world)
-        todo = changes(server.uid, wanted, world.children, world.pods, scrape, server.namespace)
+        found = replicas(world, _wanted(server), now)
+        present = world.own("Deployment", server.uid)
+        before = status.read_part(RevisionStatus, seen.resource.get("status", {}).get("revision"))
+        rollout = decide(server, wanted[0], present, found, before, world.refused_pods, now)
+        if rollout.restore is not None:
+            rollout = await self._restored(key, rollout)
+        wanted[0] = rollout.deployment
+        costs = deletion_costs(found, present, server.spec.desired_replicas)
+        todo = changes(server.uid, wanted, world.children, world.pods, scrape, server.namespace, costs)
         causes, unannotated = await self._apply(key, server, todo, world)
         view = View(
             server=server,
-            replicas=replicas(world, _wanted(server), now),
-            revision=revision(wanted[0]),
+            replicas=found,
+            revision=rollout.revision,
+            rollout=rollout,
             pod_monitors_known=world.pod_monitors_known,
             unannotated=unannotated,
             causes=causes,
@@ -130,6 +139,14 @@ class Reconciler:
         found = await self._get(missing, key)
         return replace(world, children={**world.children, **found}) if found else world
 
+    async def _restored(self, key: Key, rollout: Decision) -> Decision:
+        """With the template of the revision that worked, from the ReplicaSet that it left behind."""
+        labels = f"{names.SERVER_LABEL}={key[1]},{names.REVISION_LABEL}={rollout.restore}"
+        for document in await self._cluster.list("ReplicaSet", key[0], labels=labels):
+            log.warning("rolled back server=%s/%s reason=%r", *key, rollout.report.reason)
+            return put_back(rollout, document["spec"]["template"])
+        return replace(rollout, held=None)  # nothing is left of it: the new revision goes on trying
+
     async def _get(self, kinds: Sequence[str], key: Key) -> dict[str, dict[str, Any]]:
         found = await asyncio.gather(*(self._cluster.get(kind, *key) for kind in kinds))
         return {kind: document for kind, document in zip(kinds, found, strict=True) if document is not None}
@@ -155,6 +172,11 @@ class Reconciler:
     ) -> tuple[tuple[Cause, ...], str | None]:
         """Carries the changes out. Returns what stands in the way, and why pods could not be annotated."""
         causes = [_name_taken(kind, server.name) for kind in todo.foreign]
+        # First the pods: when fewer are wanted, what their ends would cost is known before any is chosen.
+        answers = await asyncio.gather(*(self._cluster.apply(pod) for pod in todo.annotate))
+        for annotated in answers:
+            if not isinstance(annotated, Refusal):
+                self._cache.put("Pod", annotated)
         for body in (*todo.create, *todo.update):
             # Not by force where nothing was: whoever has made an object of that name meanwhile keeps it.
             answer = await self._cluster.apply(body, force=body in todo.update)
@@ -167,10 +189,6 @@ class Reconciler:
             causes += [refusal_of_object(body["kind"], refusal.message)] if refusal else []
             if refusal is None and body["kind"] in WATCHED:
                 self._cache.drop(body["kind"], body["metadata"])
-        answers = await asyncio.gather(*(self._cluster.apply(pod) for pod in todo.annotate))
-        for answer in answers:
-            if not isinstance(answer, Refusal):
-                self._cache.put("Pod", answer)
         unannotated = next((a.message for a in answers if isinstance(a, Refusal) and a.status == 403), None)
         if todo.create or todo.update or todo.delete or todo.annotate:
             log.info(

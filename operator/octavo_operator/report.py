@@ -60,6 +60,19 @@ class Plan(_Model):
     source: Literal["engine"] = Field("engine", description="Who computed it: the running engine.")
 
 
+class RevisionStatus(_Model):
+    """Which pod template is in use, and how the last change of it goes out."""
+
+    current: str | None = Field(None, description="Digest of the pod template that pods are made of.")
+    verified: str | None = Field(
+        None, description="The last one of which an engine was ready, which includes a generation."
+    )
+    failed: str | None = Field(None, description="The one that the spec makes, where it did not come up.")
+    strategy: str | None = Field(None, description="How pods are replaced: Surge, InPlace or Recreate.")
+    reason: str | None = Field(None, description="Why so, in a sentence.")
+    waiting_since: str | None = Field(None, description="Since when a change waits for the engines to be idle.")
+
+
 class LastFailure(_Model):
     """The newest end of an engine that nobody asked for. It stays after recovery."""
 
@@ -104,10 +117,13 @@ class Status(_Model):
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
         description=f"The engine pods, those with trouble first, at most {MAX_PODS}.",
     )
+    revision: RevisionStatus | None = Field(
+        None, description="Which pod template is in use, and how the last change of it goes out."
+    )
     last_failure: LastFailure | None = Field(
         None, description="The newest end of an engine that nobody asked for. It stays after recovery."
     )
     conditions: list[Condition] = Field(
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
-        description="Ready, Progressing, Schedulable, ModelCached, Fits, MonitoringReady.",
+        description="Ready, Progressing, Schedulable, ModelCached, Fits, Verified, UpdateAvailable, MonitoringReady.",
     )

@@ -27,6 +27,7 @@ from octavo_engine.config import (
     to_args,
 )
 from octavo_engine.status import API_PORT, MANAGEMENT_PORT
+from octavo_operator.digest import digest
 from octavo_operator.fields import DNS_SUBDOMAIN, IMAGE, SECRET_KEY, Part, Quantity, Resources, Text, config, rule
 from octavo_operator.model import Model, SecretRef
 from octavo_operator.placement import Affinity, Toleration, TopologySpread
@@ -327,10 +328,28 @@ class Observability(Part):
 class Rollout(Part):
     """How pods are replaced when their template changes."""
 
-    strategy: Literal["Surge", "InPlace", "Recreate"] | None = Field(
+    strategy: Literal["Auto", "Surge", "InPlace", "Recreate"] | None = Field(
         None,
         description="Surge starts the new pod first and needs room for it. InPlace ends an old pod first, one at a "
-        "time. Recreate ends all of them first. Default: InPlace with GPUs, as a spare one is rare, else Surge.",
+        "time. Recreate ends all of them first. Auto surges, and goes on in place where the scheduler finds no room "
+        "for one more pod. Default: Auto.",
+    )
+    wait_for_idle: bool = Field(
+        False,
+        description="Change the pods when no request runs or waits, or after idleTimeoutSeconds. Requests are finished "
+        "in any case. Default: false.",
+    )
+    idle_timeout_seconds: int = Field(300, ge=0, le=86400, description="Longest wait of waitForIdle. Default: 300.")
+    update_policy: Literal["OnSpecChange", "Always"] = Field(
+        "OnSpecChange",
+        description="What becomes of changes that come with another version of the operator or another default image. "
+        "OnSpecChange: they wait for the next change of the spec or of restart.id, and the condition UpdateAvailable "
+        "says so. Always: they are rolled out at once. Default: OnSpecChange.",
+    )
+    rollback: Literal["Auto", "Never"] = Field(
+        "Auto",
+        description="Auto: when pods of a new revision fail again and again before one was ready, the last revision "
+        "that worked is put back until the spec changes. Never: they go on failing. Default: Auto.",
     )
 
 
@@ -406,7 +425,7 @@ class Spec(Part):
 
     @property
     def strategy(self) -> str:
-        return self.rollout.strategy or ("InPlace" if self.hardware.gpus else "Surge")
+        return self.rollout.strategy or "Auto"
 
 
 @dataclass(frozen=True)
@@ -418,6 +437,8 @@ class Server:
     uid: str
     generation: int
     spec: Spec
+    asked: str = ""
+    """A digest of what of the spec, as it was written, goes into the pods."""
 
     @property
     def engine_config(self) -> EngineConfig:
@@ -482,7 +503,16 @@ def parse(resource: Mapping[str, Any], profiles: Mapping[str, Profile] = NO_PROF
         uid=str(metadata.get("uid", "")),
         generation=int(metadata.get("generation", 0)),
         spec=spec,
+        asked=digest(_asked(raw)),
     )
+
+
+_NOT_OF_PODS = ("replicas", "autoscaling", "suspend", "rollout", "observability", "expose")
+
+
+def _asked(raw: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in raw.items() if name not in _NOT_OF_PODS}
+    return {**kept, "keys": (raw.get("expose") or {}).get("apiKeysSecretRef")}
 
 
 def with_profile(spec: Mapping[str, Any], profile: Profile) -> dict[str, Any]:

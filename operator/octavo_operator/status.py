@@ -21,7 +21,16 @@ from octavo_operator.failures import last_failure
 from octavo_operator.observed import Pod, write_time
 from octavo_operator.quantity import gib
 from octavo_operator.replicas import Replica
-from octavo_operator.report import MAX_PODS, Condition, EngineStatus, LastFailure, Plan, PodStatus, Status
+from octavo_operator.report import (
+    MAX_PODS,
+    Condition,
+    EngineStatus,
+    LastFailure,
+    Plan,
+    PodStatus,
+    RevisionStatus,
+    Status,
+)
 
 MESSAGE_MAX = 1000
 
@@ -34,8 +43,8 @@ def status_of(
     memory_limit = str((limits or {}).get("memory", "")) or None
     before = previous if previous.get("observedGeneration") == view.server.generation and view.desired else {}
     effective = view.effective
-    engine = _engine(effective) if effective else _read(EngineStatus, before.get("engine"))
-    plan = _plan(effective) if effective and effective.kv_tokens else _read(Plan, before.get("plan"))
+    engine = _engine(effective) if effective else read_part(EngineStatus, before.get("engine"))
+    plan = _plan(effective) if effective and effective.kv_tokens else read_part(Plan, before.get("plan"))
     return Status(
         observed_generation=view.server.generation,
         phase=_phase(view),
@@ -49,7 +58,8 @@ def status_of(
         engine=engine,
         plan=plan,
         pods=_pods(view.replicas),
-        last_failure=last_failure(pods, _read(LastFailure, previous.get("lastFailure")), memory_limit),
+        revision=view.rollout.report if view.rollout else None,
+        last_failure=last_failure(pods, read_part(LastFailure, previous.get("lastFailure")), memory_limit),
         conditions=_timed(findings, previous, view.server.generation, now),
     )
 
@@ -74,10 +84,11 @@ def status_of_invalid(
         updated_replicas=0,
         ready=f"{ready}/?",
         selector=f"{names.SERVER_LABEL}={name}",
-        engine=_read(EngineStatus, previous.get("engine")),
-        plan=_read(Plan, previous.get("plan")),
+        engine=read_part(EngineStatus, previous.get("engine")),
+        plan=read_part(Plan, previous.get("plan")),
         pods=_pods(replicas),
-        last_failure=_read(LastFailure, previous.get("lastFailure")),
+        revision=read_part(RevisionStatus, previous.get("revision")),
+        last_failure=read_part(LastFailure, previous.get("lastFailure")),
         conditions=_timed(findings, previous, generation, now),
     )
 
@@ -181,10 +192,10 @@ def _plan(effective: Effective) -> Plan:
     )
 
 
-T = TypeVar("T", EngineStatus, Plan, LastFailure)
+T = TypeVar("T", EngineStatus, Plan, LastFailure, RevisionStatus)
 
 
-def _read(kind: type[T], document: Any) -> T | None:
+def read_part(kind: type[T], document: Any) -> T | None:
     """A part of the status before; None where another version wrote what this one cannot read."""
     if document is None:
         return None

@@ -113,12 +113,13 @@ def test_placement_goes_to_the_pod():
     ("spec", "strategy"),
     [
         ({"hardware": {"gpus": 0}}, {"maxSurge": 1, "maxUnavailable": 0}),
-        ({"hardware": {"gpus": 1}}, {"maxSurge": 0, "maxUnavailable": 1}),
+        ({"hardware": {"gpus": 1}}, {"maxSurge": 1, "maxUnavailable": 0}),
+        ({"rollout": {"strategy": "Auto"}}, {"maxSurge": 1, "maxUnavailable": 0}),
         ({"rollout": {"strategy": "InPlace"}}, {"maxSurge": 0, "maxUnavailable": 1}),
         ({"rollout": {"strategy": "Recreate"}}, None),
     ],
 )
-def test_pods_are_replaced_as_their_hardware_allows(spec, strategy):
+def test_pods_are_replaced_as_the_spec_says(spec, strategy):
     found = children(**spec)["Deployment"]["spec"]["strategy"]
 
     assert found["rollingUpdate"] == strategy

@@ -6,14 +6,13 @@ nothing of the operator's version may enter it, as every change of it restarts e
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from octavo_engine.status import API_PORT, DEFAULT_TERMINATION_LOG, MANAGEMENT_PORT
 from octavo_operator import names
 from octavo_operator.desired import common
 from octavo_operator.desired.additions import CONFINED, add
+from octavo_operator.digest import digest
 from octavo_operator.model import MODELS_PATH
 from octavo_operator.placement import TopologySpread
 from octavo_operator.settings import EngineDefaults
@@ -37,15 +36,21 @@ _STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
+def strategy(kind: str) -> dict[str, Any]:
+    """kind: Surge, InPlace or Recreate."""
+    return _STRATEGIES[kind]
+
+
 def deployment(server: Server, defaults: EngineDefaults) -> dict[str, Any]:
+    """As the spec makes it; rollout.py decides when its template goes out, and whether by surge or in place."""
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": common.metadata(server),
+        "metadata": {**common.metadata(server), "annotations": {names.ASKED_ANNOTATION: server.asked}},
         "spec": {
             "replicas": server.spec.desired_replicas,
             "selector": {"matchLabels": common.selector(server)},
-            "strategy": _STRATEGIES[server.spec.strategy],
+            "strategy": strategy("Surge" if server.spec.strategy == "Auto" else server.spec.strategy),
             "revisionHistoryLimit": 3,
             # Loading has no deadline: it fails on a stall, which the engine notices itself.
             "progressDeadlineSeconds": NEVER,
@@ -72,10 +77,6 @@ def revision(desired_deployment: dict[str, Any]) -> str:
     """Which pod template a desired Deployment has; its pods carry it as a label."""
     label: str = desired_deployment["spec"]["template"]["metadata"]["labels"][names.REVISION_LABEL]
     return label
-
-
-def digest(document: Any) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def _pod_spec(server: Server, defaults: EngineDefaults) -> dict[str, Any]:
