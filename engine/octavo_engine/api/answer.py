@@ -8,7 +8,7 @@ from typing import Any
 
 from octavo_engine.api.detokenizer import TextStream
 from octavo_engine.api.engine_client import Output, Stream
-from octavo_engine.api.errors import internal
+from octavo_engine.api.errors import internal, without_folders
 from octavo_engine.api.output.parser import OutputFormat, OutputParser, Parsed, ToolCall
 from octavo_engine.api.tokenizer import Tokenizer
 from octavo_engine.core.messages import FinishReason, TokenLogprobs
@@ -153,7 +153,8 @@ class Answer:
 
     def _piece(self, output: Output) -> Piece:
         if output.finish_reason is FinishReason.ERROR:
-            raise internal(f"The engine could not finish this request: {output.error or 'no reason given'}")
+            why = without_folders(output.error or "no reason given")
+            raise internal(f"The engine could not finish this request: {why}")
         choice = self._choices[output.index]
         first, choice.started = not choice.started, True
         if output.num_cached_tokens is not None:

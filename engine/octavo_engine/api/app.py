@@ -31,7 +31,16 @@ from octavo_engine.api.auth import OPEN_PATHS, Keys
 from octavo_engine.api.board import Board
 from octavo_engine.api.cors import Cors
 from octavo_engine.api.engine_client import EngineClient, EngineGoneError, Prompt, QueueFullError, one_sequence
-from octavo_engine.api.errors import ApiError, bad_request, internal, malformed, overloaded, unauthorized, unavailable
+from octavo_engine.api.errors import (
+    ApiError,
+    bad_request,
+    internal,
+    malformed,
+    overloaded,
+    unauthorized,
+    unavailable,
+    without_folders,
+)
 from octavo_engine.api.metrics import CONTENT_TYPE, Metrics
 from octavo_engine.api.output.parser import OutputFormat, ToolCall
 from octavo_engine.api.protocol import (
@@ -41,8 +50,7 @@ from octavo_engine.api.protocol import (
     Generation,
     TokenizeRequest,
     chat_generation,
-    check_messages,
-    check_template_variables,
+    check_conversation,
     completion_generation,
     parse_body,
     role_and_echo,
@@ -152,6 +160,8 @@ class Api:
             except Exception:
                 log.exception("request failed id=%s route=%s", request[REQUEST_ID], route)
                 response = _error_response(internal(), route)
+            if request.content.exception() is not None:
+                response.force_close()  # what follows on this connection cannot be read
             if route not in OPEN_PATHS:
                 method = request.method if request.method in _METHODS else "other"
                 self.metrics.http[route, method, f"{response.status // 100}xx"] += 1
@@ -254,12 +264,13 @@ class Api:
         if self.config.enable_force_include_usage:
             generation = replace(generation, include_usage=True)
         sampling = model.resolved(generation.sampling)
-        if (sampling.logprobs or 0) > self.config.max_logprobs:
-            most = self.config.max_logprobs
-            raise bad_request(
-                f"Requested sample logprobs of {sampling.logprobs}, which is greater than max allowed: {most}",
-                "logprobs",
-            )
+        most = self.config.max_logprobs
+        for param, count in (("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)):
+            if (count or 0) > most:
+                kind = "sample" if param == "logprobs" else "prompt"
+                raise bad_request(
+                    f"Requested {kind} logprobs of {count}, which is greater than max allowed: {most}", param
+                )
         n = sampling.n
         sequences = []
         for prompt in prompts:
@@ -311,9 +322,8 @@ class Api:
         if (body.prompt is None) == (body.messages is None):
             raise bad_request("Give either prompt or messages.", "prompt")
         if body.messages is not None:
-            check_messages(body.messages)
+            check_conversation(body)
             check_tools(body.tools)
-            check_template_variables(body.chat_template_kwargs)
             tokens = (await self._in_thread(model.chat_prompt, body)).token_ids
         else:
             special = True if body.add_special_tokens is None else body.add_special_tokens
@@ -335,7 +345,7 @@ class Api:
         model.check_name(asked.model)
         try:
             body = anthropic.chat_request(asked)
-            check_messages(body.messages)
+            check_conversation(body)
             check_tools(body.tools)
             prompt = await self._in_thread(model.chat_prompt, body)
         except ApiError as error:
@@ -406,7 +416,7 @@ class Api:
         statusz = self.board.statusz()
         retry = self.board.retry_after_s()
         if statusz.failure is not None:
-            return unavailable(f"The engine has failed: {statusz.failure.message}", retry)
+            return unavailable(f"The engine has failed: {without_folders(statusz.failure.message)}", retry)
         if statusz.stage is Stage.DRAINING:
             return unavailable("The server is shutting down and takes no new requests.", retry)
         percent = f", {statusz.progress.percent:.0f}%" if statusz.progress.total_bytes else ""
@@ -418,7 +428,10 @@ class Api:
         self._serving()  # before the body is read: what cannot be answered need not be sent
         if request.content_type != "application/json":
             raise malformed("Unsupported Media Type: only application/json is allowed.", "body")
-        body = await request.read()
+        try:
+            body = await request.read()
+        except web.RequestPayloadError:
+            raise malformed("The body is not what its headers say: it cannot be decoded.", "body") from None
         if len(body) <= SMALL_BODY_BYTES:
             return parse_body(kind, body)
         return await self._in_thread(functools.partial(parse_body, kind), body)

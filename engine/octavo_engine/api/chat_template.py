@@ -1,12 +1,15 @@
 """Messages to a prompt, with the Jinja template that a checkpoint brings. Used by the API process and by LLM.
 
 The template is the model's, never the request's: it comes from the checkpoint or from --chat-template, and runs in
-Jinja's immutable sandbox with what transformers gives templates and nothing more.
+Jinja's immutable sandbox with what transformers gives templates and nothing more. The messages are the request's, and
+a template is a program over them: so a rendering has so many seconds and so many characters.
 """
 
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +19,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 
 from octavo_engine.api.tokenizer import read_json
@@ -25,6 +29,11 @@ RESERVED_NAMES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "self"}
 )
 """Names that chat_template_kwargs may not set: they have request fields of their own, or are the template itself."""
+
+RENDER_S = 5.0
+"""Longest rendering. Thousands of messages take a tenth of a second; what takes longer holds up the others' prompts."""
+MAX_RENDERED_CHARS = 32 * 2**20
+"""Longest prompt as text; also the longest text that a template may make by repeating another."""
 
 _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_MARK "
 
@@ -41,6 +50,7 @@ class ChatTemplate:
         self._source = source
         self._template = _environment().from_string(source)
         self._special_tokens = dict(special_tokens)
+        self.render_s = RENDER_S
 
     @classmethod
     def load(cls, folder: Path, special_tokens: Mapping[str, str], override: Path | None = None) -> ChatTemplate | None:
@@ -81,23 +91,35 @@ class ChatTemplate:
         conversation = [dict(message) for message in messages]
         if continue_final_message:
             _mark_final_message(conversation)
+        context = {
+            **self._special_tokens,
+            **(variables or {}),
+            "tools": tools,
+            "messages": conversation,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            text = self._template.render(
-                {
-                    **self._special_tokens,
-                    **(variables or {}),
-                    "tools": tools,
-                    "messages": conversation,
-                    "documents": documents,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
+            text = self._bounded(context)
+        except TemplateRefusedError:
+            raise
         except jinja2.TemplateError as error:
             raise TemplateRefusedError(f"The model's chat template refused the messages: {error}") from error
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             # A template is a program over the user's messages; what it trips over is in them.
             raise TemplateRefusedError(f"The model's chat template failed on the messages: {error}") from error
         return _cut_at_mark(text) if continue_final_message else text
+
+    def _bounded(self, context: dict[str, Any]) -> str:
+        _deadline.at = time.monotonic() + self.render_s
+        pieces, size = [], 0
+        for piece in self._template.generate(context):
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_RENDERED_CHARS:
+                raise TemplateRefusedError(f"The prompt would be longer than {MAX_RENDERED_CHARS} characters.")
+            _check_deadline()
+        return "".join(pieces)
 
 
 def _checkpoint_template(folder: Path) -> str | None:
@@ -152,8 +174,46 @@ class _GenerationBlock(jinja2.ext.Extension):
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
 
+_deadline = threading.local()
+
+
+def _check_deadline() -> None:
+    if time.monotonic() > _deadline.at:
+        raise TemplateRefusedError("The model's chat template takes too long over these messages.")
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox sees every access, call and product of a template, and so what its loops do: there we look at the
+    clock."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        _check_deadline()
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        _check_deadline()
+        return super().getitem(obj, argument)
+
+    # Names that no keyword argument of a template can have, as in Jinja's own.
+    def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        _check_deadline()
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        _check_deadline()
+        if operator == "**" and (abs(left) > 10**6 or abs(right) > 64):
+            raise TemplateRefusedError("The model's chat template computes too large a power.")
+        for one, other in ((left, right), (right, left)):
+            repeats = operator == "*" and isinstance(one, (str, list, tuple)) and isinstance(other, int)
+            if repeats and len(one) * other > MAX_RENDERED_CHARS:
+                raise TemplateRefusedError("The model's chat template repeats a text too often.")
+        return super().call_binop(context, operator, left, right)
+
+
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson

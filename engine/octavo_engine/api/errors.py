@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 _ADDRESS = re.compile(r"( at)? 0x[0-9a-fA-F]{4,}")
+_PATH = re.compile(r"(?<![\w.:/])/(?:[\w.+@-]+/)+(?=[\w.+@-])")
 
 
 class ApiError(Exception):
@@ -31,6 +32,11 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+
+
+def without_folders(message: str) -> str:
+    """What went wrong, for who may not know where on the server's disk: of each absolute path only the last part."""
+    return _PATH.sub("", message)
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:

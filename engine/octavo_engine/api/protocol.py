@@ -215,13 +215,7 @@ class Generation:
 
 def chat_generation(request: ChatRequest, defaults: GenerationDefaults) -> Generation:
     """Raises ApiError."""
-    for index, message in enumerate(request.messages):
-        _check_content(index, message)
-    if request.continue_final_message and request.add_generation_prompt:
-        raise bad_request(
-            "Cannot set both `continue_final_message` and `add_generation_prompt` to True.", "continue_final_message"
-        )
-    check_template_variables(request.chat_template_kwargs)
+    check_conversation(request)
     name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     if request.top_logprobs and not request.logprobs:
         raise bad_request("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
@@ -265,14 +259,16 @@ def messages_for_template(messages: list[Message]) -> list[dict[str, Any]]:
     return plain
 
 
-def check_template_variables(variables: Mapping[str, Any] | None) -> None:
-    if taken := RESERVED_NAMES & set(variables or ()):
-        raise bad_request(f"chat_template_kwargs may not set {', '.join(sorted(taken))}.", "chat_template_kwargs")
-
-
-def check_messages(messages: list[Message]) -> None:
-    for index, message in enumerate(messages):
+def check_conversation(request: ChatRequest | TokenizeRequest) -> None:
+    """What a template is given. Raises ApiError."""
+    for index, message in enumerate(request.messages or []):
         _check_content(index, message)
+    if request.continue_final_message and request.add_generation_prompt:
+        raise bad_request(
+            "Cannot set both `continue_final_message` and `add_generation_prompt` to True.", "continue_final_message"
+        )
+    if taken := RESERVED_NAMES & set(request.chat_template_kwargs or ()):
+        raise bad_request(f"chat_template_kwargs may not set {', '.join(sorted(taken))}.", "chat_template_kwargs")
 
 
 # ---- from the wire to SamplingParams
@@ -444,7 +440,11 @@ _REFUSED: dict[type[BaseModel], dict[str, _Refusal]] = {
         "best_of": _Refusal(_only(None, 1), "is not supported"),
         "prompt_embeds": _NOTHING,
     },
-    TokenizeRequest: {"chat_template": _NOTHING},
+    TokenizeRequest: {
+        "chat_template": _Refusal(_only(None), "is not taken from requests; the server has --chat-template"),
+        "media_io_kwargs": _NOTHING_OR_EMPTY,
+        "mm_processor_kwargs": _NOTHING_OR_EMPTY,
+    },
     DetokenizeRequest: {},
 }
 

@@ -23,6 +23,7 @@ from octavo_engine.api.app import Api
 from octavo_engine.api.auth import Keys
 from octavo_engine.api.board import Board
 from octavo_engine.api.chat_template import ChatTemplate
+from octavo_engine.api.connection import ApiRunner
 from octavo_engine.api.engine_client import EngineClient
 from octavo_engine.api.engine_process import EngineProcess, died
 from octavo_engine.api.find_model import ModelFolder
@@ -100,7 +101,7 @@ class _Server:
         self._board.on_drain(self._drain_from_any_thread)
         if self._config.enable_metrics:
             self._management.provide_metrics(self._metrics.render, CONTENT_TYPE)
-        runner = web.AppRunner(
+        runner = ApiRunner(
             self._api.application(), handler_cancellation=True, access_log=None, shutdown_timeout=LAST_WORDS_S
         )
         await runner.setup()

@@ -43,6 +43,7 @@ SCRIPT = {
     "max_model_len": 512,
     "deaf": False,  # ignore aborts
     "fail_loading": None,  # a FailureCode
+    "error": "the model's output was not finite",
     **json.loads(os.environ.get("OCTAVO_SCRIPT", "{}")),
 }
 
@@ -163,9 +164,7 @@ class ScriptedEngine:
             case "hang":
                 time.sleep(3600)
             case "error" | "late" if sequence.order == "error" or sequence.made == 3:
-                return TokenEvent(
-                    sequence.submit.request_id, [], FinishReason.ERROR, error="the model's output was not finite"
-                )
+                return TokenEvent(sequence.submit.request_id, [], FinishReason.ERROR, error=SCRIPT["error"])
         return None
 
 
