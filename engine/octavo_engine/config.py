@@ -214,6 +214,10 @@ class EngineConfig:
         True, "Split long prompts over several steps, so that running requests go on beside them. Without it a "
         "prompt must fit in --max-num-batched-tokens.", group="Scheduling", managed=True,
     )  # fmt: skip
+    max_decode_slowdown: float = _setting(
+        2.5, "How many times longer a step may take for the prompts in it than for its running streams alone; longer "
+        "prompts are split. 0 lets prompts fill --max-num-batched-tokens.", group="Scheduling", low=0, high=1000,
+    )  # fmt: skip
     max_num_queued_reqs: int = _setting(
         1024, "Requests that may wait; more get 429 with Retry-After.", group="Scheduling", low=1
     )
@@ -249,6 +253,11 @@ class EngineConfig:
             raise ConfigError(
                 "--trust-remote-code", True, "it to be absent: this version runs no code from a checkpoint"
             )
+        if 0 < self.max_decode_slowdown <= 1:
+            raise ConfigError(
+                "--max-decode-slowdown", self.max_decode_slowdown,
+                "0 or more than 1: at 1 no prompt could ever run beside a stream",
+            )  # fmt: skip
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 "--max-num-batched-tokens", self.max_num_batched_tokens,

@@ -87,6 +87,27 @@ def test_decodes_come_before_a_chunk_and_take_from_its_budget():
     assert shape(step(scheduler)[0]) == [(4, 1, True), (5, 5, False)]
 
 
+def test_prompts_take_no_more_than_the_step_allows_them_and_decodes_are_not_counted():
+    scheduler = make_scheduler(num_blocks=32)
+    scheduler.add(make_request(3))
+    step(scheduler)
+    scheduler.add(make_request(12))
+
+    assert shape(scheduler.schedule(1.0, 4)) == [(3, 1, True), (0, 4, False)]
+    assert shape(scheduler.schedule(1.0, 6)) == [(4, 1, True), (4, 6, False)]
+
+
+def test_a_prompt_longer_than_a_step_leaves_half_of_it_to_the_ones_behind():
+    scheduler = make_scheduler(num_blocks=32, max_num_batched_tokens=8)
+    scheduler.add(make_request(30))
+    assert shape(step(scheduler)[0]) == [(0, 8, False)]
+
+    scheduler.add(make_request(3))
+    scheduler.add(make_request(20))
+    assert shape(step(scheduler)[0]) == [(0, 1, False), (8, 4, False), (0, 3, True)]
+    assert sorted(shape(step(scheduler)[0])) == [(1, 4, False), (3, 1, True), (12, 3, False)]
+
+
 def test_without_chunks_a_prompt_waits_until_the_budget_has_room_for_all_of_it():
     scheduler = make_scheduler(num_blocks=32, max_num_batched_tokens=64, enable_chunked_prefill=False)
     scheduler.add(make_request(40))
@@ -474,6 +495,7 @@ def make_traffic(seed: int, depth: int, broken: frozenset[int] = frozenset(), **
     scheduler = Scheduler(config, least + rng.randrange(2 * least))
     ticks = iter(range(10**9))
     engine = Engine(scheduler, NaiveDevice(scheduler, depth, broken), lambda: next(ticks) * 1e-3)
+    engine._prompt_tokens = lambda: rng.choice([None, 1, 3, 9])  # whatever the cost of steps may say
     return Traffic(engine, rng, max_model_len, broken, **settings)
 
 

@@ -2,12 +2,19 @@
 
 Least squares with exponential forgetting over the steps seen; pure arithmetic, fed by engine.step. Its use is to
 predict how long what waits will have to wait.
+
+Beside it, how many prompt tokens a step may take without holding up the streams that it carries.
 """
 
 from __future__ import annotations
 
 FORGET = 0.99
 """Weight of the past for each new step: about the last hundred steps count."""
+FIRST_CHUNK = 512
+"""Prompt tokens beside decodes while nothing is known of their cost: half a millisecond of a large GPU's arithmetic."""
+CHUNK_UNIT = 64
+"""Chunks are multiples of this, as the kernels' tiles are."""
+MAX_CHUNK = 1 << 20
 
 
 class StepCost:
@@ -47,3 +54,48 @@ class StepCost:
         room = max(tokens_per_step - running, 1)
         steps = -(-waiting_tokens // room)
         return waiting_tokens * self.per_token_s + steps * (self.base_s + running * self.per_token_s)
+
+
+class ChunkLimit:
+    """Keeps a step with prompts from taking more than `slowdown` times as long as one of the same decodes alone.
+
+    Both times are learned: steps without prompts by their number of decodes, in powers of two, and what a prompt token
+    adds to them, which grows along a long prompt and is nothing as long as the step waits for weights anyway.
+    """
+
+    def __init__(self, slowdown: float) -> None:
+        assert slowdown > 1
+        self._slowdown = slowdown
+        self._quiet_s: dict[int, float] = {}
+        self._per_token_s: float | None = None
+
+    def observe(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
+        if not prompt_tokens:
+            size = decodes.bit_length()
+            known = self._quiet_s.get(size)
+            # A step now and then takes longer for reasons of the host's: it must not count for more than it is.
+            self._quiet_s[size] = seconds if known is None else known + 0.1 * (min(seconds, 2 * known) - known)
+            return
+        quiet = self._quiet(decodes) if decodes else 0.0
+        if quiet is None:
+            return
+        per_token = max(seconds - quiet, 0.0) / prompt_tokens
+        self._per_token_s = per_token if self._per_token_s is None else (self._per_token_s + per_token) / 2
+
+    def tokens(self, decodes: int) -> int | None:
+        """Prompt tokens for a step of so many decodes; None where nobody is held up."""
+        if not decodes:
+            return None
+        quiet = self._quiet(decodes)
+        if quiet is None or self._per_token_s is None:
+            return FIRST_CHUNK
+        allowed = (self._slowdown - 1.0) * quiet
+        if self._per_token_s * MAX_CHUNK <= allowed:
+            return MAX_CHUNK
+        return max(int(allowed / self._per_token_s) // CHUNK_UNIT * CHUNK_UNIT, CHUNK_UNIT)
+
+    def _quiet(self, decodes: int) -> float | None:
+        """Of the nearest number of decodes that was seen."""
+        size = decodes.bit_length()
+        nearest = min(self._quiet_s, key=lambda s: abs(s - size), default=None)
+        return None if nearest is None else self._quiet_s[nearest]

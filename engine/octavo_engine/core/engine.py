@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from octavo_engine.core.cost import StepCost
+from octavo_engine.core.cost import ChunkLimit, StepCost
 from octavo_engine.core.messages import FinishReason, StepOutput, StepStats, Submit, TokenEvent
 from octavo_engine.core.request import Request
 from octavo_engine.core.scheduler import Commit, Scheduler
@@ -45,7 +45,10 @@ class Clock(Protocol):
 class Engine:
     """Requests in, tokens out. `clock` counts seconds from any moment; `seed` makes those of unseeded requests."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, clock: Clock, seed: int = 0) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, clock: Clock, seed: int = 0, max_slowdown: float | None = None
+    ) -> None:  # fmt: skip
+        """max_slowdown: by how much prompts may lengthen a step that decodes too; None lets them fill the budget."""
         self.scheduler = scheduler
         self._runner = runner
         self._clock = clock
@@ -59,6 +62,7 @@ class Engine:
         self._launched: deque[tuple[StepPlan, Any, float]] = deque()
         """Steps under way, oldest first, with the time of their launch."""
         self.cost = StepCost()
+        self._limit = ChunkLimit(max_slowdown) if max_slowdown else None
 
     @property
     def has_work(self) -> bool:
@@ -87,7 +91,7 @@ class Engine:
         With a runner of depth 1 the results are those of the step before the one that was launched.
         """
         started = self._clock()
-        plan = self.scheduler.schedule(started)
+        plan = self.scheduler.schedule(started, self._prompt_tokens())
         events, self._pending = self._pending, []
         if plan.items:
             self._launched.append((plan, self._runner.launch(plan), started))
@@ -99,6 +103,10 @@ class Engine:
         """To be called while there is no work: the runner uses the time. False when nothing is left to prepare."""
         return self._runner.prepare()
 
+    def _prompt_tokens(self) -> int | None:
+        """How many prompt tokens the next step may take."""
+        return None if self._limit is None else self._limit.tokens(self.scheduler.num_decodes)
+
     def _collect(self) -> list[TokenEvent]:
         plan, launched, started = self._launched.popleft()
         sampled = self._runner.collect(launched)
@@ -106,6 +114,9 @@ class Engine:
         # A step that waited for the one before it took as long as lies between their ends.
         began = started if self._last_step_s is None else max(started, self._last_step_s)
         self.cost.observe(plan.num_tokens, now - began)
+        if self._limit:
+            decodes = sum(item.count == 1 for item in plan.items)
+            self._limit.observe(decodes, plan.num_tokens - decodes, now - began)
         self._num_steps += 1
         self._last_step_s = now
         return [_event(c) for c in self._commit(plan, sampled, now)]

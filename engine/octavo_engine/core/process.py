@@ -90,7 +90,7 @@ def run(config: EngineConfig, channel: Channel) -> None:
         ),
         loaded.plan.num_blocks,
     )
-    engine = Engine(scheduler, runner, time.monotonic, config.seed)
+    engine = Engine(scheduler, runner, time.monotonic, config.seed, config.max_decode_slowdown)
     # What start-up made stays for good: later collections need not walk through it.
     gc.collect()
     gc.freeze()

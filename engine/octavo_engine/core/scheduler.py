@@ -80,6 +80,11 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     @property
+    def num_decodes(self) -> int:
+        """Running requests whose prompt is computed."""
+        return sum(request.num_remaining <= 1 for request in self.running)
+
+    @property
     def waiting_prefill_tokens(self) -> int:
         return sum(request.num_tokens for request in self.waiting)
 
@@ -90,48 +95,39 @@ class Scheduler:
 
     # ---- planning
 
-    def schedule(self, now: float) -> StepPlan:
+    def schedule(self, now: float, prompt_tokens: int | None = None) -> StepPlan:
         """Plan one step. Moves requests between waiting and running and hands out blocks.
 
-        Decodes first, as somebody is reading each of them; then prompts that have begun; then new ones.
+        Decodes first, as somebody is reading each of them; then prompts that have begun; then new ones, all together
+        at most `prompt_tokens` of them. A prompt that needs more leaves half of them to those that wait behind it.
         """
-        budget = self.config.max_num_batched_tokens
+        before = self.num_preemptions
         grants: dict[Request, _Grant] = {}
-        preempted = False
-
         decodes: list[Request] = []
         chunks: list[Request] = []
         for request in self.running:
             (decodes if request.num_remaining <= 1 else chunks).append(request)
-        for request in (*decodes, *chunks):
-            if request.row is None:  # preempted for one that came before it in this very loop
-                continue
-            if self._ends_with_pending(request):
-                continue
-            count = self._chunk(request.num_remaining, budget)
-            if count == 0:
-                continue
-            new_blocks = self.pool.allocate(self._blocks_missing(request, count))
-            while new_blocks is None:
-                victim = self.running[-1]
-                preempted = True
-                if grant := grants.pop(victim, None):
-                    budget += grant.count
-                self._preempt(victim)
-                if victim is request:
-                    break
-                new_blocks = self.pool.allocate(self._blocks_missing(request, count))
-            if new_blocks is None:
-                continue
-            request.blocks += new_blocks
-            grants[request] = _Grant(request, count, new_blocks)
-            budget -= count
+
+        budget = self.config.max_num_batched_tokens
+        for request in decodes:
+            if request.row is not None and not self._ends_with_pending(request):
+                budget -= self._extend(request, self._chunk(request.num_remaining, budget), grants)
+        if prompt_tokens is not None and self.config.enable_chunked_prefill:
+            budget = min(budget, prompt_tokens)
+        room = budget
+        for index, request in enumerate(chunks):
+            if request.row is not None:
+                count = self._chunk(request.num_remaining, budget)
+                if request.num_remaining > room:
+                    count = _shared(count, budget, itertools.chain(chunks[index + 1 :], self.waiting))
+                budget -= self._extend(request, count, grants)
 
         # A step that had to preempt admits nobody: the blocks would be taken back at once.
+        preempted = self.num_preemptions != before
         while not preempted and self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
             if self.waiting[0].num_pending:  # preempted while its token was under way: known after the next commit
                 break
-            admitted = self._admit(self.waiting[0], budget, now)
+            admitted = self._admit(self.waiting[0], budget, room, now)
             if admitted is None:
                 break
             self.waiting.pop(0)
@@ -139,6 +135,25 @@ class Scheduler:
             budget -= admitted.count
 
         return self._plan(grants)
+
+    def _extend(self, request: Request, count: int, grants: dict[Request, _Grant]) -> int:
+        """Let a running request compute `count` more tokens, at the cost of the last ones in order if blocks are short.
+
+        Returns the tokens that the step's budget loses by it, which are negative if others or itself gave way.
+        """
+        if count == 0:
+            return 0
+        freed = 0
+        while (new_blocks := self.pool.allocate(self._blocks_missing(request, count))) is None:
+            victim = self.running[-1]
+            if grant := grants.pop(victim, None):
+                freed += grant.count
+            self._preempt(victim)
+            if victim is request:
+                return -freed
+        request.blocks += new_blocks
+        grants[request] = _Grant(request, count, new_blocks)
+        return count - freed
 
     def _ends_with_pending(self, request: Request) -> bool:
         """Whether the pending token is the last one that its length allows, so that there is nothing to compute."""
@@ -157,7 +172,7 @@ class Scheduler:
     def _blocks_missing(self, request: Request, count: int) -> int:
         return _blocks_needed(request.num_computed + count, self.config.block_size) - len(request.blocks)
 
-    def _admit(self, request: Request, budget: int, now: float) -> _Grant | None:
+    def _admit(self, request: Request, budget: int, room: int, now: float) -> _Grant | None:
         """Give a waiting request its row, its cached prefix and its first chunk; None if it does not fit now."""
         size = self.config.block_size
         found: list[BlockId] = []
@@ -169,6 +184,8 @@ class Scheduler:
             found = self.pool.find(request.hashes[: (request.num_tokens - 1) // size])
         num_cached = len(found) * size
         count = self._chunk(request.num_tokens - num_cached, budget)
+        if request.num_tokens - num_cached > room:
+            count = _shared(count, budget, itertools.islice(self.waiting, 1, None))
         # Room for all of its tokens and not only for the first chunk: half a prompt that waits for blocks
         # holds the others' blocks and helps nobody.
         whole = _blocks_needed(request.num_tokens, size) - len(found)
@@ -352,3 +369,13 @@ class Scheduler:
 
 def _blocks_needed(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
+
+
+def _shared(count: int, budget: int, behind: Iterable[Request]) -> int:
+    """What a prompt longer than a step gets of it: all that nobody behind it wants, and half of it at least."""
+    half, wanted = max(budget // 2, 1), 0
+    for request in behind:
+        wanted += request.num_remaining
+        if wanted >= half:
+            break
+    return min(count, max(budget - wanted, half))
