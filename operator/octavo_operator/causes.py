@@ -64,6 +64,8 @@ def cause_of(
     engine_is_up: the engine says of itself that it is. The failure before that is history then; until then it is the
     cause, so that it does not come and go with each new try.
     """
+    if not pod.ready and not pod.terminating and any(e.reason == "NodeNotReady" and e.pod == pod.name for e in events):
+        return Cause(About.START, "NodeLost", _node_lost(pod))
     if pod.ready and engine_is_silent and not pod.terminating:
         return Cause(About.START, "EngineUnreachable", _SILENT)
     if pod.ready or pod.terminating or pod.over or engine_is_up:
@@ -86,6 +88,13 @@ def cause_of(
         if sandbox:
             return Cause(About.START, "PodSandbox", _sentence(sandbox[-1]))
     return None
+
+
+def _node_lost(pod: Pod) -> str:
+    return (
+        f"The node {pod.node} is not ready, and what runs on it is not known: look at it with kubectl describe node "
+        f"{pod.node}. Kubernetes ends the pod when that lasts for five minutes, and another one takes its place."
+    )
 
 
 _SILENT = (

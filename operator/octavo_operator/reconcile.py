@@ -155,7 +155,10 @@ class Reconciler:
         """The world with what is asked at each look: the engines, and the events of pods that do not come up."""
         now = self._clock()
         late = [p for p in world.pods if p.node and not (p.running or p.terminating or p.over or p.terminations)]
-        late = [p for p in late if now - p.created_at > EVENTS_AFTER][:PODS_WITH_EVENTS]
+        late = [p for p in late if now - p.created_at > EVENTS_AFTER]
+        answered = self._known[key].answered
+        silent = [p for p in world.pods if p.running and now - answered.get(p.name, now) > EVENTS_AFTER]
+        late = [*late, *silent][:PODS_WITH_EVENTS]
         fields = "involvedObject.kind=Pod,type=Warning,involvedObject.name="
         engines, events = await asyncio.gather(
             self._engines.statuses(world.pods),

@@ -181,24 +181,30 @@ def hand_over(image: str, command: Sequence[str]) -> None:
 
 
 def pause_archive(source: Path) -> Path:
-    """The image of the process that holds a pod's namespaces, compiled here: a docker archive of one layer."""
-    target = _folder() / f"pause-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}.tar"
+    """The image of the process that holds a pod's namespaces."""
+    return program_archive(source, "localhost/pause:1")
+
+
+def program_archive(source: Path, image: str) -> Path:
+    """An image of one static program, compiled here from one C file: a docker archive of one layer."""
+    name = source.stem
+    target = _folder() / f"{name}-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}.tar"
     if target.exists():
         return target
     with tempfile.TemporaryDirectory(dir=_folder()) as scratch:
-        program = Path(scratch) / "pause"
+        program = Path(scratch) / name
         subprocess.run(["gcc", "-static", "-Os", "-s", "-o", str(program), str(source)], check=True)
-        layer = _tar({"pause": program.read_bytes()}, mode=0o755)
+        layer = _tar({name: program.read_bytes()}, mode=0o755)
         config = json.dumps(
             {
                 "architecture": {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine],
                 "os": "linux",
-                "config": {"Entrypoint": ["/pause"]},
+                "config": {"Entrypoint": [f"/{name}"]},
                 "rootfs": {"type": "layers", "diff_ids": [_sha256(layer)]},
             }
         ).encode()
-        manifest = json.dumps([{"Config": "config.json", "RepoTags": ["localhost/pause:1"], "Layers": ["layer.tar"]}])
-        archive = Path(scratch) / "pause.tar"
+        manifest = json.dumps([{"Config": "config.json", "RepoTags": [image], "Layers": ["layer.tar"]}])
+        archive = Path(scratch) / "image.tar"
         archive.write_bytes(_tar({"config.json": config, "layer.tar": layer, "manifest.json": manifest.encode()}))
         archive.rename(target)
     return target

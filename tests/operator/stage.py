@@ -244,7 +244,7 @@ class Stage:
         for name in self._nodes:
             self.api.request("DELETE", f"/api/v1/nodes/{name}")
 
-    def add_node(self, name: str, gpus: int = 0, *, kwok: bool = False) -> None:
+    def add_node(self, name: str, gpus: int = 0, *, kwok: bool = False, cpu: str = "64") -> None:
         """kwok: KWOK plays its kubelet, so pods that it is given come to run; else nobody does."""
         labels = {NODE_LABEL: self.node, "kubernetes.io/hostname": name}
         annotations = {"kwok.x-k8s.io/node": "fake"} if kwok else {}
@@ -254,11 +254,18 @@ class Stage:
         now = _now()
         condition = {"type": "Ready", "status": "True", "reason": "Staged", "message": "staged by a test"}
         condition |= {"lastHeartbeatTime": now, "lastTransitionTime": now}
-        amounts = {"cpu": "64", "memory": "512Gi", "pods": "200", "nvidia.com/gpu": str(gpus)}
+        amounts = {"cpu": cpu, "memory": "512Gi", "pods": "200", "nvidia.com/gpu": str(gpus)}
         status = {"conditions": [condition], "capacity": amounts, "allocatable": amounts}
         self.api.merge(f"/api/v1/nodes/{name}/status", {"status": status})
         # Until the controllers have seen the node as ready, it carries a taint.
         wait_for(lambda: not (self.api.get(f"/api/v1/nodes/{name}") or {})["spec"].get("taints"), "a clean node")
+
+    def node_is_ready(self) -> None:
+        """What the staged node's kubelet would say of it every few seconds."""
+        now = _now()
+        condition = {"type": "Ready", "status": "True", "reason": "Staged", "message": "staged by a test"}
+        condition |= {"lastHeartbeatTime": now, "lastTransitionTime": now}
+        self.api.merge(f"/api/v1/nodes/{self.node}/status", {"status": {"conditions": [condition]}})
 
     def path(self, kind: str, name: str = "", subresource: str = "") -> str:
         tail = "".join(f"/{part}" for part in (name, subresource) if part)

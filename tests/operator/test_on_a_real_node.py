@@ -5,11 +5,15 @@ The image is the cluster's own pause: it is on the node, runs as any user, and a
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import images
 import pytest
 from stage import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("operator")]
 
+NODE_FILES = Path(__file__).resolve().parents[1] / "cluster/node"
 PAUSE = {"image": "localhost/pause:1"}
 NODE = {"nodeSelector": {"kubernetes.io/hostname": "node1"}}
 
@@ -43,20 +47,58 @@ def test_a_claim_that_is_not_there_is_named(stage):
     assert stage.condition("ModelCached")["reason"] == "ClaimMissing"
 
 
-def test_an_image_that_cannot_be_pulled_is_named(stage):
-    serve(stage, engine={"image": "localhost:1/no/engine:1"})
+@pytest.fixture(scope="module")
+def engine(cluster) -> str:
+    """An image on the node that answers as an engine does (tests/cluster/node/engine.c)."""
+    archive = images.program_archive(NODE_FILES / "engine.c", "localhost/engine:1")
+    cluster.run(["ctr", "-n", "k8s.io", "images", "import", str(archive)])
+    return "localhost/engine:1"
+
+
+def test_an_image_that_cannot_be_pulled_is_named_and_its_coming_is_enough(stage, cluster, engine):
+    image = "localhost:1/no/engine:1"
+    serve(stage, engine={"image": image})
     found = stage.wait_condition("Ready", "False", "ImagePull", timeout_s=60)
+    cluster.run(["ctr", "-n", "k8s.io", "images", "tag", engine, image])
+    try:
+        stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=120)
+    finally:
+        cluster.run(["ctr", "-n", "k8s.io", "images", "rm", image])
 
     assert "localhost:1/no/engine:1" in found["message"]
     assert "engine.image" in found["message"]
     stage.wait_event("Warning", "ImagePull")
 
 
-def test_a_token_secret_that_is_not_there_is_named_and_its_coming_is_seen(stage):
-    serve(stage, model={"source": "hf://org/name", "tokenSecretRef": {"name": "hf"}})
+def test_host_memory_that_ends_is_told_and_the_next_start_is_seen(stage, engine):
+    limits = {"resources": {"limits": {"memory": "32Mi"}}}
+    serve(stage, engine={"image": engine, "args": ["--seed=1"]}, hardware=limits)
+    stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=90)
+    failure = stage.status()["lastFailure"]
+
+    assert failure["code"] == "OOM_KILLED"
+    assert "at its memory limit of 32Mi" in failure["message"]
+    assert "hardware.resources.limits.memory" in failure["fix"]
+    stage.wait_event("Warning", "OOMKilled")
+
+
+def test_a_death_certificate_is_read_from_a_real_termination_log(stage, engine):
+    serve(stage, engine={"image": engine, "args": ["--seed=2"]})
+    stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=90)
+    failure = stage.status()["lastFailure"]
+
+    assert (failure["code"], failure["fix"]) == ("WEIGHTS_CORRUPT", "download it again")
+    stage.wait_event("Warning", "WeightsCorrupt")
+
+
+def test_a_token_secret_that_is_not_there_is_named_and_its_coming_is_seen(stage, engine):
+    model = {"source": "hf://org/name", "tokenSecretRef": {"name": "hf"}}
+    serve(stage, model=model, engine={"image": engine})
     found = stage.wait_condition("Ready", "False", "SecretMissing", timeout_s=60)
     stage.create("secrets", {"metadata": {"name": "hf"}, "stringData": {"other": "x"}})
     key = stage.wait_condition("Ready", "False", "SecretKeyMissing", timeout_s=90)
+    stage.api.merge(stage.path("secrets", "hf"), {"stringData": {"token": "x"}})
+    stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=90)
 
     assert "The Secret hf was not found" in found["message"]
     assert "The Secret hf has no key token" in key["message"]
