@@ -377,6 +377,10 @@ class ServerConfig:
     )  # fmt: skip
 
     enable_metrics: bool = _setting(True, "Answer /metrics.", group="Logs, metrics and traces", managed=True)
+    older_metric_names: bool = _setting(
+        True, "Give metrics vLLM's earlier names too (gpu_cache_usage_perc and the like).",
+        group="Logs, metrics and traces",
+    )  # fmt: skip
     log_level: str = _setting(
         "info", "Least severe message that is logged. Also read from VLLM_LOGGING_LEVEL.",
         group="Logs, metrics and traces", choices=LOG_LEVELS, parse=parse_log_level, aliases=("--uvicorn-log-level",),

@@ -131,6 +131,10 @@ class Answer:
     def close(self) -> None:
         self._stream.close()
 
+    def choices_with_calls(self) -> list[bool]:
+        """Of each choice that has text: whether a tool parser found calls in it."""
+        return [choice.parser is not None and choice.parser.has_calls for choice in self._choices if choice.started]
+
     def usage(self, completion_tokens: int | None = None) -> dict[str, Any]:
         """So far; completion_tokens for the figure of a single choice."""
         if completion_tokens is None:

@@ -72,8 +72,9 @@ SMALL_BODY_BYTES = 16 * 1024
 MAX_REQUEST_ID_CHARS = 128
 
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+ROUTE: web.RequestKey[str] = web.RequestKey("route", str)
+_REQUEST_TYPES = {"/v1/chat/completions": "chat_completions", "/v1/responses": "responses"}
 _UNSAFE = re.compile(r"[^A-Za-z0-9._:-]")
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 T = TypeVar("T")
 
@@ -144,6 +145,7 @@ class Api:
             # The matched route decides, never the path as sent: two parsers of a path have been two truths before.
             route = self.routes.name(resource.canonical) if resource is not None else "none"
             request[REQUEST_ID] = request_id(request.headers.get("X-Request-Id"))
+            request[ROUTE] = route
             if request.method == "OPTIONS" and (answer := self.cors.preflight(request.headers)) is not None:
                 status, headers, text = answer
                 return web.Response(status=status, headers=headers, text=text)
@@ -162,11 +164,10 @@ class Api:
                 response = _error_response(internal(), route)
             if request.content.exception() is not None:
                 response.force_close()  # what follows on this connection cannot be read
-            if route not in OPEN_PATHS:
-                method = request.method if request.method in _METHODS else "other"
-                self.metrics.http[route, method, f"{response.status // 100}xx"] += 1
+            seconds, sent = time.monotonic() - began, _num_bytes(response)
+            self.metrics.http.add(route, request.method, response.status, seconds, request.content_length or 0, sent)
             if self.access_log is not None:
-                self.access_log.add(request, request[REQUEST_ID], response.status, time.monotonic() - began)
+                self.access_log.add(request, request[REQUEST_ID], response.status, seconds)
             return response
 
         return edge
@@ -301,6 +302,12 @@ class Api:
         finally:
             # Also on a client's hanging up, which cancels this task: the engine stops working for nobody.
             answer.close()
+            if format is not None and format.tools is not None:
+                mode = "streaming" if generation.stream else "non_streaming"
+                request_type = _REQUEST_TYPES.get(request[ROUTE], "other")
+                for called in answer.choices_with_calls():
+                    outcome = "tool_call" if called else "no_tool_call"
+                    self.metrics.tool_parser[mode, outcome, request_type] += 1
             if self.config.enable_log_requests:
                 made, seconds = answer.usage()["completion_tokens"], time.monotonic() - began
                 log_requests.info("ended id=%s completion_tokens=%d seconds=%.3f", id, made, seconds)
@@ -566,6 +573,13 @@ def _credentials(request: web.Request) -> list[str]:
     """What a client may have put its key into; Anthropic's clients send it bare."""
     bare = [f"Bearer {key}" for key in request.headers.getall("X-Api-Key", ())]
     return [*request.headers.getall("Authorization", ()), *bare]
+
+
+def _num_bytes(response: web.StreamResponse) -> int:
+    """Of the body: of a whole one before it is sent, of a stream after."""
+    if isinstance(response, web.Response):
+        return len(response.body) if isinstance(response.body, (bytes, bytearray)) else 0
+    return response.body_length
 
 
 def _error_response(error: ApiError, route: str) -> web.Response:

@@ -21,6 +21,7 @@ from octavo_engine.api.board import Board, retry_seconds
 from octavo_engine.api.metrics import Finished, Metrics
 from octavo_engine.core.channel import HEADER, MAX_FRAME_BYTES, decode, encode
 from octavo_engine.core.messages import (
+    NOT_FINITE,
     Abort,
     Fatal,
     FinishReason,
@@ -345,6 +346,8 @@ class EngineClient(asyncio.Protocol):
         del self._live[sequence.id]
         if sequence.first_at is None:
             self._unstarted_tokens -= sequence.prompt_tokens
+        if event.error == NOT_FINITE:
+            self._metrics.corrupted += 1
         if not sequence.ended:
             assert event.finish_reason is not None
             sequence.ended = True

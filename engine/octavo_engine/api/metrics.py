@@ -6,9 +6,8 @@ somebody asks. Its own counters take a lock per observation, which at 100,000 to
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
@@ -17,6 +16,8 @@ from prometheus_client.registry import Collector
 
 from octavo_engine import __version__
 from octavo_engine.api.board import Board
+from octavo_engine.api.histogram import Histogram
+from octavo_engine.api.http_metrics import HttpMetrics
 from octavo_engine.config import EngineConfig
 from octavo_engine.core.messages import FinishReason, StepStats
 from octavo_engine.status import Effective, Stage
@@ -41,29 +42,6 @@ ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16
 N_BUCKETS = (1, 2, 5, 10, 20)
 
 
-class Histogram:
-    """Counts per bucket and a sum; observe() is two list operations."""
-
-    __slots__ = ("_bounds", "_counts", "_sum")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = tuple(bounds)
-        self._counts = [0] * (len(self._bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def samples(self) -> tuple[list[tuple[str, float]], float]:
-        """Cumulative buckets as Prometheus wants them, and the sum."""
-        total, buckets = 0, []
-        for bound, count in zip((*map(float, self._bounds), float("inf")), list(self._counts), strict=True):
-            total += count
-            buckets.append(("+Inf" if bound == float("inf") else str(bound), float(total)))
-        return buckets, self._sum
-
-
 @dataclass(frozen=True)
 class Finished:
     """One sequence's figures at its end. Times are seconds; None where the sequence did not get that far."""
@@ -82,15 +60,21 @@ class Finished:
 class Metrics:
     """Written by the event loop; rendered by any thread."""
 
-    def __init__(self, board: Board, config: EngineConfig, model_name: str) -> None:
+    def __init__(self, board: Board, config: EngineConfig, model_name: str, older_names: bool = True) -> None:
+        """older_names: give vLLM's earlier names beside today's."""
         self._board = board
         self._config = config
+        self._older_names = older_names
         self.model_name = model_name
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.cached_tokens = 0
         self.success: Counter[FinishReason] = Counter(dict.fromkeys(FinishReason, 0))
-        self.http: Counter[tuple[str, str, str]] = Counter()
+        self.corrupted = 0
+        """Sequences that ended because the model's output was not finite."""
+        self.tool_parser: Counter[tuple[str, str, str]] = Counter()
+        """Choices that a tool parser read, by (mode, outcome, request_type)."""
+        self.http = HttpMetrics()
         self.stats = StepStats()
         self.ttft = Histogram(TTFT_BUCKETS)
         self.itl = Histogram(ITL_BUCKETS)
@@ -176,31 +160,23 @@ class Metrics:
         board, labels = self._board, {"model_name": self.model_name, "engine": "0"}
         statusz = board.statusz()
         load, stats = statusz.load, self.stats
-        prompt_rate, generation_rate = self.throughput()
 
         yield gauge("vllm:num_requests_running", "Requests computed in the last step.", labels, load.running)
         yield gauge("vllm:num_requests_waiting", "Requests waiting for a slot or memory.", labels, load.waiting)
         by_reason = {"capacity": load.waiting, "deferred": 0}
         yield gauges("vllm:num_requests_waiting_by_reason", "Waiting requests by cause.", labels, "reason", by_reason)
-        for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):
-            yield gauge(name, "Share of the KV cache in use, 0 to 1.", labels, load.kv_usage)
-        yield gauge(
-            "vllm:gpu_prefix_cache_hit_rate", "Prefix cache hits per query, 0 to 1.", labels, self.prefix_hit_rate
-        )
-        yield gauge(
-            "vllm:avg_prompt_throughput_toks_per_s", "Prompt tokens per second, last 10 s.", labels, prompt_rate
-        )
-        yield gauge(
-            "vllm:avg_generation_throughput_toks_per_s", "Generated tokens per second, last 10 s.", labels,
-            generation_rate,
-        )  # fmt: skip
+        yield gauge("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", labels, load.kv_usage)
+        sleep = {"awake": 1, "weights_offloaded": 0, "discard_all": 0}
+        yield gauges("vllm:engine_sleep_state", "1 for the state the engine is in.", labels, "sleep_state", sleep)
         if statusz.effective is not None:
             yield self._cache_config(statusz.effective)
-        for prefix in ("vllm:prefix_cache", "vllm:gpu_prefix_cache"):
-            yield counter(
-                f"{prefix}_queries", "Prompt tokens looked up in the prefix cache.", labels, stats.prefix_queries
-            )
-            yield counter(f"{prefix}_hits", "Prompt tokens found in the cache.", labels, stats.prefix_hits)
+        for prefix, of, queries, hits in (
+            ("vllm:prefix_cache", "the prefix cache", stats.prefix_queries, stats.prefix_hits),
+            ("vllm:external_prefix_cache", "another engine's cache; there is none", 0, 0),
+            ("vllm:mm_cache", "the cache of images; there is none", 0, 0),
+        ):
+            yield counter(f"{prefix}_queries", f"Tokens looked up in {of}.", labels, queries)
+            yield counter(f"{prefix}_hits", f"Tokens found in {of}.", labels, hits)
         yield counter("vllm:num_preemptions", "Requests put back for lack of memory.", labels, stats.preemptions)
         yield counter("vllm:prompt_tokens", "Prompt tokens processed.", labels, self.prompt_tokens)
         yield counter("vllm:generation_tokens", "Tokens generated.", labels, self.generation_tokens)
@@ -214,12 +190,14 @@ class Metrics:
             },
         )  # fmt: skip
         success = {str(reason): count for reason, count in self.success.items()}
+        success.setdefault("repetition", 0)
         yield counters("vllm:request_success", "Requests ended, by reason.", labels, "finished_reason", success)
+        yield counter("vllm:corrupted_requests", "Requests whose output was not finite.", labels, self.corrupted)
+        yield self._tool_family()
 
         for name, help, histogram in (
             ("vllm:time_to_first_token_seconds", "From arrival to the first token.", self.ttft),
             ("vllm:inter_token_latency_seconds", "Between two tokens of a request.", self.itl),
-            ("vllm:time_per_output_token_seconds", "Older name of inter_token_latency_seconds.", self.itl),
             ("vllm:request_time_per_output_token_seconds", "A request's mean time per token.", self.tpot),
             ("vllm:e2e_request_latency_seconds", "From arrival to the end.", self.e2e),
             ("vllm:request_queue_time_seconds", "From arrival to the first schedule.", self.queue),
@@ -236,6 +214,9 @@ class Metrics:
             ("octavo:step_seconds", "Duration of a step.", self.step),
         ):
             yield histogram_family(name, help, labels, histogram)
+
+        if self._older_names:
+            yield from self._older_families(labels, load.kv_usage)
 
         yield gauges("octavo:stage_seconds", "Seconds spent in each stage.", labels, "stage", statusz.stage_seconds)
         stages = {str(stage): int(stage is statusz.stage) for stage in Stage}
@@ -256,12 +237,54 @@ class Metrics:
         info = GaugeMetricFamily("octavo:build_info", "Version of the engine.", labels=["version"])
         info.add_metric([__version__], 1)
         yield info
-        yield self._http_family()
+        yield from self.http.families()
+
+    def _older_families(self, labels: dict[str, str], kv_usage: float) -> Iterator[Metric]:
+        """What boards, routers and autoscalers of earlier years read."""
+        stats, (prompt_rate, generation_rate) = self.stats, self.throughput()
+        for name, help, value in (
+            ("vllm:gpu_cache_usage_perc", "Older name of kv_cache_usage_perc.", kv_usage),
+            ("vllm:cpu_cache_usage_perc", "0: there is no cache beside the device's.", 0),
+            ("vllm:num_requests_swapped", "0: what is preempted is computed again.", 0),
+            ("vllm:gpu_prefix_cache_hit_rate", "Prefix cache hits per query, 0 to 1.", self.prefix_hit_rate),
+            ("vllm:cpu_prefix_cache_hit_rate", "0: there is no cache beside the device's.", 0),
+            ("vllm:avg_prompt_throughput_toks_per_s", "Prompt tokens per second, last 10 s.", prompt_rate),
+            ("vllm:avg_generation_throughput_toks_per_s", "Generated tokens per second, last 10 s.", generation_rate),
+        ):
+            yield gauge(name, help, labels, value)
+        name = "vllm:gpu_prefix_cache"
+        yield counter(f"{name}_queries", "Older name of prefix_cache_queries.", labels, stats.prefix_queries)
+        yield counter(f"{name}_hits", "Older name of prefix_cache_hits.", labels, stats.prefix_hits)
+        for name, help, histogram in (
+            ("vllm:time_per_output_token_seconds", "Older name of inter_token_latency_seconds.", self.itl),
+            ("vllm:request_params_best_of", "Older name of request_params_n.", self.params_n),
+        ):
+            yield histogram_family(name, help, labels, histogram)
+
+    def _tool_family(self) -> Metric:
+        family = CounterMetricFamily(
+            "vllm:tool_call_parser_invocations", "Choices that a tool parser read.",
+            labels=["model_name", "mode", "outcome", "request_type"],
+        )  # fmt: skip
+        for mode in ("streaming", "non_streaming"):
+            for outcome in ("tool_call", "no_tool_call"):
+                for kind in ("chat_completions", "responses", "other"):
+                    family.add_metric([self.model_name, mode, outcome, kind], self.tool_parser[mode, outcome, kind])
+        return family
 
     def _cache_config(self, effective: Effective) -> Metric:
         values = {
             "block_size": effective.block_size,
             "num_gpu_blocks": effective.num_blocks,
+            "num_gpu_blocks_override": self._config.num_gpu_blocks_override,
+            "num_cpu_blocks": None,
+            "cpu_offload_gb": 0,
+            "swap_space": 0,
+            "sliding_window": None,
+            "calculate_kv_scales": False,
+            "is_attention_free": False,
+            "prefix_caching_hash_algo": "blake2b",
+            "kv_cache_memory_bytes": self._config.kv_cache_memory_bytes,
             "cache_dtype": effective.kv_dtype,
             "gpu_memory_utilization": self._config.gpu_memory_utilization,
             "enable_prefix_caching": self._config.enable_prefix_caching,
@@ -271,14 +294,6 @@ class Metrics:
         }
         family = GaugeMetricFamily("vllm:cache_config_info", "The KV cache's configuration.", labels=list(values))
         family.add_metric([str(value) for value in values.values()], 1)
-        return family
-
-    def _http_family(self) -> Metric:
-        family = CounterMetricFamily(
-            "http_requests", "HTTP requests by route, method and status class.", labels=["handler", "method", "status"]
-        )
-        for key, count in list(self.http.items()):
-            family.add_metric(list(key), count)
         return family
 
 

@@ -84,7 +84,7 @@ class _Server:
         self._management, self._engine, self._tls, self._listener = management, engine, tls, listener
         self._loop = asyncio.get_running_loop()
         self._names = config.served_model_name or (engine_config.model,)
-        self._metrics = Metrics(board, engine_config, self._names[0])
+        self._metrics = Metrics(board, engine_config, self._names[0], config.older_metric_names)
         limits = QueueLimits(
             engine_config.max_num_seqs, engine_config.max_num_queued_reqs, engine_config.max_num_queued_tokens
         )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from octavo_engine.core.cost import ChunkLimit, StepCost
-from octavo_engine.core.messages import FinishReason, StepOutput, StepStats, Submit, TokenEvent
+from octavo_engine.core.messages import NOT_FINITE, FinishReason, StepOutput, StepStats, Submit, TokenEvent
 from octavo_engine.core.request import Request
 from octavo_engine.core.scheduler import Commit, Scheduler
 from octavo_engine.core.step import Sampled, StepPlan
@@ -180,7 +180,7 @@ def _event(commit: Commit) -> TokenEvent:
     if commit.finish_reason is not None:
         event.finish_reason, event.stop_token_id = commit.finish_reason, commit.stop_token_id
         if commit.finish_reason is FinishReason.ERROR:
-            event.error = "the model's output was not finite"
+            event.error = NOT_FINITE
     if commit.logprobs is not None:
         event.logprobs = [commit.logprobs]
     if commit.token is not None and request.num_output == 1:

@@ -20,6 +20,10 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+NOT_FINITE = "the model's output was not finite"
+"""The error of a TokenEvent whose logits held NaN or infinity."""
+
+
 # ---- to the engine
 
 

@@ -58,6 +58,27 @@ def test_the_client_reads_calls_of_a_whole_answer(client) -> None:
     assert len({c.id for c in choice.message.tool_calls}) == 2
 
 
+def test_what_tool_parsers_find_is_counted(client, tooled) -> None:
+    def counts() -> dict[tuple[str, str], float]:
+        name = "vllm:tool_call_parser_invocations_total"
+        return {
+            (mode, outcome): tooled.metric(name, mode=mode, outcome=outcome, request_type="chat_completions")
+            for mode in ("streaming", "non_streaming")
+            for outcome in ("tool_call", "no_tool_call")
+        }
+
+    before = counts()
+    client.chat.completions.create(**says(CALL), tools=TOOLS, n=2)
+    client.chat.completions.create(**says("No call."), tools=TOOLS)
+    list(client.chat.completions.create(**says(CALL), tools=TOOLS, stream=True))
+    client.chat.completions.create(**says(CALL))
+
+    assert {key: value - before[key] for key, value in counts().items()} == {
+        ("non_streaming", "tool_call"): 2, ("non_streaming", "no_tool_call"): 1,
+        ("streaming", "tool_call"): 1, ("streaming", "no_tool_call"): 0,
+    }  # fmt: skip
+
+
 def test_content_is_null_beside_calls_alone_and_one_call_is_given_where_one_is_wanted(client) -> None:
     answer = client.chat.completions.create(**says(CALL + CALL), tools=TOOLS, parallel_tool_calls=False)
 
