@@ -410,6 +410,10 @@ class ServerConfig:
         10.0, "Seconds between those lines. Also read from VLLM_LOG_STATS_INTERVAL.",
         group="Logs, metrics and traces", low=0.1, high=86400, metavar="SECONDS",
     )  # fmt: skip
+    otlp_traces_endpoint: str | None = _setting(
+        None, "Where to send a trace of each request: the URL of an OpenTelemetry collector. Needs octavo[otel].",
+        group="Logs, metrics and traces", metavar="URL",
+    )  # fmt: skip
 
     drain_timeout_s: float = _setting(
         120.0, "Longest wait for running requests on SIGTERM or POST /drain before they are ended.",

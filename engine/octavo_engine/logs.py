@@ -35,7 +35,9 @@ def configure(level: str, format: str, process: str = "api") -> None:
 def configure_from_file(path: str) -> None:
     """Python's own configuration of logging, as JSON. Raises FatalError(INVALID_CONFIG)."""
     try:
-        logging.config.dictConfig(json.loads(Path(path).read_text(encoding="utf-8")))
+        # Loggers are made as modules are imported, which has begun: by default all of those would fall silent.
+        given = {"disable_existing_loggers": False, **json.loads(Path(path).read_text(encoding="utf-8"))}
+        logging.config.dictConfig(given)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise FatalError(
             Failure(

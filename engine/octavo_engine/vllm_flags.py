@@ -275,7 +275,6 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = tuple(
             ("--nnodes -n", ONE_DEVICE, ["1"]),
             ("--node-rank -r", ONE_DEVICE, ["0"]),
             ("--num-speculative-tokens --spec-tokens", NO_SPECULATION, ["0"]),
-            ("--otlp-traces-endpoint", "traces are not sent yet"),
             ("--override-pooler-config --pooler-config", NO_POOLING),
             ("--prefill-context-parallel-size -pcp", ONE_DEVICE, ["1"]),
             ("--profiler-config", "profile with the tools of the device"),

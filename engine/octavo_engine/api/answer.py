@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from octavo_engine.api.detokenizer import TextStream
-from octavo_engine.api.engine_client import Output, Stream
+from octavo_engine.api.engine_client import Output, Stream, Timing
 from octavo_engine.api.errors import internal, without_folders
 from octavo_engine.api.output.parser import OutputFormat, OutputParser, Parsed, ToolCall
 from octavo_engine.api.tokenizer import Tokenizer
@@ -107,6 +107,9 @@ class Answer:
         self._prompt_tokens = sum(map(len, prompts))
         self._tokenizer = tokenizer
         self._prompt_only = prompt_only
+        self._looks_for_tools = format is not None and format.tools is not None
+        self.error: str | None = None
+        """A word for what the engine failed with."""
         self.tells_cached = False
         """Whether usage tells how many tokens of the prompts came from the cache."""
         self._cached: dict[int, int] = {}
@@ -131,14 +134,25 @@ class Answer:
     def close(self) -> None:
         self._stream.close()
 
+    @property
+    def timing(self) -> Timing:
+        return self._stream.timing
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all choices, so far."""
+        return sum(choice.num_tokens for choice in self._choices)
+
     def choices_with_calls(self) -> list[bool]:
-        """Of each choice that has text: whether a tool parser found calls in it."""
+        """Of each choice that a tool parser reads and that has text: whether it found calls."""
+        if not self._looks_for_tools:
+            return []
         return [choice.parser is not None and choice.parser.has_calls for choice in self._choices if choice.started]
 
     def usage(self, completion_tokens: int | None = None) -> dict[str, Any]:
         """So far; completion_tokens for the figure of a single choice."""
         if completion_tokens is None:
-            completion_tokens = sum(choice.num_tokens for choice in self._choices)
+            completion_tokens = self.num_tokens
         usage: dict[str, Any] = {
             "prompt_tokens": self._prompt_tokens,
             "total_tokens": self._prompt_tokens + completion_tokens,
@@ -157,6 +171,7 @@ class Answer:
 
     def _piece(self, output: Output) -> Piece:
         if output.finish_reason is FinishReason.ERROR:
+            self.error = "engine_error"
             why = without_folders(output.error or "no reason given")
             raise internal(f"The engine could not finish this request: {why}")
         choice = self._choices[output.index]

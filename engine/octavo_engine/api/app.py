@@ -59,11 +59,12 @@ from octavo_engine.api.responses import protocol as responses
 from octavo_engine.api.responses.writer import ResponsesWriter
 from octavo_engine.api.served_model import ServedModel, prompts_of
 from octavo_engine.api.tools import check_tools, output_format
+from octavo_engine.api.tracing import Asked, Tracer
+from octavo_engine.api.watch import Watch
 from octavo_engine.config import ServerConfig
 from octavo_engine.status import Stage
 
 log = logging.getLogger(__name__)
-log_requests = logging.getLogger("octavo.requests")
 
 TEXT_THREADS = 4
 """Threads for templates and encoding. More than one, so that one slow template does not hold up the others."""
@@ -73,7 +74,6 @@ MAX_REQUEST_ID_CHARS = 128
 
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 ROUTE: web.RequestKey[str] = web.RequestKey("route", str)
-_REQUEST_TYPES = {"/v1/chat/completions": "chat_completions", "/v1/responses": "responses"}
 _UNSAFE = re.compile(r"[^A-Za-z0-9._:-]")
 
 T = TypeVar("T")
@@ -88,6 +88,7 @@ class Api:
     metrics: Metrics
     keys: Keys
     config: ServerConfig
+    tracer: Tracer | None = None
     model: ServedModel | None = None
     active: int = 0
     """Generating requests that have been accepted and not answered to their end."""
@@ -101,6 +102,7 @@ class Api:
         self.cors = Cors.from_config(self.config)
         self.access_log = AccessLog.from_config(self.config)
         self.routes = _Routes(self.config.root_path)
+        self.watch = Watch(self.metrics, self.config.enable_log_requests, self.tracer)
 
     # ---- the application
 
@@ -291,26 +293,21 @@ class Api:
             raise self._not_serving() from None
         answer = Answer(model.tokenizer, stream, sampling, prompts, format, prompt_only=generation.prompt_only)
         answer.tells_cached = self.config.enable_prompt_tokens_details
-        began, id = time.monotonic(), request[REQUEST_ID]
-        if self.config.enable_log_requests:
-            prompt_tokens = sum(map(len, prompts))
-            log_requests.info("received id=%s prompt_tokens=%d sequences=%d", id, prompt_tokens, len(sequences))
-        try:
+        asked = Asked(
+            id=request[REQUEST_ID],
+            route=request[ROUTE],
+            model=model.name,
+            sampling=sampling,
+            max_tokens=generation.max_tokens,
+            stream=generation.stream,
+            prompt_tokens=sum(map(len, prompts)),
+            num_sequences=len(sequences),
+            headers=request.headers,
+        )
+        with self.watch.over(asked, answer):
             if generation.stream:
                 return await _stream(request, generation, answer, writer)
             return await _whole(answer, writer, len(sequences))
-        finally:
-            # Also on a client's hanging up, which cancels this task: the engine stops working for nobody.
-            answer.close()
-            if format is not None and format.tools is not None:
-                mode = "streaming" if generation.stream else "non_streaming"
-                request_type = _REQUEST_TYPES.get(request[ROUTE], "other")
-                for called in answer.choices_with_calls():
-                    outcome = "tool_call" if called else "no_tool_call"
-                    self.metrics.tool_parser[mode, outcome, request_type] += 1
-            if self.config.enable_log_requests:
-                made, seconds = answer.usage()["completion_tokens"], time.monotonic() - began
-                log_requests.info("ended id=%s completion_tokens=%d seconds=%.3f", id, made, seconds)
 
     def _check_fan_out(self, num_prompts: int, n: int) -> None:
         most = self.client.limits.most_sequences

@@ -96,6 +96,30 @@ class _Sequence:
         self.ended = False
 
 
+@dataclass
+class Timing:
+    """Seconds of a request's life so far; of several sequences, the first that got there. None: not yet."""
+
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    first_token_s: float | None = None
+    """From arrival."""
+    last_token_s: float | None = None
+    """From arrival, of the last sequence."""
+
+    @property
+    def decode_s(self) -> float | None:
+        if self.first_token_s is None or self.last_token_s is None:
+            return None
+        return self.last_token_s - self.first_token_s
+
+    @property
+    def inference_s(self) -> float | None:
+        if self.prefill_s is None or self.decode_s is None:
+            return None
+        return self.prefill_s + self.decode_s
+
+
 class Stream:
     """The outputs of one request's sequences, in the order in which they came. One reader."""
 
@@ -104,6 +128,7 @@ class Stream:
         self._ready: list[_Sequence] = []
         self._waiter: asyncio.Future[None] | None = None
         self._open: dict[int, _Sequence] = {}
+        self.timing = Timing()
 
     @property
     def finished(self) -> bool:
@@ -341,6 +366,10 @@ class EngineClient(asyncio.Protocol):
         self._unstarted_tokens -= sequence.prompt_tokens
         self._metrics.cached_tokens += sequence.cached
         self._metrics.ttft.observe(now - sequence.arrived)
+        timing = sequence.stream.timing
+        if timing.first_token_s is None:
+            timing.first_token_s = now - sequence.arrived
+            timing.queue_s, timing.prefill_s = event.queue_s, event.prefill_s
 
     def _finish(self, sequence: _Sequence, event: TokenEvent) -> None:
         del self._live[sequence.id]
@@ -357,6 +386,8 @@ class EngineClient(asyncio.Protocol):
     def _count_end(self, sequence: _Sequence, reason: FinishReason) -> None:
         now = self._clock()
         started = sequence.first_at is not None
+        if started:
+            sequence.stream.timing.last_token_s = sequence.last_at - sequence.arrived
         self._metrics.finished(
             Finished(
                 reason=reason,

@@ -34,6 +34,7 @@ from octavo_engine.api.screen import Screen
 from octavo_engine.api.served_model import ServedModel
 from octavo_engine.api.tls import Tls
 from octavo_engine.api.tokenizer import GenerationDefaults, Tokenizer, chosen_defaults
+from octavo_engine.api.tracing import Tracer
 from octavo_engine.config import EngineConfig, ServerConfig
 from octavo_engine.core.messages import Shutdown, Start
 from octavo_engine.status import Failure, FatalError, Stage
@@ -89,7 +90,9 @@ class _Server:
             engine_config.max_num_seqs, engine_config.max_num_queued_reqs, engine_config.max_num_queued_tokens
         )
         self._client = EngineClient(board, self._metrics, limits)
-        self._api = Api(board, self._client, self._metrics, keys, config)
+        endpoint = config.otlp_traces_endpoint
+        self._tracer = None if endpoint is None else Tracer(endpoint, config.port)
+        self._api = Api(board, self._client, self._metrics, keys, config, self._tracer)
         interval = None if config.disable_log_stats else config.log_stats_interval_s
         self._screen = Screen(board, sys.stderr, started, interval, log_format=config.log_format)
         self._drain = asyncio.Event()
@@ -122,6 +125,8 @@ class _Server:
             self._screen.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(runner.cleanup(), LAST_WORDS_S)
+            if self._tracer is not None:
+                await asyncio.to_thread(self._tracer.close)
 
     async def _live(self) -> Failure | None:
         start_up = self._loop.create_task(self._start_up())
