@@ -113,7 +113,8 @@ class _Server:
             await web.SockSite(runner, self._listener, ssl_context=ssl_context).start()
         else:  # aiohttp's own site would bind the path a second time
             assert runner.server is not None
-            await self._loop.create_unix_server(runner.server, sock=self._listener, ssl=ssl_context)
+            # Held: a server that nobody holds is closed.
+            self._unix = await self._loop.create_unix_server(runner.server, sock=self._listener, ssl=ssl_context)
         await self._client.connect(self._engine.sock)
         self._screen.hello(self._engine_config.model, self._url, f"http://{self._host}:{self._management.port}")
         background = [self._loop.create_task(self._beat()), self._loop.create_task(self._draw())]
