@@ -344,6 +344,7 @@ class ServerConfig:
         "", "Prefix under which a proxy serves this API; requests are taken with it and without.", group="Server",
         metavar="/PREFIX",
     )  # fmt: skip
+    ui: bool = _setting(True, "Serve the page at /: a chat, and a view of the engine.", group="Server")
     max_request_bytes: int = _setting(
         32 * 2**20, "Largest request body.", group="Server", parse=parse_count, low=1024, metavar="BYTES"
     )

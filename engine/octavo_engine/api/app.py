@@ -22,7 +22,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from octavo_engine import __version__
-from octavo_engine.api import openapi, sse
+from octavo_engine.api import openapi, sse, ui
 from octavo_engine.api.access_log import AccessLog
 from octavo_engine.api.answer import Answer, Piece, PromptToken, TokenChance
 from octavo_engine.api.anthropic import protocol as anthropic
@@ -130,6 +130,11 @@ class Api:
                 web.get("/docs", self.docs),
             ]
         )
+        if self.config.ui:
+            routes.add([web.get("/", self.page), web.get("/ui/status", self.ui_status)])
+        if self.config.ui and self.config.root_path:
+            app.add_routes([web.get(self.config.root_path, self.page_with_slash)])
+            routes.alias(self.config.root_path, "/")
         if self.config.enable_metrics:
             routes.add([web.get("/metrics", self.prometheus)])
         app.add_routes(routes.all)
@@ -392,6 +397,18 @@ class Api:
             headers={"Retry-After": str(self.board.retry_after_s())},
         )
 
+    async def page(self, request: web.Request) -> web.StreamResponse:
+        html, headers = ui.page()
+        return web.Response(text=html, content_type="text/html", headers=headers)
+
+    async def page_with_slash(self, request: web.Request) -> web.StreamResponse:
+        """What the page asks for is relative to it: without the slash it would ask beside the prefix."""
+        return web.Response(status=308, headers={"Location": self.config.root_path + "/"})
+
+    async def ui_status(self, request: web.Request) -> web.StreamResponse:
+        name = self.metrics.model_name if self.model is None else self.model.name
+        return web.json_response(ui.status(self.board, self.metrics, name))
+
     async def version(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"version": __version__})
 
@@ -466,6 +483,9 @@ class _Routes:
                 path = prefix + route.path
                 self._names[canonical(path)] = canonical(route.path)
                 self.all.append(web.RouteDef(route.method, path, route.handler, route.kwargs))
+
+    def alias(self, path: str, name: str) -> None:
+        self._names[path] = name
 
     def name(self, path: str) -> str:
         """A matched route's name without the prefix."""

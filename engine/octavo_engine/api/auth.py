@@ -15,8 +15,9 @@ from octavo_engine.status import Failure, FailureCode, FatalError
 log = logging.getLogger(__name__)
 
 KEY_VARIABLES = ("OCTAVO_API_KEY", "VLLM_API_KEY")
-OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics"})
-"""Everything else needs a key when there is one; vLLM guards only /v1 and has had holes from it."""
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/version", "/metrics"})
+"""Everything else needs a key when there is one; vLLM guards only /v1 and has had holes from it. The page at / holds
+nothing: what it asks for needs the key."""
 
 MAX_KEYS_TRIED = 4
 """Headers of one request that are looked at."""

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 
 from octavo_engine.api.histogram import Histogram
 
-NOT_COUNTED = frozenset({"/metrics", "/health", "/load", "/ping", "/version"})
+NOT_COUNTED = frozenset({"/metrics", "/health", "/load", "/ping", "/version", "/ui/status"})
 """Asked every few seconds by machines: they would drown everything else."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 FINE_BUCKETS = (
