@@ -29,7 +29,6 @@ def configure(level: str, format: str, process: str = "api") -> None:
         name = "%(name)s" if process == "api" else process
         handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {name}: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    logging.getLogger("aiohttp.server").addFilter(_without_requests)
 
 
 def configure_from_file(path: str) -> None:
@@ -57,16 +56,6 @@ def for_engine(level: str, format: str) -> dict[str, str]:
 def configure_engine(environ: Mapping[str, str]) -> None:
     level, _, format = environ.get(FORMAT_VARIABLE, "info:console").partition(":")
     configure(level, format, "engine")
-
-
-def _without_requests(record: logging.LogRecord) -> bool:
-    """What is not HTTP is logged by aiohttp with the bytes that came, which may be anybody's secret, and a stack."""
-    kind = record.exc_info[0] if record.exc_info else None
-    if kind is not None and any(base.__name__ == "HttpProcessingError" for base in kind.__mro__):
-        record.msg, record.args = f"a request is not HTTP ({kind.__name__}) and was answered with 400", ()
-        record.levelno, record.levelname = logging.INFO, "INFO"
-        record.exc_info = record.exc_text = None
-    return True
 
 
 class JsonFormatter(logging.Formatter):

@@ -80,7 +80,7 @@ def test_a_certificate_is_renewed_under_the_running_server_and_streams_go_on(sta
     server = start(*tls(pair), script={"step_s": 0.02})
     assert served_name(server.port) == "first"
 
-    async def renew_during_a_stream() -> int:
+    async def renew_during_a_stream() -> str:
         context = ssl.create_default_context(cafile=str(pair[0]))
         body = {**BODY, "stream": True, "max_tokens": 200, "ignore_eos": True}
         url = f"https://localhost:{server.port}/v1/completions"
@@ -88,9 +88,10 @@ def test_a_certificate_is_renewed_under_the_running_server_and_streams_go_on(sta
             first = await answer.content.readline()
             replace(certificate(tmp_path, "second"), pair)
             rest = await answer.content.read()
-        return (first + rest).count(b"data: {")
+        chunks = [json.loads(line[6:]) for line in (first + rest).splitlines() if line.startswith(b"data: {")]
+        return "".join(chunk["choices"][0]["text"] for chunk in chunks)
 
-    assert asyncio.run(renew_during_a_stream()) == 200
+    assert asyncio.run(renew_during_a_stream()) == ("abc" * 67)[:200]
     assert served_name(server.port) == "second"
 
 

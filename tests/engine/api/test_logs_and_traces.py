@@ -113,7 +113,7 @@ def test_no_prompt_no_answer_and_no_key_is_ever_logged(start) -> None:
             assert b" 400 " in sock.recv(4096)
     text = "\n".join(log_of(server))
 
-    assert "is not HTTP" in text
+    assert "not an HTTP request" in text
     for secret in (SECRET, "sk-other-secret", PROMPT, "nobody"):
         assert secret not in text
 

@@ -68,6 +68,7 @@ def test_under_a_root_path_the_page_has_its_slash(start) -> None:
 
     with pytest.raises(urllib.error.HTTPError) as answer:
         urllib.request.build_opener(Stay).open(server.url + "/llm")
+    answer.value.close()
     assert (answer.value.code, answer.value.headers["Location"]) == (308, "/llm/")
     assert get(server.url + "/llm/")[0] == 200
 
