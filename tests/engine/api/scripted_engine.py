@@ -43,6 +43,7 @@ SCRIPT = {
     "max_model_len": 512,
     "deaf": False,  # ignore aborts
     "fail_loading": None,  # a FailureCode
+    "predicted_queue_s": 3.0,
     "error": "the model's output was not finite",
     **json.loads(os.environ.get("OCTAVO_SCRIPT", "{}")),
 }
@@ -147,10 +148,11 @@ class ScriptedEngine:
                 del self.running[id]
             events.append(event)
         self.steps += 1
+        queue_s = SCRIPT["predicted_queue_s"] if self.waiting else 0.0
         load = Load(
             running=len(self.running), waiting=len(self.waiting),
             waiting_prefill_tokens=sum(len(s.submit.prompt_token_ids) for s in self.waiting.values()),
-            kv_usage=len(self.running) / self.config.max_num_seqs, predicted_queue_s=3.0 if self.waiting else 0.0,
+            kv_usage=len(self.running) / self.config.max_num_seqs, predicted_queue_s=queue_s,
         )  # fmt: skip
         self.channel.send(StepOutput(events, load, StepStats(step_s=0.001, step_tokens=1, num_steps=self.steps)))
 
