@@ -134,10 +134,12 @@ class EngineConfig:
         "whole. Default: Hugging Face's cache.",
         group="Model",
         metavar="DIR",
+        managed=True,
     )
     model_store_size: int | None = _setting(
         None, "Bytes that whole models in --model-store may take (100G = 100 GiB); beyond that, those unused for "
         "longest are removed. Default: what the disk holds.", group="Model", parse=parse_count, low=1, metavar="BYTES",
+        managed=True,
     )  # fmt: skip
     load_format: str = _setting(
         "auto", "auto and safetensors read the checkpoint; dummy draws random weights (for measuring speed).",
@@ -349,10 +351,18 @@ class ServerConfig:
         32 * 2**20, "Largest request body.", group="Server", parse=parse_count, low=1024, metavar="BYTES"
     )
     ssl_keyfile: str | None = _setting(
-        None, "Private key for HTTPS, as PEM; read again when it changes.", group="TLS and CORS", metavar="FILE"
+        None,
+        "Private key for HTTPS, as PEM; read again when it changes.",
+        group="TLS and CORS",
+        metavar="FILE",
+        managed=True,
     )
     ssl_certfile: str | None = _setting(
-        None, "Certificate for HTTPS, as PEM; read again when it changes.", group="TLS and CORS", metavar="FILE"
+        None,
+        "Certificate for HTTPS, as PEM; read again when it changes.",
+        group="TLS and CORS",
+        metavar="FILE",
+        managed=True,
     )
     ssl_ca_certs: str | None = _setting(
         None, "Certificates of authorities that clients' certificates are checked by.", group="TLS and CORS",

@@ -18,7 +18,10 @@ from octavo_operator.names import Key, Name, Namespace
 from octavo_operator.observed import Pod
 
 Document = dict[str, Any]
-WATCHED = (names.KIND, "Deployment", "Service", "PodDisruptionBudget", "Pod")
+WATCHED = (
+    *(names.KIND, "Deployment", "Service", "PodDisruptionBudget", "Pod"),
+    *("Job", "PersistentVolumeClaim", "Ingress", "NetworkPolicy"),
+)
 """Kinds that every cluster has. Others, such as PodMonitors, come and go with their CRDs, and are read at each look."""
 Id = tuple[str, str]
 """Kind and name, within a server's namespace."""

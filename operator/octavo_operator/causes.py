@@ -103,12 +103,23 @@ _SILENT = (
 )
 
 
+_PROJECTS = {
+    "HTTPRoute": "the Gateway API",
+    "InferencePool": "the Gateway API Inference Extension",
+    "PodMonitor": "the Prometheus operator",
+}
+
+
 def refusal_of_object(kind: str, message: str) -> Cause:
     """A child that the API server does not take."""
     if kind == "Deployment" and "must specify a volume type" in message:
         # An API server without the feature drops the field, and then misses what it dropped.
         text = "The cluster does not mount images (Kubernetes' ImageVolume): enable it, or use another model.source."
         return Cause(About.OBJECTS, "ImageVolumeMissing", text)
+    # The first where the cluster has the group, in another version, the second where it has nothing of it.
+    if kind in _PROJECTS and ("could not find the requested resource" in message or "page not found" in message):
+        text = f"The cluster has no {kind}, which expose asks for: install {_PROJECTS[kind]}, or remove the field."
+        return Cause(About.OBJECTS, "KindMissing", text)
     return Cause(About.OBJECTS, "ObjectRefused", f"The API server refused the {kind}: {message}")
 
 

@@ -7,7 +7,7 @@ and other people's fields are there too; a digest of what was applied, kept on t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,21 +38,29 @@ def changes(
     scrape: Mapping[str, str],
     namespace: str,
     costs: Mapping[str, int] | None = None,
+    held: Collection[str] = (),
 ) -> Changes:
     """children: by kind, the object with the server's name. scrape: annotations that the pods should carry.
 
     costs: by pod, what the Deployment's controller goes by when it chooses which pods end.
+    held: kinds that are left as they are for now, made or not.
     """
     create, update, delete, foreign = [], [], [], []
     wanted = {body["kind"]: with_digest(body) for body in desired}
     for kind, body in wanted.items():
+        if kind in held:
+            continue
         present = children.get(kind)
         if present is None:
             create.append(body)
-        elif not _is_ours(present, owner_uid):
+        elif not (_is_ours(present, owner_uid) or _is_left_to_us(present, body)):
             foreign.append(kind)
         elif differs(body, present):
-            update.append(body)
+            if kind == "Job":
+                # What a Job does cannot be changed: another takes its place at the next look, when it is gone.
+                delete.append(present)
+            else:
+                update.append(body)
     for kind, present in children.items():
         going = "deletionTimestamp" in present["metadata"]
         if kind not in wanted and _is_ours(present, owner_uid) and not going:
@@ -104,6 +112,14 @@ def _same_quantity(wanted: Any, present: Any) -> bool:
 def _is_ours(present: Object, owner_uid: str) -> bool:
     owners = present["metadata"].get("ownerReferences", [])
     return any(owner.get("uid") == owner_uid and owner.get("controller") for owner in owners)
+
+
+def _is_left_to_us(present: Object, body: Object) -> bool:
+    """A claim that was made for a server of this name and retained: nobody owns it, and its labels say whose it was."""
+    metadata, labels = present["metadata"], body["metadata"]["labels"]
+    mine = (names.SERVER_LABEL, names.MANAGED_BY_LABEL)
+    same = all((metadata.get("labels") or {}).get(name) == labels[name] for name in mine)
+    return body["kind"] == "PersistentVolumeClaim" and same and not metadata.get("ownerReferences")
 
 
 def _needs_annotations(pod: Pod, scrape: Mapping[str, str]) -> bool:

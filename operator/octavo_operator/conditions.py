@@ -12,6 +12,7 @@ from typing import Literal
 from octavo_engine.status import Effective, FailureCode, Stage
 from octavo_operator import names
 from octavo_operator.causes import About, Cause
+from octavo_operator.desired.cache import store_claim
 from octavo_operator.desired.service import url
 from octavo_operator.failures import OOM_KILLED
 from octavo_operator.quantity import gib
@@ -64,6 +65,8 @@ class View:
     causes: tuple[Cause, ...] = ()
     """Beside those of single pods: objects that could not be applied, pods that may not be made."""
     rollout: Decision | None = None
+    prefetch: tuple[Replica, ...] | None = None
+    """The pods that download the model, while the present spec's pods wait for it; None when nothing waits."""
 
     @property
     def desired(self) -> int:
@@ -84,13 +87,14 @@ class View:
     @property
     def settled(self) -> bool:
         """Nothing is on its way: what is wanted is there, ready and of the present spec."""
-        waits = self.rollout is not None and self.rollout.held == "idle"
+        waits = self.prefetch is not None or (self.rollout is not None and self.rollout.held == "idle")
         return len(self.replicas) == self.ready == self.updated == self.desired and not (self.causes or waits)
 
     @property
     def cause(self) -> Cause | None:
         """The one to be told first."""
-        causes = [*self.causes, *(replica.cause for replica in self.replicas if replica.cause)]
+        every = (*self.replicas, *(self.prefetch or ()))
+        causes = [*self.causes, *(replica.cause for replica in every if replica.cause)]
         return min(causes, key=lambda cause: cause.about, default=None)
 
     @property
@@ -106,6 +110,9 @@ class View:
             return self.cause.message
         if self.rollout and self.rollout.held in ("failed", "idle") and self.rollout.report.reason:
             return self.rollout.report.reason
+        if self.prefetch is not None:
+            doing = headline(self.prefetch)
+            return f"The model is downloaded first{': ' + doing.words() if doing else ', by a Job'}."
         if replica := headline(self.replicas):
             return replica.words() + "."
         ending = len(self.replicas) - len(self.live)
@@ -152,6 +159,8 @@ def _ready(view: View) -> Finding:
         # A pod that passes its probes has its place in the Service, and we cannot see what it does there.
         truth: Truth = "Unknown" if view.cause.reason == "EngineUnreachable" else "False"
         return Finding(names.READY, truth, view.cause.reason, f"{count}. {view.cause.message}", trouble=True)
+    if view.prefetch is not None and not view.live:
+        return Finding(names.READY, "False", "Prefetching", f"{count}. {view.progress()}")
     replica = headline(view.replicas)
     reason = _camel(replica.stage) if replica else "CreatingPods"
     if replica and replica.stage == Stage.READY:
@@ -169,6 +178,8 @@ def _progressing(view: View) -> Finding:
     if view.cause:
         return Finding(names.PROGRESSING, "False", view.cause.reason, view.cause.message, trouble=True)
     message = _capital(view.progress())
+    if view.prefetch is not None:
+        return Finding(names.PROGRESSING, "True", "Prefetching", message)
     if view.updated < len(view.live):
         count = f"{view.updated} of {view.desired} pods are of the present specification."
         how = f" {view.rollout.report.reason}" if view.rollout and view.rollout.report.reason else ""
@@ -179,7 +190,7 @@ def _progressing(view: View) -> Finding:
 
 
 def _schedulable(view: View) -> Finding:
-    for cause in (*view.causes, *(r.cause for r in view.replicas if r.cause)):
+    for cause in (*view.causes, *(r.cause for r in (*view.replicas, *(view.prefetch or ())) if r.cause)):
         if cause.about in (About.ADMISSION, About.SCHEDULING):
             return Finding(names.SCHEDULABLE, "False", cause.reason, cause.message, trouble=True)
     if view.desired == 0:
@@ -193,11 +204,18 @@ def _schedulable(view: View) -> Finding:
 
 def _model_cached(view: View) -> Finding:
     claim = view.server.spec.model.claim
-    for replica in view.replicas:
+    for replica in (*(view.prefetch or ()), *view.replicas):
         cause = replica.cause
         if cause and (cause.code in MODEL_CODES or cause.reason in ("ClaimMissing", "ClaimPending", "VolumeMount")):
             return Finding(names.MODEL_CACHED, "False", cause.reason, cause.message, trouble=True)
+    if view.prefetch is not None:
+        return Finding(names.MODEL_CACHED, "False", "Prefetching", view.progress())
     if any(replica.has_model for replica in view.replicas):
+        if shared := store_claim(view.server):
+            message = f"On the PersistentVolumeClaim {shared}, for every pod that mounts it."
+            return Finding(names.MODEL_CACHED, "True", "InStore", message)
+        if not view.server.spec.model.is_downloaded and claim is None:
+            return Finding(names.MODEL_CACHED, "True", "InImage", "It comes with an image.")
         if claim is not None:
             return Finding(names.MODEL_CACHED, "True", "OnClaim", f"On the PersistentVolumeClaim {claim}.")
         message = "Each pod has a copy of its own; a new pod downloads it again."

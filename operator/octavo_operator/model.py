@@ -16,9 +16,11 @@ OCI_SOURCE = (
     "^oci://[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[A-Za-z0-9][A-Za-z0-9._-]*)+(:[A-Za-z0-9_][A-Za-z0-9._-]*)?"
     "(@sha256:[0-9a-f]{64})?(#[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*)?$"
 )
+S3_SOURCE = "^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9._-]*)*$"
 FILE_SOURCE = "^file://(/[A-Za-z0-9_][A-Za-z0-9._-]*)+$"
 SOURCES = {
     HF_SOURCE: "hf://org/name (a model on Hugging Face)",
+    S3_SOURCE: "s3://bucket/folder",
     PVC_SOURCE: "pvc://claim/path (a folder on a PersistentVolumeClaim)",
     OCI_SOURCE: "oci://registry/repository:tag#folder (a folder in an image)",
     FILE_SOURCE: "file:///path (a folder in the engine's image)",
@@ -36,6 +38,26 @@ class SecretRef(Part):
 
 class TokenSecretRef(SecretRef):
     key: str = Field("token", pattern=SECRET_KEY, max_length=253, description="Key in the Secret. Default: token.")
+
+
+class S3(Part):
+    """How a bucket is reached; without a Secret, as a public one."""
+
+    endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]+)?(/[A-Za-z0-9._/-]*)?$",
+        max_length=512,
+        description="Address of a service that speaks S3, such as MinIO. Default: Amazon's of the region.",
+    )
+    region: str | None = Field(
+        None, pattern=r"^[a-z0-9-]+$", max_length=64, description="Region of the bucket. Default: us-east-1."
+    )
+    secret_ref: SecretRef | None = Field(
+        None,
+        description="Secret with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_SESSION_TOKEN where "
+        "there "
+        "is one.",
+    )
 
 
 class Model(Part):
@@ -59,12 +81,18 @@ class Model(Part):
             'remove it"',
             field_path=".tokenSecretRef",
         ),
+        rule(
+            "!has(self.s3) || self.source.startsWith('s3://')",
+            '"model.s3 is for s3:// sources, and model.source is \'" + self.source + "\': remove s3"',
+            field_path=".s3",
+        ),
     )
 
     source: str = Field(
         max_length=512,
         description="Where the model is, a folder with config.json, tokenizer.json and safetensors files: hf://org/"
-        "name on Hugging Face; pvc://claim/path on a PersistentVolumeClaim, which is mounted read-only; "
+        "name on Hugging Face; s3://bucket/folder in S3 or what speaks like it; pvc://claim/path on a "
+        "PersistentVolumeClaim, which is mounted read-only; "
         "oci://registry/repository:tag#folder in an image, which the kubelet pulls and mounts (the cluster must have "
         "Kubernetes' ImageVolume); file:///path in the engine's own image.",
     )
@@ -86,6 +114,8 @@ class Model(Part):
         None, description="Secret with a Hugging Face token, for gated and private models."
     )
 
+    s3: S3 | None = Field(None, description="How an s3:// source is reached.")
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not any(re.fullmatch(pattern, self.source) for pattern in SOURCES):
@@ -99,6 +129,8 @@ class Model(Part):
                 f"model.tokenSecretRef names '{self.token_secret_ref.name}', but only hf:// sources take a token: "
                 "remove it"
             )
+        if self.s3 is not None and self.scheme != "s3":
+            raise ValueError(f"model.s3 is for s3:// sources, and model.source is '{self.source}': remove s3")
         return self
 
     @property
@@ -122,7 +154,7 @@ class Model(Part):
     @property
     def is_downloaded(self) -> bool:
         """Whether the engine fetches it over the network; else all that it needs is in its file system."""
-        return self.scheme == "hf"
+        return self.scheme in ("hf", "s3")
 
     @property
     def location(self) -> str:
@@ -132,6 +164,8 @@ class Model(Part):
                 path = self._rest.partition("/")[2]
             case "oci":
                 path = self._rest.partition("#")[2]
+            case "s3":
+                return self.source
             case _:  # an id; or a path in the image, with its slash
                 return self._rest
         return f"{MODELS_PATH}/{path}" if path else MODELS_PATH

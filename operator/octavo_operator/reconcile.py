@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Protocol
@@ -23,10 +23,12 @@ from octavo_operator.changes import Changes, changes
 from octavo_operator.cluster import Cluster, Refusal, UnavailableError
 from octavo_operator.conditions import Finding, View, conditions, conditions_of_invalid
 from octavo_operator.desired import objects
+from octavo_operator.desired.cache import store_claim
 from octavo_operator.desired.monitoring import pod_annotations
 from octavo_operator.names import Key
 from octavo_operator.observed import Pod, World
-from octavo_operator.replicas import replicas
+from octavo_operator.prefetch import waits
+from octavo_operator.replicas import Replica, replicas
 from octavo_operator.report import RevisionStatus, Status
 from octavo_operator.rollout import Decision, decide, deletion_costs, put_back
 from octavo_operator.settings import Settings
@@ -35,7 +37,7 @@ from octavo_operator.workers import Next
 
 log = logging.getLogger(__name__)
 
-POLLED = ("PodMonitor",)
+POLLED = ("PodMonitor", "HTTPRoute", "InferencePool")
 """Children of kinds that not every cluster has, and that are not watched."""
 REFUSED_POLL_S = 15.0
 """Between tries of what the API server refused: somebody has to mend that first."""
@@ -55,6 +57,8 @@ class _Known:
 
     polled: dict[str, dict[str, Any]] | None = None
     """Its children of polled kinds, None where they have to be read again."""
+    polled_before: frozenset[str] | None = None
+    """Of which polled kinds it had children at the last look; None before the first, when all are asked for."""
     answered: dict[str, datetime] = field(default_factory=dict)
     """By pod, when its engine last answered."""
     settled_with: dict[str, object] | None = None
@@ -68,13 +72,17 @@ class Reconciler:
         self._cluster, self._cache, self._engines = cluster, cache, engines
         self._settings, self._clock = settings, clock
         self._known: dict[Key, _Known] = {}
-        self._pod_monitors_known = False
+        self._kinds: frozenset[str] = frozenset()
 
     async def learn_kinds(self) -> bool:
-        """Asks whether the cluster has PodMonitors. True when that changed: every server is to be looked at then."""
-        before = self._pod_monitors_known
-        self._pod_monitors_known = await self._cluster.knows("PodMonitor")
-        return self._pod_monitors_known != before
+        """Asks which polled kinds the cluster has. True when that changed: every server is to be looked at then."""
+        before = self._kinds
+        known = await asyncio.gather(*(self._cluster.knows(kind) for kind in POLLED))
+        self._kinds = frozenset(kind for kind, is_known in zip(POLLED, known, strict=True) if is_known)
+        if self._kinds != before:
+            for remembered in self._known.values():
+                remembered.polled = remembered.polled_before = None
+        return self._kinds != before
 
     async def look(self, key: Key, changed: bool) -> Next:
         seen = self._cache.seen(key)
@@ -99,12 +107,14 @@ class Reconciler:
         found = replicas(world, _wanted(server), now)
         present = world.own("Deployment", server.uid)
         before = status.read_part(RevisionStatus, seen.resource.get("status", {}).get("revision"))
-        rollout = decide(server, wanted[0], present, found, before, world.refused_pods, now)
+        waiting = waits(wanted, world.children)
+        rollout = decide(server, wanted[0], present, found, before, world.refused_pods, now, prefetching=waiting)
         if rollout.restore is not None:
             rollout = await self._restored(key, rollout)
         wanted[0] = rollout.deployment
         costs = deletion_costs(found, present, server.spec.desired_replicas)
-        todo = changes(server.uid, wanted, world.children, world.pods, scrape, server.namespace, costs)
+        held = {"Deployment"} if waiting and present is None else set[str]()
+        todo = changes(server.uid, wanted, world.children, world.pods, scrape, server.namespace, costs, held)
         causes, unannotated = await self._apply(key, server, todo, world)
         view = View(
             server=server,
@@ -114,6 +124,7 @@ class Reconciler:
             pod_monitors_known=world.pod_monitors_known,
             unannotated=unannotated,
             causes=causes,
+            prefetch=await self._look_at_prefetch(key, server) if waiting else None,
         )
         findings = conditions(view)
         new = status.status_of(view, findings, world.pods, seen.resource.get("status", {}), now)
@@ -127,11 +138,12 @@ class Reconciler:
 
     async def _observe(self, key: Key, seen: Seen, changed: bool) -> World:
         known = self._known.setdefault(key, _Known())
-        kinds = POLLED if self._pod_monitors_known else ()
         if changed or known.polled is None:
-            known.polled = await self._get(kinds, key)
+            asked = POLLED if known.polled_before is None else {*_asked_for(seen.resource), *known.polled_before}
+            known.polled = await self._get([kind for kind in POLLED if kind in asked and kind in self._kinds], key)
+            known.polled_before = frozenset(known.polled)
         children = {**seen.children, **known.polled}
-        return World(children, seen.pods, pod_monitors_known=bool(kinds))
+        return World(children, seen.pods, pod_monitors_known="PodMonitor" in self._kinds)
 
     async def _look_where_children_go(self, key: Key, wanted: Sequence[dict[str, Any]], world: World) -> World:
         """The world with what has the name of a child that is to be made: another's, or ours and not told of yet."""
@@ -150,6 +162,14 @@ class Reconciler:
     async def _get(self, kinds: Sequence[str], key: Key) -> dict[str, dict[str, Any]]:
         found = await asyncio.gather(*(self._cluster.get(kind, *key) for kind in kinds))
         return {kind: document for kind, document in zip(kinds, found, strict=True) if document is not None}
+
+    async def _look_at_prefetch(self, key: Key, server: Server) -> tuple[Replica, ...]:
+        """The pods of the Job that downloads the model, told of like replicas."""
+        found = await self._cluster.list("Pod", key[0], labels=f"{names.PREFETCH_LABEL}={key[1]}")
+        pods = tuple(map(observed.read_pod, found))
+        engines = await self._engines.statuses(pods)
+        answered = dict.fromkeys((pod.name for pod in pods), self._clock())
+        return replicas(World(pods=pods, engines=engines, answered=answered), _wanted(server), self._clock())
 
     async def _ask_engines(self, key: Key, world: World) -> World:
         """The world with what is asked at each look: the engines, and the events of pods that do not come up."""
@@ -187,6 +207,9 @@ class Reconciler:
                 causes.append(refusal_of_object(body["kind"], answer.message))
             elif body["kind"] in WATCHED:
                 self._cache.put(body["kind"], answer)
+            elif (before := self._known[key].polled_before) is not None:
+                self._kinds |= {body["kind"]}
+                self._known[key].polled_before = before | {body["kind"]}
         for body in todo.delete:
             refusal = await self._cluster.delete(body)
             causes += [refusal_of_object(body["kind"], refusal.message)] if refusal else []
@@ -239,11 +262,17 @@ def _gist(statusz: Statusz) -> object:
     return statusz.stage, statusz.progress, statusz.effective, statusz.failure, load.running, load.waiting
 
 
+def _asked_for(resource: Mapping[str, Any]) -> set[str]:
+    """Polled kinds that the resource may ask for."""
+    exposed = (resource.get("spec") or {}).get("expose") or {}
+    return {"PodMonitor", *(("HTTPRoute", "InferencePool") if "gateway" in exposed else ())}
+
+
 def _wanted(server: Server) -> Wanted:
     hardware = server.spec.hardware
     limits = (hardware.resources.limits if hardware.resources else None) or {}
     memory = str(limits["memory"]) if "memory" in limits else None
-    return Wanted(hardware.resource_name, hardware.gpus, memory, server.spec.model.claim)
+    return Wanted(hardware.resource_name, hardware.gpus, memory, server.spec.model.claim or store_claim(server))
 
 
 def _name_taken(kind: str, name: str) -> Cause:

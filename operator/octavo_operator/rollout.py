@@ -44,7 +44,7 @@ class Decision:
     revision: str
     """Of its template: what pods should be of, as things are."""
     report: RevisionStatus
-    held: Literal["update", "idle", "failed"] | None = None
+    held: Literal["update", "idle", "failed", "prefetch"] | None = None
     """Why the template that the spec makes is not the one to be applied."""
     restore: str | None = None
     """The revision whose template has to be put back. The Deployment's old ReplicaSets know it."""
@@ -58,8 +58,13 @@ def decide(
     before: RevisionStatus | None,
     refused: str | None,
     now: datetime,
+    *,
+    prefetching: bool = False,
 ) -> Decision:
-    """wanted: the Deployment that the spec makes. present: ours, as it is. refused: why pods may not be made."""
+    """wanted: the Deployment that the spec makes. present: ours, as it is. refused: why pods may not be made.
+
+    prefetching: the wanted pods' model is still being downloaded.
+    """
     before = before or RevisionStatus()
     new = revision(wanted)
     if present is None:
@@ -76,6 +81,9 @@ def decide(
         kind, why = _strategy(server, new, before, live, refused, now)
         return Decision(_with(wanted, kind), new, replace_report(base, strategy=kind, reason=why))
     kept = _keep(wanted, present, _kept_strategy(server, before))
+    if prefetching:
+        why = "The new pods wait until their model is downloaded."
+        return Decision(kept, current, replace_report(base, strategy=before.strategy, reason=why), "prefetch")
     if new == before.failed and live:
         report = replace_report(base, failed=new, strategy=before.strategy, reason=before.reason)
         return Decision(kept, current, report, "failed")

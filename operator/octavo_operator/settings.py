@@ -30,6 +30,10 @@ class EngineDefaults:
     pull_secrets: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
     """Variables of every engine, such as a mirror's address."""
+    ingress_annotations: Mapping[str, str] = field(default_factory=dict)
+    """On every Ingress: timeouts and buffering of the cluster's controller. Not in pod templates."""
+    operator_namespace: str = "default"
+    """Where the operator is, for network policies to let it in. Not in pod templates either."""
     profiles: Mapping[str, Profile] = field(default_factory=dict)
     """By name, for spec.hardware.profile."""
 
@@ -67,6 +71,8 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
             pull_policy=_choice(environ, "OCTAVO_ENGINE_IMAGE_PULL_POLICY", PULL_POLICIES, default.engine.pull_policy),
             pull_secrets=_words(environ, "OCTAVO_ENGINE_IMAGE_PULL_SECRETS"),
             env=_variables(environ, "OCTAVO_ENGINE_ENV"),
+            ingress_annotations=_texts(environ, "OCTAVO_INGRESS_ANNOTATIONS"),
+            operator_namespace=environ.get("OCTAVO_NAMESPACE") or _own_namespace(),
             profiles=_profiles(environ, "OCTAVO_ENGINE_PROFILES"),
         ),
         watch_namespaces=_words(environ, "OCTAVO_WATCH_NAMESPACES"),
@@ -102,6 +108,14 @@ def _variables(environ: Mapping[str, str], name: str) -> tuple[tuple[str, str], 
         return tuple((str(one["name"]), str(one["value"])) for one in json.loads(environ.get(name) or "[]"))
     except (ValueError, KeyError, TypeError):
         raise SettingsError(f'{name}: got {environ[name]!r}, expected [{{"name": ..., "value": ...}}, ...]') from None
+
+
+def _texts(environ: Mapping[str, str], name: str) -> dict[str, str]:
+    """A JSON object of texts."""
+    try:
+        return {str(key): str(value) for key, value in json.loads(environ.get(name) or "{}").items()}
+    except (ValueError, AttributeError):
+        raise SettingsError(f"{name}: got {environ[name]!r}, expected an object of texts") from None
 
 
 def _words(environ: Mapping[str, str], name: str) -> tuple[str, ...]:

@@ -28,8 +28,10 @@ from octavo_engine.config import (
 )
 from octavo_engine.status import API_PORT, MANAGEMENT_PORT
 from octavo_operator.digest import digest
-from octavo_operator.fields import DNS_SUBDOMAIN, IMAGE, SECRET_KEY, Part, Quantity, Resources, Text, config, rule
-from octavo_operator.model import Model, SecretRef
+from octavo_operator.expose import Expose
+from octavo_operator.fields import DNS_SUBDOMAIN, IMAGE, Part, Quantity, Resources, Text, config, rule
+from octavo_operator.model import MODELS_PATH, Model
+from octavo_operator.model_cache import ModelCache
 from octavo_operator.placement import Affinity, Toleration, TopologySpread
 from octavo_operator.pod_template import PodTemplate
 from octavo_operator.quantity import parse_quantity
@@ -41,6 +43,7 @@ SERVER_SIDE_DEFAULT = "x-octavo-default"
 autoscalers would stand still. Other defaults stay out of the object, so that it holds what its owner wrote."""
 API_KEYS_PATH = "/etc/octavo/api-keys"
 API_KEYS_FILE = "keys"
+TLS_PATH = "/etc/octavo/tls"
 
 ARG = "^--[a-z][a-z0-9_-]*(=.*)?$"
 
@@ -57,15 +60,6 @@ def _high(name: str) -> int | None:
 def _bound(name: str, which: str) -> int | None:
     bound = next(f for f in fields(EngineConfig) if f.name == name).metadata[which]
     return None if bound is None else int(bound)
-
-
-class ApiKeysSecretRef(SecretRef):
-    key: str = Field(
-        "keys",
-        pattern=SECRET_KEY,
-        max_length=253,
-        description="Key in the Secret whose value has one API key a line. Default: keys.",
-    )
 
 
 # What the operator sets itself, or has a field for. A second road to the same setting would let args win over the
@@ -290,25 +284,6 @@ class Lifecycle(Part):
     )
 
 
-class Service(Part):
-    port: int = Field(80, ge=1, le=65535, description="Port of the Service. Default: 80.")
-    type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field(
-        "ClusterIP",
-        description="Type of the Service. Set apiKeysSecretRef before choosing another. Default: ClusterIP.",
-    )
-
-
-class Expose(Part):
-    """How clients reach the API."""
-
-    service: Service = Field(Service(), description="The Service in front of the pods.")
-    api_keys_secret_ref: ApiKeysSecretRef | None = Field(
-        None,
-        description="Secret with the API keys that clients must send one of. It is mounted as a file, which the engine "
-        "reads again when it changes. Default: no key is asked for.",
-    )
-
-
 class Observability(Part):
     """How Prometheus finds the metrics."""
 
@@ -378,6 +353,12 @@ class Spec(Part):
             "to numbers whose product it is'",
         ),
         rule(
+            "!has(self.cache) || self.model.source.startsWith('hf://') || self.model.source.startsWith('s3://')",
+            '"cache is for models that are downloaded, and model.source is \'" + self.model.source + "\': remove '
+            'cache"',
+            field_path=".cache",
+        ),
+        rule(
             "!has(self.engine) || !has(self.engine.gpuMemoryUtilization) || !has(self.hardware) || "
             "!has(self.hardware.gpus) || self.hardware.gpus > 0",
             '"engine.gpuMemoryUtilization is \'" + self.engine.gpuMemoryUtilization + "\', but hardware.gpus is 0: '
@@ -396,6 +377,7 @@ class Spec(Part):
         description="Engine pods. The operator never writes it, so `kubectl scale` and autoscalers own it. Default: 1.",
     )
     suspend: bool = Field(False, description="No pods, while replicas keeps its value for later. Default: false.")
+    cache: ModelCache = Field(ModelCache(), description="Where a downloaded model is kept.")
     lifecycle: Lifecycle = Field(Lifecycle(), description="How long starting and ending may take.")
     expose: Expose = Field(Expose(), description="How clients reach the API.")
     observability: Observability = Field(Observability(), description="How Prometheus finds the metrics.")
@@ -411,6 +393,10 @@ class Spec(Part):
             raise ValueError(
                 "engine.tensorParallel times engine.pipelineParallel must be hardware.gpus: leave them out, or set "
                 "them to numbers whose product it is"
+            )
+        if "cache" in self.model_fields_set and not self.model.is_downloaded:
+            raise ValueError(
+                f"cache is for models that are downloaded, and model.source is '{self.model.source}': remove cache"
             )
         if self.engine.gpu_memory_utilization is not None and not self.hardware.gpus:
             raise ValueError(
@@ -590,6 +576,8 @@ def _engine_config(spec: Spec) -> EngineConfig:
         "enable_chunked_prefill": engine.enable_chunked_prefill,
         "tensor_parallel_size": engine.tensor_parallel or max(gpus // pipeline, 1),
         "pipeline_parallel_size": engine.pipeline_parallel,
+        "model_store": MODELS_PATH if spec.model.is_downloaded else None,
+        "model_store_size": spec.cache.size_bytes if spec.model.is_downloaded else None,
     }
     return EngineConfig(
         model=spec.model.location,
@@ -605,6 +593,8 @@ def _server_config(spec: Spec, name: str) -> ServerConfig:
         management_port=MANAGEMENT_PORT,
         served_model_name=tuple(spec.model.served_names or [name]),
         api_key_file=f"{API_KEYS_PATH}/{API_KEYS_FILE}" if spec.expose.api_keys_secret_ref else None,
+        ssl_certfile=f"{TLS_PATH}/tls.crt" if spec.expose.tls else None,
+        ssl_keyfile=f"{TLS_PATH}/tls.key" if spec.expose.tls else None,
         drain_timeout_s=float(spec.lifecycle.drain_timeout_seconds),
         startup_stall_s=float(spec.lifecycle.startup_stall_seconds),
     )

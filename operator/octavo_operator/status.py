@@ -147,7 +147,7 @@ def _phase(view: View) -> str:
     stages = {replica.stage for replica in view.live}
     if cause and cause.about is About.CRASH and not stages & _LOADING_STAGES:
         return names.FAILED
-    if Stage.DOWNLOADING in stages:
+    if Stage.DOWNLOADING in stages or (view.prefetch is not None and not cause):
         return names.DOWNLOADING
     return names.LOADING if stages & _LOADING_STAGES else names.PENDING
 

@@ -44,6 +44,11 @@ KINDS = {
     "poddisruptionbudgets": "/apis/policy/v1",
     "podmonitors": "/apis/monitoring.coreos.com/v1",
     "leases": "/apis/coordination.k8s.io/v1",
+    "jobs": "/apis/batch/v1",
+    "persistentvolumeclaims": "/api/v1",
+    "ingresses": "/apis/networking.k8s.io/v1",
+    "networkpolicies": "/apis/networking.k8s.io/v1",
+    "httproutes": "/apis/gateway.networking.k8s.io/v1",
 }
 CHILDREN = ("deployments", "services", "poddisruptionbudgets")
 NODE_LABEL = "octavo.dev/staged"
@@ -102,7 +107,9 @@ class Api:
                 headers = {"Content-Type": content_type, "Accept": accept}
                 connection.request(method, path, None if body is None else json.dumps(body), headers)
                 answer = connection.getresponse()
-                document = json.loads(answer.read())
+                text = answer.read()
+                # Of a group that it does not serve, the API server answers "404 page not found".
+                document = json.loads(text) if text.startswith(b"{") else {"message": text.decode().strip()}
             except (http.client.HTTPException, OSError):
                 connection.close()
                 self._local.connection = None

@@ -233,4 +233,5 @@ def test_an_image_volume_that_the_api_server_dropped_is_told_as_what_the_cluster
     words = 'Deployment.apps "x" is invalid: spec.template.spec.volumes[2]: Required value: must specify a volume type'
 
     assert refusal_of_object("Deployment", words).reason == "ImageVolumeMissing"
+    assert refusal_of_object("HTTPRoute", "404 page not found").reason == "KindMissing"
     assert refusal_of_object("Service", "no").message == "The API server refused the Service: no"

@@ -13,6 +13,7 @@ from octavo_operator import names
 from octavo_operator.changes import changes, differs, with_digest
 from octavo_operator.desired import objects
 from octavo_operator.desired.monitoring import SCRAPE_ANNOTATIONS
+from octavo_operator.prefetch import waits
 from octavo_operator.settings import EngineDefaults
 
 OURS = "uid-server"
@@ -179,3 +180,62 @@ def test_the_digest_is_on_every_child_and_depends_on_content_alone():
     assert one == two
     assert names.APPLIED_ANNOTATION in one["metadata"]["annotations"]
     assert with_digest(desired(replicas=2)[0])["metadata"]["annotations"] != one["metadata"]["annotations"]
+
+
+SHARED = {"mode": "Shared", "size": "2Gi", "prefetch": True}
+
+
+def test_a_job_of_another_model_is_deleted_and_made_at_the_next_look():
+    present = applied(desired(cache=SHARED))
+    todo = decide(desired(cache=SHARED, model={"source": "hf://o/n", "revision": "v2"}), present)
+    del present["Job"]
+    then = decide(desired(cache=SHARED, model={"source": "hf://o/n", "revision": "v2"}), present)
+
+    assert [body["kind"] for body in todo.delete] == ["Job"]
+    assert [body["kind"] for body in todo.create] == []
+    assert [body["kind"] for body in then.create] == ["Job"]
+
+
+def test_what_is_held_is_neither_made_nor_changed_nor_deleted():
+    present = applied(desired(cache=SHARED))
+    bodies = desired(cache=SHARED, engine={"maxNumSeqs": 7})
+
+    def decide_held(children):
+        return changes(OURS, bodies, children, (), {}, "default", held={"Deployment"})
+
+    assert decide_held(present) == type(decide_held(present))()
+    assert "Deployment" not in [body["kind"] for body in decide_held({}).create]
+
+
+def test_a_retained_claim_without_an_owner_is_taken_again_and_never_deleted():
+    retained = {"mode": "Shared", "size": "2Gi", "deletionPolicy": "Retain"}
+    present = applied(desired(cache=retained))
+    bigger = decide(desired(cache={**retained, "size": "3Gi"}), present)
+    without = decide(desired(), present)
+    present["PersistentVolumeClaim"]["metadata"]["labels"] = {}
+    foreign = decide(desired(cache=retained), present)
+
+    assert [body["kind"] for body in bigger.update if body["kind"] != "Deployment"] == ["PersistentVolumeClaim"]
+    assert without.delete == ()
+    assert foreign.foreign == ("PersistentVolumeClaim",)
+
+
+@pytest.mark.parametrize(
+    ("job", "waiting"),
+    [
+        (None, True),
+        ({}, True),
+        ({"conditions": [{"type": "Failed", "status": "True"}]}, True),
+        ({"conditions": [{"type": "Complete", "status": "True"}]}, False),
+    ],
+)
+def test_pods_wait_for_the_job_of_their_own_spec_alone(job, waiting):
+    bodies = desired(cache=SHARED)
+    children = applied(bodies)
+    children["Job"]["status"] = job or {}
+    if job is None:
+        del children["Job"]
+
+    assert waits(bodies, children) is waiting
+    assert waits(desired(cache=SHARED, model={"source": "hf://o/other"}), children)
+    assert not waits(desired(), children)

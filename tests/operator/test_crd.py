@@ -121,6 +121,43 @@ GOOD: dict[str, dict[str, Any]] = {
             }
         },
     },
+    "a bucket": {
+        "model": {
+            "source": "s3://bucket.a/models/x",
+            "s3": {"endpoint": "http://minio.ml:9000", "region": "eu-west-1", "secretRef": {"name": "s3"}},
+        }
+    },
+    "a disk of each pod": {"model": HF, "cache": {"size": "60Gi"}},
+    "a claim of each pod": {"model": HF, "cache": {"mode": "PerReplica", "size": "60Gi", "storageClassName": "fast"}},
+    "a claim that is made": {
+        "model": HF,
+        "cache": {
+            "mode": "Shared",
+            "size": "60Gi",
+            "storageClassName": "",
+            "prefetch": True,
+            "deletionPolicy": "Retain",
+        },
+    },
+    "a claim that is there": {"model": HF, "cache": {"mode": "Shared", "claimName": "models", "prefetch": True}},
+    "a folder of each node": {"model": HF, "cache": {"mode": "NodeLocal", "claimName": "local", "size": "1Ti"}},
+    "every way in": {
+        "model": PVC,
+        "expose": {
+            "tls": {"secretName": "cert"},
+            "ingress": {"hostname": "*.example.com", "className": "nginx", "tlsSecretName": "wild"},
+            "gateway": {
+                "parentRefs": [{"name": "g", "namespace": "infra", "sectionName": "https"}],
+                "hostnames": ["a.b"],
+            },
+            "inferencePool": {"endpointPicker": {"name": "picker", "failureMode": "FailClose"}},
+            "networkPolicy": {
+                "allowFrom": [{"namespaceLabels": {"a": "b"}}, {"podLabels": {"c": "d"}}],
+                "allowMetricsFrom": [{"namespaceLabels": {}}],
+                "egress": "All",
+            },
+        },
+    },
     "whole gpu": {"model": HF, "engine": {"gpuMemoryUtilization": "1.0"}},
     "amount as number": {"model": PVC, "engine": {"kvCacheMemory": 1073741824}},
     "hardware": {
@@ -170,6 +207,39 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"model": HF, "hardware": {"affinity": node_affinity("In", None)}},
         ("the operator In needs values",),
     ),
+    "a bucket's name": ({"model": {"source": "s3://B/x"}}, ("s3://B/x", "s3://bucket/folder")),
+    "s3 of the hub": ({"model": HF | {"s3": {}}}, ("model.s3 is for s3:// sources",)),
+    "endpoint": ({"model": {"source": "s3://bucket/x", "s3": {"endpoint": "minio:9000"}}}, ("s3.endpoint",)),
+    "cache of a claim": ({"model": PVC, "cache": {}}, ("cache is for models that are downloaded", "remove cache")),
+    "a claim for each": (
+        {"model": HF, "cache": {"claimName": "c"}},
+        ("every pod has a disk of its own", "set cache.mode to Shared"),
+    ),
+    "node local without a claim": ({"model": HF, "cache": {"mode": "NodeLocal"}}, ("needs cache.claimName",)),
+    "shared without a size": ({"model": HF, "cache": {"mode": "Shared"}}, ("needs cache.size",)),
+    "a class for nothing": (
+        {"model": HF, "cache": {"mode": "Shared", "claimName": "c", "storageClassName": "x"}},
+        ("no claim is made",),
+    ),
+    "a policy for nothing": (
+        {"model": HF, "cache": {"deletionPolicy": "Retain"}},
+        ("cache.deletionPolicy is about a claim that is made",),
+    ),
+    "prefetch for each": ({"model": HF, "cache": {"prefetch": True}}, ("set cache.mode to Shared",)),
+    "a pool without a route": (
+        {"model": HF, "expose": {"inferencePool": {"endpointPicker": {"name": "p"}}}},
+        ("set expose.gateway too",),
+    ),
+    "a peer that is nobody": (
+        {"model": HF, "expose": {"networkPolicy": {"allowFrom": [{}]}}},
+        ("needs namespaceLabels, podLabels or both",),
+    ),
+    "a host that is none": ({"model": HF, "expose": {"ingress": {"hostname": "http://x"}}}, ("ingress.hostname",)),
+    "certificate as an argument": (
+        {"model": HF, "engine": {"args": ["--ssl-certfile=/tmp/x"]}},
+        ("'--ssl-certfile=/tmp/x'", "remove it"),
+    ),
+    "store as an argument": ({"model": HF, "engine": {"args": ["--model-store=/tmp"]}}, ("--model-store=/tmp",)),
     "spread": ({"model": HF, "hardware": {"topologySpread": [{"maxSkew": 1}]}}, ("topologyKey", "Required")),
     "restart": ({"model": HF, "restart": {"id": "now!"}}, ("restart.id",)),
     "the node's network": (pod({"hostNetwork": True}), ("hostNetwork is refused",)),
@@ -398,6 +468,36 @@ def test_the_api_server_takes_the_examples(api, path):
     for document in yaml.safe_load_all(path.read_text()):
         document["metadata"]["namespace"] = "default"
         assert try_to_create(api, document) is None
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ({"size": "20Gi"}, {"size": "30Gi"}, None),
+        ({"size": "20Gi"}, {"size": "20480Mi"}, None),
+        ({"size": "20Gi"}, {"size": "10Gi"}, "a claim cannot shrink: it was 20Gi"),
+        ({"size": "20Gi", "storageClassName": "a"}, {"size": "20Gi", "storageClassName": "b"}, "cannot change"),
+        ({"size": "20Gi"}, {"size": "20Gi", "storageClassName": "b"}, "cannot change"),
+        ({"size": "20Gi", "storageClassName": "a"}, {"claimName": "c"}, None),
+    ],
+)
+def test_what_a_claim_cannot_do_is_refused_with_what_it_was(api, before, after, words):
+    path = "/apis/octavo.dev/v1alpha1/namespaces/default/llmservers"
+    body = server({"model": HF, "cache": {"mode": "Shared", **before}, "replicas": 0}, "claims")
+    created = api.request("POST", path, body)
+    try:
+        created["spec"]["cache"] = {"mode": "Shared", **after}
+        refusal = None
+        try:
+            api.request("PUT", f"{path}/claims?dryRun=All", created)
+        except ApiError as error:
+            refusal = error.message
+    finally:
+        api.request("DELETE", f"{path}/claims")
+
+    assert (refusal is None) is (words is None), refusal
+    assert words is None or words in str(refusal)
 
 
 @pytest.mark.cluster

@@ -283,3 +283,153 @@ def test_a_sidecar_is_as_confined_as_the_engine_and_the_engine_gets_its_variable
 
 def test_an_empty_pod_template_restarts_nobody():
     assert revision(children()["Deployment"]) == revision(children(podTemplate={"spec": {}})["Deployment"])
+
+
+def test_a_downloaded_model_is_kept_in_a_store_on_the_disk_that_the_cache_names():
+    def store(**spec: Any) -> tuple[dict[str, Any], list[str]]:
+        found = pod_spec(**spec)
+        (volume,) = [v for v in found["volumes"] if v["name"] == "store"]
+        return {k: v for k, v in volume.items() if k != "name"}, found["containers"][0]["args"]
+
+    own, args = store()
+    sized, sized_args = store(cache={"size": "2Gi"})
+    classed, _ = store(cache={"size": "2Gi", "storageClassName": "fast"})
+    made, _ = store(cache={"mode": "Shared", "size": "2Gi"})
+    given, _ = store(cache={"mode": "NodeLocal", "claimName": "local"})
+
+    assert own == {"emptyDir": {}}
+    assert "--model-store=/models" in args
+    assert sized == {"emptyDir": {"sizeLimit": "2Gi"}}
+    assert f"--model-store-size={2 * 2**30}" in sized_args
+    assert classed["ephemeral"]["volumeClaimTemplate"]["spec"] == {
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": "2Gi"}},
+        "storageClassName": "fast",
+    }
+    assert made == {"persistentVolumeClaim": {"claimName": "qwen"}}
+    assert given == {"persistentVolumeClaim": {"claimName": "local"}}
+    assert not [v for v in pod_spec(model={"source": "pvc://c/x"})["volumes"] if v["name"] == "store"]
+
+
+def test_a_claim_that_is_retained_has_no_owner_and_one_that_is_given_is_not_made():
+    shared = {"mode": "Shared", "size": "2Gi"}
+    deleted = children(cache=shared)["PersistentVolumeClaim"]
+    retained = children(cache={**shared, "deletionPolicy": "Retain"})["PersistentVolumeClaim"]
+
+    assert deleted["spec"] == {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "2Gi"}}}
+    assert deleted["metadata"]["ownerReferences"]
+    assert "ownerReferences" not in retained["metadata"]
+    assert "PersistentVolumeClaim" not in children(cache={"mode": "Shared", "claimName": "c"})
+
+
+def test_a_prefetch_job_runs_where_the_pods_run_without_their_gpus_and_outside_their_service():
+    spec = {
+        "model": {"source": "hf://o/n", "revision": "abc", "tokenSecretRef": {"name": "hf"}},
+        "cache": {"mode": "Shared", "size": "2Gi", "prefetch": True},
+        "hardware": {"gpus": 1, "nodeSelector": {"pool": "a"}},
+        "podTemplate": {
+            "spec": {
+                "containers": [
+                    {"name": "engine", "env": [{"name": "HF_ENDPOINT", "value": "http://hub"}],
+                     "volumeMounts": [{"name": "certs", "mountPath": "/certs"}]},
+                    {"name": "side", "image": "s"},
+                ],
+                "volumes": [{"name": "certs", "configMap": {"name": "ca"}}, {"name": "other", "emptyDir": {}}],
+            }
+        },
+    }  # fmt: skip
+    job = children(**spec)["Job"]
+    template = job["spec"]["template"]
+    (box,) = template["spec"]["containers"]
+    parser = ArgumentParser("octavo download")
+    add_arguments(parser, [EngineConfig, ServerConfig])
+    command, *flags = box["args"]
+    namespace = parser.parse_args(flags)
+
+    assert command == "download"
+    assert from_namespace(EngineConfig, namespace).model == "o/n"
+    assert from_namespace(EngineConfig, namespace).revision == "abc"
+    assert from_namespace(EngineConfig, namespace).model_store == "/models"
+    assert from_namespace(ServerConfig, namespace).management_port == 8001
+    assert "octavo.dev/server" not in template["metadata"]["labels"]
+    assert template["metadata"]["labels"]["octavo.dev/prefetch"] == "qwen"
+    assert template["spec"]["nodeSelector"] == {"pool": "a"}
+    assert template["spec"]["tolerations"][0]["key"] == "nvidia.com/gpu"
+    assert "nvidia.com/gpu" not in str(box["resources"])
+    assert {"name": "HF_ENDPOINT", "value": "http://hub"} in box["env"]
+    assert any(variable["name"] == "HF_TOKEN" for variable in box["env"])
+    assert {m["name"] for m in box["volumeMounts"]} == {"tmp", "cache", "store", "certs"}
+    assert {v["name"] for v in template["spec"]["volumes"]} == {"tmp", "cache", "store", "certs"}
+
+
+def test_a_bucket_is_reached_with_names_of_a_secrets_keys():
+    s3 = {"endpoint": "http://minio:9000", "region": "eu", "secretRef": {"name": "s3"}}
+    found = container(model={"source": "s3://bucket/m", "s3": s3})
+
+    assert "--model=s3://bucket/m" in found["args"]
+    assert {"name": "AWS_ENDPOINT_URL", "value": "http://minio:9000"} in found["env"]
+    secret = {"secretKeyRef": {"name": "s3", "key": "AWS_SECRET_ACCESS_KEY"}}
+    assert {"name": "AWS_SECRET_ACCESS_KEY", "valueFrom": secret} in found["env"]
+
+
+def test_tls_is_a_mounted_secret_and_the_url_says_so():
+    spec = {"expose": {"tls": {"secretName": "cert"}, "service": {"port": 443}}}
+    found = pod_spec(**spec)
+
+    assert {"name": "tls", "secret": {"secretName": "cert", "defaultMode": 0o440}} in found["volumes"]
+    assert "--ssl-certfile=/etc/octavo/tls/tls.crt" in found["containers"][0]["args"]
+    assert "--ssl-keyfile=/etc/octavo/tls/tls.key" in found["containers"][0]["args"]
+    assert children(**spec)["Service"]["spec"]["ports"][0]["appProtocol"] == "https"
+    assert url(server(**spec)) == "https://qwen.default.svc/v1"
+
+
+def test_an_ingress_has_the_operators_annotations_and_nobody_elses():
+    asked = {"ingress": {"hostname": "llm.example.com", "className": "nginx", "tlsSecretName": "t"}}
+    made = children(expose=asked, defaults=EngineDefaults(ingress_annotations={"a": "b"}))["Ingress"]
+    (rule,) = made["spec"]["rules"]
+
+    assert made["metadata"]["annotations"] == {"a": "b"}
+    assert rule["host"] == "llm.example.com"
+    assert rule["http"]["paths"][0]["backend"] == {"service": {"name": "qwen", "port": {"name": "http"}}}
+    assert made["spec"]["tls"] == [{"hosts": ["llm.example.com"], "secretName": "t"}]
+    assert made["spec"]["ingressClassName"] == "nginx"
+
+
+def test_a_route_leads_to_the_service_or_to_the_pool():
+    gateway = {"parentRefs": [{"name": "g", "namespace": "infra"}], "hostnames": ["a.b"]}
+    plain = children(expose={"gateway": gateway, "service": {"port": 81}})
+    pooled = children(expose={"gateway": gateway, "inferencePool": {"endpointPicker": {"name": "p"}}})
+    pool = pooled["InferencePool"]["spec"]
+
+    assert plain["HTTPRoute"]["spec"]["rules"][0]["backendRefs"] == [{"name": "qwen", "port": 81}]
+    assert plain["HTTPRoute"]["spec"]["parentRefs"] == gateway["parentRefs"]
+    assert pooled["HTTPRoute"]["spec"]["rules"][0]["backendRefs"][0]["kind"] == "InferencePool"
+    assert pool["selector"] == {"matchLabels": {"octavo.dev/server": "qwen"}}
+    assert pool["targetPorts"] == [{"number": 8000}]
+    assert pool["endpointPickerRef"] == {"name": "p", "port": {"number": 9002}, "failureMode": "FailOpen"}
+
+
+def test_a_policy_lets_the_operator_in_and_a_pod_with_its_model_nowhere_out():
+    def policy(**spec: Any) -> dict[str, Any]:
+        made = children(defaults=EngineDefaults(operator_namespace="octavo-system"), **spec)["NetworkPolicy"]
+        found: dict[str, Any] = made["spec"]
+        return found
+
+    closed = policy(model={"source": "pvc://c/m"}, expose={"networkPolicy": {}})
+    asked = {
+        "allowFrom": [{"namespaceLabels": {"team": "a"}, "podLabels": {}}],
+        "allowMetricsFrom": [{"podLabels": {"p": "q"}}],
+    }
+    given = policy(model={"source": "pvc://c/m"}, expose={"networkPolicy": asked})
+    api, management = closed["ingress"]
+
+    assert api == {"ports": [{"port": 8000, "protocol": "TCP"}], "from": [{"podSelector": {}}]}
+    assert management["ports"] == [{"port": 8001, "protocol": "TCP"}]
+    assert management["from"][0] == {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "octavo-system"}}
+    }
+    assert [port["port"] for port in closed["egress"][0]["ports"]] == [53, 53]
+    assert policy(expose={"networkPolicy": {}})["egress"] == [{}]  # it downloads
+    assert given["ingress"][0]["from"] == [{"namespaceSelector": {"matchLabels": {"team": "a"}}, "podSelector": {}}]
+    assert given["ingress"][1]["from"][1] == {"podSelector": {"matchLabels": {"p": "q"}}}
+    assert "NetworkPolicy" not in children()

@@ -16,6 +16,7 @@ import pytest
 from stage import ApiError
 from test_crd import GOOD, server
 
+from octavo_operator.desired import objects
 from octavo_operator.desired.deployment import deployment
 from octavo_operator.settings import EngineDefaults
 from octavo_operator.spec import Server, parse
@@ -160,13 +161,22 @@ def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
     return spec
 
 
+def named_secrets(parsed: Server) -> Iterator[str]:
+    """In the fields that are there for it."""
+    model, exposed = parsed.spec.model, parsed.spec.expose
+    for reference in (model.token_secret_ref, model.s3 and model.s3.secret_ref, exposed.api_keys_secret_ref):
+        if reference:
+            yield reference.name
+    if exposed.tls:
+        yield exposed.tls.secret_name
+
+
 def outcome(spec: dict[str, Any]) -> list[str] | None:
     """None: refused. Else the trespasses of what would be made of it."""
     parsed = parse(server(spec))
     if not isinstance(parsed, Server):
         return None
-    token, keys = parsed.spec.model.token_secret_ref, parsed.spec.expose.api_keys_secret_ref
-    named = frozenset(reference.name for reference in (token, keys) if reference)
+    named = frozenset(named_secrets(parsed))
     return list(trespasses(deployment(parsed, EngineDefaults())["spec"]["template"]["spec"], named))
 
 
@@ -224,17 +234,31 @@ def test_the_api_server_keeps_nothing_that_would_be_taken_after_it(api, schemas)
 
 
 @pytest.mark.parametrize("name", GOOD)
+def test_no_child_of_a_good_server_reaches_beyond_it(name):
+    parsed = parse(server(GOOD[name]))
+    assert isinstance(parsed, Server)
+    made = objects(parsed, EngineDefaults(), pod_monitors_known=True)
+    pods = [body["spec"]["template"]["spec"] for body in made if body["kind"] in ("Deployment", "Job")]
+
+    assert all(body["metadata"]["namespace"] == "default" for body in made)
+    for pod in pods:
+        assert not list(trespasses(pod, frozenset(named_secrets(parsed))))
+
+
+@pytest.mark.parametrize("name", GOOD)
 def test_a_namespace_that_enforces_restricted_takes_the_pods(api, restricted, name):
     parsed = parse(server(GOOD[name]))
     assert isinstance(parsed, Server)
-    template = deployment(parsed, EngineDefaults())["spec"]["template"]
-    if parsed.spec.hardware.priority_class_name or parsed.spec.hardware.runtime_class_name:
-        template["spec"].pop("priorityClassName", None)  # classes that this cluster does not have
-        template["spec"].pop("runtimeClassName", None)
-    body = {"apiVersion": "v1", "kind": "Pod", **template}
-    body["metadata"] = {**template["metadata"], "name": "x", "namespace": restricted}
+    for child in objects(parsed, EngineDefaults(), pod_monitors_known=True):
+        if child["kind"] not in ("Deployment", "Job"):
+            continue
+        template = child["spec"]["template"]
+        for absent in ("priorityClassName", "runtimeClassName"):  # classes that this cluster does not have
+            template["spec"].pop(absent, None)
+        body = {"apiVersion": "v1", "kind": "Pod", **template}
+        body["metadata"] = {**template["metadata"], "name": "x", "namespace": restricted}
 
-    api.request("POST", f"/api/v1/namespaces/{restricted}/pods?dryRun=All", body)
+        api.request("POST", f"/api/v1/namespaces/{restricted}/pods?dryRun=All", body)
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from octavo_operator.desired.cache import claim, prefetch_job
 from octavo_operator.desired.deployment import deployment
 from octavo_operator.desired.disruption import disruption_budget
 from octavo_operator.desired.monitoring import pod_monitor, wants_pod_monitor
+from octavo_operator.desired.network_policy import network_policy
+from octavo_operator.desired.routes import routes
 from octavo_operator.desired.service import service
 from octavo_operator.settings import EngineDefaults
 from octavo_operator.spec import Server
@@ -23,7 +26,11 @@ def objects(server: Server, defaults: EngineDefaults, *, pod_monitors_known: boo
         deployment(server, defaults),
         service(server),
         disruption_budget(server),
+        *routes(server, defaults),
     ]
+    template = children[0]["spec"]["template"]
+    optional = (claim(server), prefetch_job(server, defaults, template["spec"]), network_policy(server, defaults))
+    children += [child for child in optional if child is not None]
     if wants_pod_monitor(server, pod_monitors_known=pod_monitors_known):
         children.append(pod_monitor(server))
     return children

@@ -12,11 +12,12 @@ from octavo_engine.status import API_PORT, DEFAULT_TERMINATION_LOG, MANAGEMENT_P
 from octavo_operator import names
 from octavo_operator.desired import common
 from octavo_operator.desired.additions import CONFINED, add
+from octavo_operator.desired.cache import store_volume
 from octavo_operator.digest import digest
-from octavo_operator.model import MODELS_PATH
+from octavo_operator.model import MODELS_PATH, S3
 from octavo_operator.placement import TopologySpread
 from octavo_operator.settings import EngineDefaults
-from octavo_operator.spec import API_KEYS_FILE, API_KEYS_PATH, Server
+from octavo_operator.spec import API_KEYS_FILE, API_KEYS_PATH, TLS_PATH, Server
 
 USER_ID = 10001
 """The image's user; numeric, as runAsNonRoot cannot check a name."""
@@ -180,10 +181,23 @@ def _environment(server: Server, defaults: EngineDefaults) -> list[dict[str, Any
     if not server.spec.model.is_downloaded:
         # All that is needed is in its file system: whatever tries the network is wrong, and should fail at once.
         environment.append({"name": "HF_HUB_OFFLINE", "value": "1"})
+    if s3 := server.spec.model.s3:
+        environment += _s3_variables(s3)
     if token := server.spec.model.token_secret_ref:
         reference = {"name": token.name, "key": token.key}
         environment.append({"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": reference}})
     return environment
+
+
+def _s3_variables(s3: S3) -> list[dict[str, Any]]:
+    plain = {"AWS_ENDPOINT_URL": s3.endpoint, "AWS_REGION": s3.region}
+    variables: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in plain.items() if value]
+    if s3.secret_ref:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+            reference: dict[str, Any] = {"name": s3.secret_ref.name, "key": name}
+            reference |= {"optional": True} if name == "AWS_SESSION_TOKEN" else {}
+            variables.append({"name": name, "valueFrom": {"secretKeyRef": reference}})
+    return variables
 
 
 def _resources(server: Server) -> dict[str, Any]:
@@ -211,6 +225,11 @@ def _volumes(server: Server) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         source = {"claimName": claim, "readOnly": True}
         mount = {"name": "models", "mountPath": MODELS_PATH, "readOnly": True}
         volumes.append(({"name": "models", "persistentVolumeClaim": source}, mount))
+    if server.spec.model.is_downloaded:
+        volumes.append(store_volume(server))
+    if tls := server.spec.expose.tls:
+        secret = {"secretName": tls.secret_name, "defaultMode": 0o440}
+        volumes.append(({"name": "tls", "secret": secret}, {"name": "tls", "mountPath": TLS_PATH, "readOnly": True}))
     if keys := server.spec.expose.api_keys_secret_ref:
         # 0440 with the fsGroup: the engine's user reads it, nobody writes it.
         items = [{"key": keys.key, "path": API_KEYS_FILE}]

@@ -24,7 +24,7 @@ def service(server: Server) -> dict[str, Any]:
                     "port": exposed.port,
                     "targetPort": names.API_PORT_NAME,
                     "protocol": "TCP",
-                    "appProtocol": "http",
+                    "appProtocol": "https" if server.spec.expose.tls else "http",
                 }
             ],
         },
@@ -33,5 +33,6 @@ def service(server: Server) -> dict[str, Any]:
 
 def url(server: Server) -> str:
     """The API's base URL for clients inside the cluster, as an OpenAI client wants it."""
-    port = server.spec.expose.service.port
-    return f"http://{server.name}.{server.namespace}.svc{'' if port == 80 else f':{port}'}/v1"
+    port, scheme = server.spec.expose.service.port, "https" if server.spec.expose.tls else "http"
+    usual = port == (443 if scheme == "https" else 80)
+    return f"{scheme}://{server.name}.{server.namespace}.svc{'' if usual else f':{port}'}/v1"
