@@ -20,7 +20,7 @@ from octavo_operator.observed import Pod
 Document = dict[str, Any]
 WATCHED = (
     *(names.KIND, "Deployment", "Service", "PodDisruptionBudget", "Pod"),
-    *("Job", "PersistentVolumeClaim", "Ingress", "NetworkPolicy"),
+    *("Job", "PersistentVolumeClaim", "Ingress", "NetworkPolicy", "HorizontalPodAutoscaler"),
 )
 """Kinds that every cluster has. Others, such as PodMonitors, come and go with their CRDs, and are read at each look."""
 Id = tuple[str, str]

@@ -30,6 +30,9 @@ PAGE = 500
 """Objects in one answer to a list: bounds the memory that a cluster with thousands of servers takes for a moment."""
 
 
+METHODS = {"apply": "patch", "scale": "patch", "create": "post", "replace": "put", "delete": "delete"}
+
+
 @dataclass(frozen=True)
 class Kind:
     """Where the API server keeps a kind. Known here, not discovered: the client's discovery would read every API group
@@ -59,6 +62,8 @@ KINDS = {
     "HTTPRoute": Kind("gateway.networking.k8s.io/v1", "httproutes"),
     "InferencePool": Kind("inference.networking.k8s.io/v1", "inferencepools"),
     "Pod": Kind("v1", "pods"),
+    "HorizontalPodAutoscaler": Kind("autoscaling/v2", "horizontalpodautoscalers"),
+    "ScaledObject": Kind("keda.sh/v1alpha1", "scaledobjects"),
     "Event": Kind("v1", "events"),
     "Lease": Kind("coordination.k8s.io/v1", "leases"),
 }
@@ -156,6 +161,14 @@ class Cluster:
             "apply", body["kind"], path, body=body, query=query, content_type="application/apply-patch+yaml"
         )
 
+    async def scale(self, server: Document, replicas: int) -> Document | Refusal:
+        """Sets spec.replicas by the scale subresource, unless somebody has changed the server since it was read."""
+        metadata = server["metadata"]
+        path = KINDS[names.KIND].path(metadata["namespace"], metadata["name"], "scale")
+        body = {"metadata": {"resourceVersion": metadata["resourceVersion"]}, "spec": {"replicas": replicas}}
+        content = "application/merge-patch+json"
+        return await self._request("scale", names.KIND, path, body=body, content_type=content)
+
     async def create(self, body: Document) -> Document | Refusal:
         path = KINDS[body["kind"]].path(body["metadata"]["namespace"])
         return await self._request("create", body["kind"], path, body=body)
@@ -184,7 +197,9 @@ class Cluster:
         content_type: str = "application/json",
         accept: str | None = None,
     ) -> Document | Refusal:
-        method = {"apply": "patch", "create": "post", "replace": "put", "delete": "delete"}.get(verb, "get")
+        method = {"apply": "patch", "scale": "patch", "create": "post", "replace": "put", "delete": "delete"}.get(
+            verb, "get"
+        )
         try:
             answer: Document = await self._client.request(
                 method,

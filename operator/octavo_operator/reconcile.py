@@ -31,16 +31,19 @@ from octavo_operator.prefetch import waits
 from octavo_operator.replicas import Replica, replicas
 from octavo_operator.report import RevisionStatus, Status
 from octavo_operator.rollout import Decision, decide, deletion_costs, put_back
+from octavo_operator.scaling import History, scale
 from octavo_operator.settings import Settings
 from octavo_operator.spec import Problem, Server, parse
 from octavo_operator.workers import Next
 
 log = logging.getLogger(__name__)
 
-POLLED = ("PodMonitor", "HTTPRoute", "InferencePool")
+POLLED = ("PodMonitor", "HTTPRoute", "InferencePool", "ScaledObject")
 """Children of kinds that not every cluster has, and that are not watched."""
 REFUSED_POLL_S = 15.0
 """Between tries of what the API server refused: somebody has to mend that first."""
+SCALING_POLL_S = 2.0
+"""Between looks at the engines of a server that the operator scales."""
 EVENTS_AFTER = timedelta(seconds=3)
 """A pod that is still being created after this long may have its reason in an event."""
 PODS_WITH_EVENTS = 4
@@ -61,6 +64,8 @@ class _Known:
     """Of which polled kinds it had children at the last look; None before the first, when all are asked for."""
     answered: dict[str, datetime] = field(default_factory=dict)
     """By pod, when its engine last answered."""
+    scaling: History | None = None
+    """What was recommended lately, where the operator itself scales the server."""
     settled_with: dict[str, object] | None = None
     """What the engines said at the last look, where nothing was left to be done then."""
 
@@ -126,6 +131,8 @@ class Reconciler:
             causes=causes,
             prefetch=await self._look_at_prefetch(key, server) if waiting else None,
         )
+        if server.spec.scales_itself:
+            await self._scale(key, server, seen, found, now)
         findings = conditions(view)
         new = status.status_of(view, findings, world.pods, seen.resource.get("status", {}), now)
         await self._report(key, seen, new, findings, todo, now)
@@ -133,6 +140,8 @@ class Reconciler:
             return Next(REFUSED_POLL_S)  # nobody watches what stands in the way
         if not view.settled:
             return Next(self._settings.loading_poll_s)
+        if server.spec.scales_itself and view.desired:
+            return Next(SCALING_POLL_S)
         known.settled_with = said if len(said) == view.desired else None
         return Next(self._settings.settled_poll_s)
 
@@ -189,6 +198,23 @@ class Reconciler:
         before = {pod.name: known.answered.get(pod.name, now) for pod in world.pods if pod.running}
         known.answered = before | dict.fromkeys(engines, now)
         return replace(world, engines=engines, events=read, answered=known.answered)
+
+    async def _scale(self, key: Key, server: Server, seen: Seen, found: Sequence[Replica], now: datetime) -> None:
+        known, spec = self._known[key], server.spec
+        assert spec.autoscaling is not None
+        known.scaling = known.scaling or History(now)
+        loads = [replica.engine.load for replica in found if replica.ready and replica.engine]
+        decision = scale(spec.autoscaling, spec.replicas, loads, known.scaling, now)
+        if decision is None or decision.replicas == spec.replicas:
+            return
+        answer = await self._cluster.scale(seen.resource, decision.replicas)
+        if isinstance(answer, Refusal):
+            # Somebody changed the server meanwhile: the next look knows more.
+            log.info("not scaled server=%s/%s: %s", *key, answer.message)
+            return
+        message = f"Scaled from {spec.replicas} to {decision.replicas}. {decision.reason}"
+        log.info("scaled server=%s/%s from=%d to=%d reason=%r", *key, spec.replicas, decision.replicas, decision.reason)
+        await self._cluster.create(_event(seen.resource, Announcement("Normal", "Scaled", message), now))
 
     async def _apply(
         self, key: Key, server: Server, todo: Changes, world: World
@@ -264,8 +290,9 @@ def _gist(statusz: Statusz) -> object:
 
 def _asked_for(resource: Mapping[str, Any]) -> set[str]:
     """Polled kinds that the resource may ask for."""
-    exposed = (resource.get("spec") or {}).get("expose") or {}
-    return {"PodMonitor", *(("HTTPRoute", "InferencePool") if "gateway" in exposed else ())}
+    spec = resource.get("spec") or {}
+    routes = ("HTTPRoute", "InferencePool") if "gateway" in (spec.get("expose") or {}) else ()
+    return {"PodMonitor", *routes, *(("ScaledObject",) if "autoscaling" in spec else ())}
 
 
 def _wanted(server: Server) -> Wanted:

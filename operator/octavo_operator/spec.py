@@ -27,6 +27,7 @@ from octavo_engine.config import (
     to_args,
 )
 from octavo_engine.status import API_PORT, MANAGEMENT_PORT
+from octavo_operator.autoscaling import Autoscaling
 from octavo_operator.digest import digest
 from octavo_operator.expose import Expose
 from octavo_operator.fields import DNS_SUBDOMAIN, IMAGE, Part, Quantity, Resources, Text, config, rule
@@ -374,7 +375,11 @@ class Spec(Part):
         ge=0,
         le=1000,
         json_schema_extra={SERVER_SIDE_DEFAULT: 1},
-        description="Engine pods. The operator never writes it, so `kubectl scale` and autoscalers own it. Default: 1.",
+        description="Engine pods. The operator writes it only with autoscaling.mode BuiltIn, so `kubectl scale` and "
+        "other autoscalers own it. Default: 1.",
+    )
+    autoscaling: Autoscaling | None = Field(
+        None, description="Who decides how many replicas there are. Default: whoever sets replicas."
     )
     suspend: bool = Field(False, description="No pods, while replicas keeps its value for later. Default: false.")
     cache: ModelCache = Field(ModelCache(), description="Where a downloaded model is kept.")
@@ -408,6 +413,11 @@ class Spec(Part):
     @property
     def desired_replicas(self) -> int:
         return 0 if self.suspend else self.replicas
+
+    @property
+    def scales_itself(self) -> bool:
+        """Whether the operator decides how many replicas there are."""
+        return self.autoscaling is not None and self.autoscaling.mode == "BuiltIn" and not self.suspend
 
     @property
     def strategy(self) -> str:

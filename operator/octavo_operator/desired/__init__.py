@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from octavo_operator.desired.autoscalers import autoscaler
 from octavo_operator.desired.cache import claim, prefetch_job
 from octavo_operator.desired.deployment import deployment
 from octavo_operator.desired.disruption import disruption_budget
@@ -29,7 +30,12 @@ def objects(server: Server, defaults: EngineDefaults, *, pod_monitors_known: boo
         *routes(server, defaults),
     ]
     template = children[0]["spec"]["template"]
-    optional = (claim(server), prefetch_job(server, defaults, template["spec"]), network_policy(server, defaults))
+    optional = (
+        claim(server),
+        prefetch_job(server, defaults, template["spec"]),
+        network_policy(server, defaults),
+        autoscaler(server),
+    )
     children += [child for child in optional if child is not None]
     if wants_pod_monitor(server, pod_monitors_known=pod_monitors_known):
         children.append(pod_monitor(server))
