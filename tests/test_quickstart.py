@@ -35,8 +35,11 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    section = (ROOT / "README.md").read_text().partition("\n## Quick start\n")[2].partition("\n## ")[0]
-    return [Block(*found) for found in re.findall(r"^```(\w+)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)]
+    return blocks_of((ROOT / "README.md").read_text().partition("\n## Quick start\n")[2].partition("\n## ")[0])
+
+
+def blocks_of(text: str) -> list[Block]:
+    return [Block(*found) for found in re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
 
 
 def test_the_blocks_are_those_that_are_tried() -> None:
@@ -126,6 +129,11 @@ def test_llm_generates_in_python(results: dict[str, Any]) -> None:
     assert "Paris" in results["llm"]["out"]
 
 
+def test_the_python_of_the_page_on_moving_from_vllm_runs(results: dict[str, Any]) -> None:
+    assert results["moving"]["status"] == 0, results["moving"]["err"]
+    assert "length" in results["moving"]["out"]
+
+
 def test_a_snapshots_folder_is_served(results: dict[str, Any]) -> None:
     assert results["folder"]["stage"] == "ready"
     assert "/snapshots/" in results["folder"]["effective"]["model"]
@@ -164,6 +172,8 @@ def main(folder: Path) -> None:
             results["octavo chat"] = run(text[4])
         results["serve"] = server.log
         results["llm"] = run(f"python - <<'END'\n{text[5]}\nEND")
+        (moving,) = blocks_of((ROOT / "docs/moving-from-vllm.md").read_text())
+        results["moving"] = run(f"python - <<'END'\n{moving.text}\nEND")
         with Served(text[6]) as server:
             results["folder"] = server.wait()
         results["gated without"] = run(text[7].partition(" ")[2].replace("~/.hf-token) ", ""))

@@ -29,6 +29,12 @@ SO_ANYWAY = frozenset({"VLLM_API_KEY", "VLLM_NO_USAGE_STATS", "VLLM_DO_NOT_TRACK
 _OF_A_SERVICE = re.compile(r"_(SERVICE_(HOST|PORT.*)|PORT(_\d+_.*)?)$")
 """Kubernetes gives these to every pod beside a Service named vllm-…; nobody set them."""
 
+ANSWERS = {
+    Answer.ALWAYS: "so without the flag",
+    Answer.MOOT: "accepted with a warning, without effect",
+    Answer.MISSING: "refused, but for the values that ask for nothing",
+}
+
 ABOUT_VLLM = (
     "Flags of vLLM are understood in both spellings (--max-model-len, --max_model_len). `--help=WORD` tells about one "
     "flag or group, `--help=vllm` about vLLM's flags that are not listed here."
@@ -133,6 +139,8 @@ def help_about(parser: ArgumentParser, word: str) -> str:
         return parser.format_help()
     if wanted == "vllm":
         return _vllm_help()
+    if wanted == "markdown":
+        return flags_page(parser)
     groups = {group.title.lower(): group for group in parser._action_groups if group.title and group._group_actions}
     if (group := groups.get(wanted) or groups.get(wanted.replace("-", " "))) is not None:
         return _section(parser, str(group.title), group._group_actions)
@@ -151,6 +159,37 @@ def help_about(parser: ArgumentParser, word: str) -> str:
     return "\n".join(texts + [_vllm_line(flag) for flag in foreign])
 
 
+def flags_page(parser: argparse.ArgumentParser) -> str:
+    """docs/flags.md: every flag of the parser, and vLLM's others, as tables."""
+    lines = [
+        "# Flags of `octavo serve`", "",
+        "Made by `octavo serve --help=markdown`. Dashes may be underscores; a flag that is on or off has its `--no-…`.",
+    ]  # fmt: skip
+    for group in parser._action_groups:
+        rows = [
+            f"| {', '.join(f'`{name}`' for name in action.option_strings if not name.startswith('--no-'))} "
+            f"| {_cell(str(action.help).replace('%%', '%'))} |"
+            for action in group._group_actions
+            if action.help != argparse.SUPPRESS and action.option_strings and action.dest != "help"
+        ]
+        if rows:
+            title = "Configuration" if group.title == "options" else group.title
+            lines += ["", f"## {title}", "", "| flag | |", "|---|---|", *rows]
+    for answer, title in ANSWERS.items():
+        rows = [
+            f"| {', '.join(f'`{name}`' for name in (flag.name, *flag.aliases))} "
+            f"| {', '.join(f'`{value}`' for value in flag.neutral if value)} | {_cell(flag.why)} |"
+            for flag in VLLM_FLAGS
+            if flag.answer is answer
+        ]
+        lines += ["", f"## vLLM's flags: {title}", "", "| flag | values that pass | why |", "|---|---|---|", *rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 def _section(parser: ArgumentParser, title: str | None, actions: Sequence[argparse.Action]) -> str:
     formatter = parser._get_formatter()
     formatter.start_section(title or "flags")
@@ -160,14 +199,13 @@ def _section(parser: ArgumentParser, title: str | None, actions: Sequence[argpar
 
 
 def _vllm_help() -> str:
-    titles = {
-        Answer.ALWAYS: "So without the flag:",
-        Answer.MOOT: "Accepted with a warning, without effect:",
-        Answer.MISSING: "Refused, but for the values in brackets:",
-    }
     return "\n".join(
-        title + "\n" + "\n".join(_vllm_line(flag) for flag in VLLM_FLAGS if flag.answer is answer) + "\n"
-        for answer, title in titles.items()
+        title[0].upper()
+        + title[1:]
+        + ":\n"
+        + "\n".join(_vllm_line(flag) for flag in VLLM_FLAGS if flag.answer is answer)
+        + "\n"
+        for answer, title in ANSWERS.items()
     )
 
 

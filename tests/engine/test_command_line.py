@@ -378,6 +378,14 @@ def test_help_of_a_flag_is_printed_by_the_command() -> None:
     assert "Longest prompt plus output" in done.stdout
 
 
+def test_the_page_of_flags_is_made_from_the_tables() -> None:
+    """Written with: octavo serve --help=markdown > docs/flags.md"""
+    page = (Path(__file__).parents[2] / "docs" / "flags.md").read_text()
+
+    assert octavo("serve", "--help=markdown").stdout == page + "\n"
+    assert all(f"`{flag}`" in page for flag in (*TYPED_FLAGS, *BY_NAME))
+
+
 def test_collect_env_tells_versions_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     monkeypatch.setenv("OCTAVO_API_KEY", "sk-verysecret")
