@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from octavo_engine.api.detokenizer import TextStream
@@ -45,7 +46,9 @@ class PromptToken:
     rated: dict[int, Rated]
 
 
-@dataclass(frozen=True)
+# Made for every token of every stream: slots and shared empty tuples, as a frozen one with lists of its own takes five
+# times as long to make.
+@dataclass(slots=True)
 class Piece:
     """New text of one choice; may be empty. first: nothing came of this choice before. num_tokens: so far.
 
@@ -59,11 +62,11 @@ class Piece:
     num_tokens: int
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    tokens: list[TokenChance] = field(default_factory=list)
+    tokens: Sequence[TokenChance] = ()
     """The new tokens with their log-probabilities, where they were asked for."""
     reasoning: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
-    prompt: list[PromptToken] = field(default_factory=list)
+    calls: Sequence[ToolCall] = ()
+    prompt: Sequence[PromptToken] = ()
     """Every token of the choice's prompt where its log-probabilities were asked for; on the first piece."""
     num_reasoning_tokens: int = 0
     """So far; those that arrived while nothing but reasoning was read."""
@@ -103,6 +106,7 @@ class Answer:
             for _ in range(len(prompts) * sampling.n)
         ]
         self._prompts = prompts
+        self.scores_prompts = sampling.prompt_logprobs is not None
         self._n = sampling.n
         self._prompt_tokens = sum(map(len, prompts))
         self._tokenizer = tokenizer
@@ -120,8 +124,18 @@ class Answer:
 
     async def next(self) -> list[Piece]:
         """What arrived since the last call. Raises ApiError when the engine failed on any choice."""
+        return await self._pieces(await self._stream.next())
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        self._stream.listen(listener)
+
+    def take(self) -> list[Piece]:
+        """As `next`, of what is there. Not where prompts are scored."""
+        return [self._piece(output) for output in self._stream.take()]
+
+    async def _pieces(self, outputs: list[Output]) -> list[Piece]:
         pieces = []
-        for output in await self._stream.next():
+        for output in outputs:
             piece = self._piece(output)
             if output.prompt_logprobs is not None:
                 # Long prompts have a hundred thousand of them: not on the loop that everyone's tokens pass through.
@@ -183,6 +197,8 @@ class Answer:
             return Piece(output.index, "", first, 0, "length" if ended else None)
         delta = choice.text.push(output.token_ids, last=ended, stop_token_id=output.stop_token_id)
         choice.num_tokens += delta.num_tokens
+        if not ended and delta.stop is None and choice.parser is None and not output.logprobs:
+            return Piece(output.index, delta.text, first, choice.num_tokens)  # most tokens are no more than text
         tokens = [
             self._chance(token, of)
             for token, of in zip(output.token_ids[: delta.num_tokens], output.logprobs, strict=False)

@@ -55,6 +55,7 @@ from octavo_engine.api.protocol import (
     parse_body,
     role_and_echo,
 )
+from octavo_engine.api.push import PUSHED, Push
 from octavo_engine.api.responses import protocol as responses
 from octavo_engine.api.responses.writer import ResponsesWriter
 from octavo_engine.api.served_model import ServedModel, prompts_of
@@ -554,6 +555,7 @@ async def _stream(
         await response.prepare(request)
     except ConnectionError:
         return response  # hung up before the first token
+    push, wrote = Push(request, response, answer, writer), False
     try:
         while True:
             chunks = b"".join(
@@ -561,6 +563,9 @@ async def _stream(
             )
             if chunks:
                 await response.write(chunks)
+                wrote = True
+            if wrote and not answer.finished and push.possible:
+                await push.run(counts)
             if answer.finished:
                 break
             pieces = await answer.next()
@@ -596,7 +601,8 @@ def _num_bytes(response: web.StreamResponse) -> int:
     """Of the body: of a whole one before it is sent, of a stream after."""
     if isinstance(response, web.Response):
         return len(response.body) if isinstance(response.body, (bytes, bytearray)) else 0
-    return response.body_length
+    pushed: int = response.get(PUSHED, 0)
+    return response.body_length + pushed
 
 
 def _error_response(error: ApiError, route: str) -> web.Response:

@@ -28,7 +28,7 @@ class IncrementalDecoder(Protocol):
         """What is still held back; U+FFFD for a character that was never completed."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TextDelta:
     """num_tokens: how many of the pushed tokens count as output (fewer than pushed when a stop string ended it).
     stop: the stop string that ended the text, or None."""

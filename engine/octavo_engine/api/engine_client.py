@@ -129,6 +129,7 @@ class Stream:
         self._waiter: asyncio.Future[None] | None = None
         self._open: dict[int, _Sequence] = {}
         self.timing = Timing()
+        self._listener: Callable[[], None] | None = None
 
     @property
     def finished(self) -> bool:
@@ -144,6 +145,16 @@ class Stream:
                 await self._waiter
             finally:
                 self._waiter = None
+        return self.take()
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Call this, once for each of the engine's messages that has something for the stream, until told None."""
+        self._listener = listener
+        if listener is not None and self._ready:
+            listener()
+
+    def take(self) -> list[Output]:
+        """What arrived since the last call."""
         ready, self._ready = self._ready, []
         outputs = []
         for sequence in ready:
@@ -167,16 +178,24 @@ class Stream:
 
     # ---- called by the client
 
+    def notify(self) -> None:
+        if self._listener is not None and self._ready:
+            self._listener()
+
     def add(self, sequence: _Sequence) -> None:
         self._open[sequence.index] = sequence
 
     def put(self, sequence: _Sequence, event: TokenEvent) -> None:
         output = sequence.output
         if output is None:
-            output = sequence.output = Output(sequence.index)
+            # The event's lists are nobody else's: they are taken over.
+            output = sequence.output = Output(sequence.index, event.token_ids, logprobs=event.logprobs)
+            if self._listener is not None and not self._ready:
+                self._client.due.append(self)
             self._ready.append(sequence)
-        output.token_ids.extend(event.token_ids)
-        output.logprobs.extend(event.logprobs)
+        else:
+            output.token_ids += event.token_ids
+            output.logprobs += event.logprobs
         if event.prompt_logprobs is not None:
             output.prompt_logprobs = event.prompt_logprobs
         if event.num_cached_tokens is not None:
@@ -207,6 +226,8 @@ class EngineClient(asyncio.Protocol):
         self.gone: asyncio.Future[Failure | None] = loop.create_future()
         """Done when the engine is gone: with its own account of why, or with None when it gave none."""
         self._fatal: Failure | None = None
+        self.due: list[Stream] = []
+        """Streams that listen and have got something of the message that is being read."""
 
     async def connect(self, sock: socket.socket) -> None:
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=sock)
@@ -313,7 +334,13 @@ class EngineClient(asyncio.Protocol):
         for sequence in list(self._live.values()):
             event = TokenEvent(sequence.id, [], FinishReason.ERROR, error=reason)
             self._finish(sequence, event)
+        self._notify()
         self._board.busy(0)
+
+    def _notify(self) -> None:
+        due, self.due = self.due, []
+        for stream in due:
+            stream.notify()
 
     # ---- what the engine says
 
@@ -355,6 +382,7 @@ class EngineClient(asyncio.Protocol):
                 self._finish(sequence, event)
             elif not sequence.ended:
                 sequence.stream.put(sequence, event)
+        self._notify()
         metrics.step_done(step.stats, prompt_tokens, generated)
         if not live:
             self._board.busy(0)

@@ -5,6 +5,7 @@ The hot path: a chunk's constant parts are made once per request, and only the n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ HEADERS = {
 }
 
 _encode = msgspec.json.Encoder().encode
+_CONTENT, _NO_MORE = b',"delta":{"content":', b'},"logprobs":null,"finish_reason":null}]}\n\n'
 
 
 class Writer(Protocol):
@@ -79,7 +81,10 @@ class ChatWriter(OpenAiWriter):
         )
 
     def chunk(self, piece: Piece, usage: dict[str, Any] | None) -> bytes:
-        index = str(piece.index).encode()
+        index = b"%d" % piece.index
+        special = piece.first or piece.finish_reason or piece.tokens or piece.calls or piece.reasoning
+        if usage is None and piece.text and not special:  # as most are
+            return b"".join((self._head, index, _CONTENT, _encode(piece.text), _NO_MORE))
         tail = b"]}\n\n" if usage is None else b'],"usage":' + _encode(usage) + b"}\n\n"
         events = []
         if piece.first:
@@ -253,13 +258,13 @@ def prompt_logprobs(piece: Piece) -> list[dict[int, Rated] | None]:
     return [one.rated or None for one in piece.prompt]
 
 
-def chat_logprobs(tokens: list[TokenChance]) -> dict[str, Any] | None:
+def chat_logprobs(tokens: Sequence[TokenChance]) -> dict[str, Any] | None:
     if not tokens:
         return None
     return {"content": logprob_entries(tokens)}
 
 
-def logprob_entries(tokens: list[TokenChance]) -> list[dict[str, Any]]:
+def logprob_entries(tokens: Sequence[TokenChance]) -> list[dict[str, Any]]:
     def entry(token: str, logprob: float) -> dict[str, Any]:
         return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from msgspec import Struct
+
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.status import Effective, Failure, Load, Stage
 
@@ -85,18 +87,18 @@ class Ready:
     effective: Effective
 
 
-@dataclass(frozen=True)
-class TokenLogprobs:
+class TokenLogprobs(Struct, frozen=True, array_like=True, gc=False):
     """Of one sampled token: its log-probability, its place among all tokens (1: the likeliest), and the likeliest
     tokens with theirs, in falling order."""
 
     logprob: float
     rank: int
-    top: list[tuple[int, float]] = field(default_factory=list)
+    top: list[tuple[int, float]] = []
 
 
-@dataclass(slots=True)  # not frozen: a thousand are made in a step, and freezing one takes two microseconds
-class TokenEvent:
+# A thousand are made, sent and read in a step: written as rows without the names of their fields they take a third of
+# the time to read, and as msgspec's structs a fifth of the time to make.
+class TokenEvent(Struct, array_like=True, gc=False):
     """New tokens of one request. An event with finish_reason is the request's last; it may carry no tokens.
 
     stop_token_id: the id that ended the output when finish_reason is STOP (end-of-text included).
@@ -112,7 +114,7 @@ class TokenEvent:
     queue_s: float | None = None
     prefill_s: float | None = None
     error: str | None = None
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = []
     """Of each of token_ids where the request asked for them, else empty."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of each of the prompt's tokens but the first, where they were asked for; on the first event with a token."""

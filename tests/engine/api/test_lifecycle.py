@@ -302,7 +302,7 @@ async def test_200_streams_cancelled_at_random_leave_an_engine_that_answers(star
 async def test_a_slow_reader_gets_everything_and_holds_up_nobody(start, http) -> None:
     name = "long" * 500  # repeated in every event, so that a few thousand of them fill every buffer between
     server = start("--served-model-name", name, script={"step_s": 0.0005, "max_model_len": 20_000})
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=2**25)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=2**16)
     body = json.dumps(
         {"model": name, "prompt": "abcde", "stream": True, "max_tokens": 5000, "ignore_eos": True}
     ).encode()

@@ -40,3 +40,18 @@ async def test_a_thousand_streams_lose_and_double_nothing(start) -> None:
     await asyncio.to_thread(server.wait_idle)
     assert server.metric("vllm:generation_tokens_total") == STREAMS * TOKENS
     assert server.metric("vllm:request_success_total", finished_reason="length") == STREAMS
+
+
+async def test_a_client_of_http_1_0_gets_the_events_without_chunks(server) -> None:
+    body = json.dumps({"prompt": "abcde", "max_tokens": 20, "ignore_eos": True, "stream": True}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    head = b"POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    writer.write(head + body)
+    answered, _, events = (await reader.read()).decode().partition("\r\n\r\n")
+    writer.close()
+
+    assert "chunked" not in answered.lower()
+    *parts, done, rest = events.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    texts = [json.loads(part.removeprefix("data: "))["choices"][0]["text"] for part in parts]
+    assert "".join(texts) == "abcde" * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -71,7 +72,7 @@ class ResponsesWriter:
         response = {**self._response("failed", None), "error": {"code": "server_error", "message": error.message}}
         return self._event("response.failed", response=response)
 
-    def _grow(self, kind: Kind, text: str, tokens: list[TokenChance], events: list[bytes]) -> None:
+    def _grow(self, kind: Kind, text: str, tokens: Sequence[TokenChance], events: list[bytes]) -> None:
         if self._open is None or self._open.kind != kind:
             self._close(events)
             self._open = _Item(kind, self._item_id(kind))
@@ -128,7 +129,7 @@ class ResponsesWriter:
             item = _Item("reasoning", self._item_id("reasoning"), [piece.reasoning])
             self._output.append(self._item(item, "completed"))
         if piece.text or not (piece.reasoning or piece.calls):
-            item = _Item("message", self._item_id("message"), [piece.text], piece.tokens)
+            item = _Item("message", self._item_id("message"), [piece.text], list(piece.tokens))
             self._output.append(self._item(item, "completed"))
         for call in piece.calls:  # one by one: an item's id counts the items before it
             self._output.append(self._call_item(call))

@@ -1,0 +1,72 @@
+"""Tokens from the engine's message straight to the client's socket, without waking a task for each.
+
+A task that is woken, and aiohttp's writer below it, take twice as long as everything else that a token costs here. So
+while a client reads as fast as it is written to, its pieces are made and written where the engine's message is read.
+A client that falls behind goes back to the ordinary road, where its outputs gather and the writing waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from octavo_engine.api.answer import Answer
+from octavo_engine.api.sse import Writer
+
+MOST_BUFFERED = 64 * 1024
+"""Bytes that may wait for a client before it counts as slow."""
+PUSHED = web.ResponseKey("pushed", int)
+"""Bytes of an answer's body that aiohttp did not see."""
+
+
+class Push:
+    """One stream whose response is prepared, and has been written to: aiohttp holds the head back until then."""
+
+    def __init__(self, request: web.Request, response: web.StreamResponse, answer: Answer, writer: Writer) -> None:
+        self._response, self._answer, self._writer = response, answer, writer
+        self._counts = False
+        self._transport = request.transport
+        self._chunked = response.headers.get("Transfer-Encoding") == "chunked"  # response.chunked tells what was asked
+        self._left: asyncio.Future[None] | None = None
+
+    @property
+    def possible(self) -> bool:
+        """Whether the client has read what it was sent. Scores of prompts are made in a thread, and so not here."""
+        transport = self._transport
+        if transport is None or transport.is_closing() or self._answer.scores_prompts:
+            return False
+        return transport.get_write_buffer_size() < MOST_BUFFERED // 4
+
+    async def run(self, counts: bool) -> None:
+        """Write until the answer is finished or the client falls behind. Raises what making a piece raises."""
+        self._counts = counts
+        self._left = asyncio.get_running_loop().create_future()
+        self._answer.listen(self._write)
+        try:
+            await self._left
+        finally:
+            self._answer.listen(None)
+
+    def _write(self) -> None:
+        """Called when the engine's message has been read and something of it was for this stream."""
+        assert self._left is not None
+        assert self._transport is not None
+        if self._left.done():
+            return
+        answer = self._answer
+        try:
+            pieces = answer.take()
+            usage = answer.usage if self._counts else None
+            data = b"".join(
+                [self._writer.chunk(piece, None if usage is None else usage(piece.num_tokens)) for piece in pieces]
+            )
+        except Exception as error:  # noqa: BLE001 - it belongs to the stream's task, and not to who reads messages
+            self._left.set_exception(error)
+            return
+        transport = self._transport
+        if data and not transport.is_closing():
+            self._response[PUSHED] = self._response.get(PUSHED, 0) + len(data)
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        if answer.finished or transport.get_write_buffer_size() > MOST_BUFFERED:
+            self._left.set_result(None)
