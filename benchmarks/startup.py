@@ -1,7 +1,6 @@
 """Seconds from the start of `octavo serve` to ready, with a checkpoint of real size in the page cache.
 
-    PYTHONPATH=engine python benchmarks/startup.py --model benchmarks/models/llama-3.1-8b --tokenizer DIR \
-        [--folder DIR] [--output FILE] [-- further flags of serve]
+    PYTHONPATH=engine python benchmarks/startup.py [--model DIR] [--folder DIR] [--output FILE] [-- further flags]
 
 Writes random weights of the model's shape to --folder unless they are there, reads them once, then starts the server
 three times. For prebuilt kernels set OCTAVO_PREBUILT_KERNELS, see `octavo compile-kernels --help`.
@@ -28,21 +27,22 @@ from safetensors.torch import save_file
 from octavo_engine.models.config import load_config
 from octavo_engine.models.layout import placements
 
+sys.path.insert(0, str(Path(__file__).parent))
+from served import MODEL, write_tokenizer
+
 PORT, MANAGEMENT_PORT = 18100, 18101
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "octavo-startup")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--output", type=Path)
     parser.add_argument("flags", nargs="*")
     arguments = parser.parse_args()
     write_checkpoint(arguments.model, arguments.folder)
-    for file in arguments.tokenizer.glob("tokenizer*"):
-        shutil.copy(file, arguments.folder)
+    write_tokenizer(arguments.folder)
     size = sum(len(block) for file in arguments.folder.glob("*.safetensors") for block in blocks(file))
     runs = [start(arguments.folder, arguments.flags) for _ in range(arguments.runs)]
     result = {

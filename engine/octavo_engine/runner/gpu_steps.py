@@ -1,8 +1,9 @@
 """Run steps on a GPU so that planning one overlaps with computing the one before it.
 
-A step's description is packed into one pinned buffer and copied to the device at once. Steps of decodes alone replay a
-CUDA graph from embedding to sampled token; others launch the same kernels one by one. Sampled ids stay on the device,
-where the next step reads them, and come to the host one step later. Called by model_runner.py.
+A step's description is packed into one pinned buffer and copied to the device at once. Steps of decodes alone, and
+those with few prompt tokens beside them, replay a CUDA graph from embedding to sampled token; others launch the same
+kernels one by one. Sampled ids stay on the device, where the next step reads them, and come to the host one step later.
+Called by model_runner.py.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from octavo_engine.core.step import Admission, Sampled, StepItem, StepPlan
 from octavo_engine.kernels import sampling
-from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts, plan_parts
+from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
 from octavo_engine.kernels.gpu.prebuilt import Compilations
-from octavo_engine.kernels.gpu.prefill_attention import Chunk, max_tiles, plan_tiles
+from octavo_engine.kernels.gpu.prefill_attention import max_tiles
 from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
 from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_sampling
 from octavo_engine.kernels.sampling import SampleRow
@@ -34,6 +35,7 @@ from octavo_engine.runner.chances import (
     start_logprobs,
     start_scores,
 )
+from octavo_engine.runner.layout import MIXED_CHUNKS, Layout, exact, pack
 
 RING = 3
 """Pinned buffers: one being filled and one for each step that may be under way, whose copy may not have run yet."""
@@ -47,12 +49,18 @@ FIRST_GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 the products' tiles have those sizes anyway, beyond up to a fifth of a step."""
 
 
+MIXED_DECODES = (8, 32, 64, 128, 256)
+MIXED_TOKENS = (64, 128, 192, 256, 384, 512)
+"""Decodes and prompt tokens of graphs for steps with both: launching such a step's 350 kernels one by one takes a host
+9 ms, longer than a GPU takes for them."""
+
+
 @dataclass(frozen=True)
 class Launched:
-    """A step under way. count: ids that it yields; host: pinned, filled when done is reached."""
+    """A step under way. host: pinned, filled when done is reached; its ids lie at `places`."""
 
     host: Tensor
-    count: int
+    places: Sequence[int]
     done: torch.cuda.Event
     rows: tuple[int, ...]
     chances: list[Chances]
@@ -71,7 +79,7 @@ class GpuSteps:
         self._decoder, self._plan = decoder, plan
         self._kv_cache, self._token_ids, self._block_tables = kv_cache, token_ids, block_tables
         self._device = kv_cache.device
-        self._max_seqs = max_seqs
+        self._max_seqs, self._max_tokens = max_seqs, max_tokens
         self._kv_heads = decoder.config.num_kv_heads
         self._windows = sorted(set(decoder.config.windows), key=lambda w: (w is not None, w))
         self._state = SamplingState.allocate(max_seqs + 1, self._device)
@@ -89,15 +97,14 @@ class GpuSteps:
         self._pinned = [_Pinned(described) for _ in range(RING)]
         self._pinned_updates = [_Pinned(updates) for _ in range(RING)]
         self._hosts = [torch.zeros(max_seqs, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
-        self._zeros = array("i", bytes(4 * PART_WORDS * parts))
         self._compilations = compilations
         self._launches = 0
         self._admissions: dict[int, Admission] = {}
         self._num_blocks_of: dict[int, int] = {}
         self._slow: set[int] = set()
         """Rows whose sampling needs their history: those go through the reference sampler after the fast one."""
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._uncaptured: list[int] = []
+        self._graphs: dict[Layout, torch.cuda.CUDAGraph] = {}
+        self._uncaptured: list[Layout] = []
         self._pool = torch.cuda.graph_pool_handle()
 
     @property
@@ -116,46 +123,69 @@ class GpuSteps:
         self._launches += 1
         self._update(plan, turn)
         sampled = [item for item in plan.items if item.samples]
-        size = self._graph_size(plan, len(sampled))
-        if size is not None:
-            self._describe(turn, plan.items, size)
-            self._graphs[size].replay()
+        layout = self._graph_for(plan, sampled)
+        if layout is not None:
+            self._describe(turn, plan.items, layout)
+            self._graphs[layout].replay()
+            # Ids of decodes come first, then those of their padding, then those of prompts.
+            decodes = sum(item.count == 1 for item in sampled)
+            places = [*range(decodes), *range(layout.decodes, layout.decodes + len(sampled) - decodes)]
         else:
-            self._run(self._describe_any(plan, sampled, turn))
-        # The one buffer that every step's logits are written to, in a graph or not; a graph's padding comes last.
+            layout = exact(plan.items)
+            self._describe(turn, plan.items, layout)
+            self._run(self._step(layout))
+            places = list(range(len(sampled)))
+        # The one buffer that every step's logits are written to; in a graph with prompts nobody asks for more than ids.
         logits = self._decoder.logits[: len(sampled)]
         if slow := [index for index, item in enumerate(sampled) if item.row in self._slow]:
             self._sample_slowly(slow, sampled, logits)
         asked = [self._admissions[item.row].sampling.logprobs for item in sampled]
         chances = start_logprobs(logits, self._out[: len(sampled)], asked)
         scores = start_scores(plan.items, self._admissions, self._decoder.logits_of)
-        host = self._hosts[turn]
-        host[: len(sampled)].copy_(self._out[: len(sampled)], non_blocking=True)
+        host, filled = self._hosts[turn], places[-1] + 1 if places else 0
+        host[:filled].copy_(self._out[:filled], non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        return Launched(host, len(sampled), done, tuple(item.row for item in sampled), chances, scores)
+        return Launched(host, places, done, tuple(item.row for item in sampled), chances, scores)
 
     def collect(self, launched: Launched) -> Sampled:
-        if not launched.count and not launched.scores:
+        places = launched.places
+        if not places and not launched.scores:
             return Sampled([])
         launched.done.synchronize()
-        tokens: list[int] = launched.host[: launched.count].tolist()
+        ids = launched.host[: places[-1] + 1].tolist() if places else []
+        tokens: list[int] = [ids[place] for place in places]
         for row, token in zip(launched.rows, tokens, strict=True):
             if token < 0:
                 self._scrub(row)
-        return Sampled(tokens, read_logprobs(launched.chances, launched.count), read_scores(launched.scores))
+        return Sampled(tokens, read_logprobs(launched.chances, len(places)), read_scores(launched.scores))
 
     def _scrub(self, row: int) -> None:
         """Zero the blocks of a request that gave NaN: attention multiplies what lies behind a sequence's end by 0."""
         blocks = self._block_tables[row, : self._num_blocks_of[row]].long()
         self._kv_cache[:, :, blocks] = 0
 
-    def _graph_size(self, plan: StepPlan, num_sampled: int) -> int | None:
-        """The graph that a step of these decodes takes, or None."""
-        count = len(plan.items)
-        if plan.num_tokens != count or num_sampled != count:
+    def _graph_for(self, plan: StepPlan, sampled: list[StepItem]) -> Layout | None:
+        """The smallest graph that fits this step, or None."""
+        items = plan.items
+        decodes = sum(item.count == 1 for item in items)
+        prompt_tokens = plan.num_tokens - decodes
+        if sum(item.count == 1 for item in sampled) != decodes:
+            return None  # a prompt's single token that is not its last
+        if prompt_tokens and (len(items) - decodes > MIXED_CHUNKS or any(self._is_special(item) for item in items)):
             return None
-        return min((size for size in self._graphs if size >= count), default=None)
+        fitting = (
+            layout
+            for layout in self._graphs
+            if layout.decodes >= decodes
+            and (layout.prompt_tokens > prompt_tokens if prompt_tokens else not layout.prompt_tokens)
+        )
+        return min(fitting, key=lambda layout: layout.tokens, default=None)
+
+    def _is_special(self, item: StepItem) -> bool:
+        """Whether more is wanted of it than the id that the sampler in the graph gives."""
+        sampling = self._admissions[item.row].sampling
+        return item.row in self._slow or item.num_scored > 0 or sampling.logprobs is not None
 
     def _run(self, step: DeviceStep) -> None:
         logits = self._decoder.forward(step)
@@ -195,98 +225,26 @@ class GpuSteps:
         if admitted:
             set_sampling(self._updates[len(blocks) : total].view(-1, SAMPLING_WORDS), self._state)
 
-    def _describe(self, turn: int, items: Sequence[StepItem], size: int) -> None:
-        """Copy decodes, padded to `size`, to where the graph of that size reads them (see `_graph_step`)."""
-        padding = size - len(items)
-        ids = [self._id_of(item) for item in items] + [0] * padding
-        rows = [item.row for item in items] + [self._max_seqs] * padding
-        positions = [item.start for item in items] + [0] * padding
+    def _describe(self, turn: int, items: Sequence[StepItem], layout: Layout) -> None:
+        """Copy the step to the device as `layout` says."""
+        words = pack(
+            items, layout, self._admissions, self._max_seqs, self._windows, self._plan.block_size, self._kv_heads
+        )
         pinned = self._pinned[turn]
-        pinned.write(0, [*ids, *rows, *positions])
-        at = 3 * size
-        for window in self._windows:
-            at = self._write_parts(pinned, at, rows, positions, window)
-        self._described[:at].copy_(pinned.tensor[:at], non_blocking=True)
+        pinned.write(0, words)
+        self._described[: len(words)].copy_(pinned.tensor[: len(words)], non_blocking=True)
 
-    def _write_parts(
-        self, pinned: _Pinned, at: int, rows: Sequence[int], positions: Sequence[int], window: int | None
-    ) -> int:
-        """Parts of these decodes, zeros up to as many as there can be; returns where they end."""
-        room = PART_WORDS * max_parts(len(rows), self._kv_heads)
-        words = plan_parts(rows, positions, self._plan.block_size, self._kv_heads, window)
-        pinned.write(at, words)
-        pinned.write(at + len(words), self._zeros[: room - len(words)])
-        return at + room
-
-    def _read_parts(self, at: int, many: int) -> tuple[Tensor, int]:
-        """A view of what `_write_parts` wrote, on the device, and where it ends."""
-        end = at + PART_WORDS * max_parts(many, self._kv_heads)
-        return self._described[at:end].view(-1, PART_WORDS), end
-
-    def _graph_step(self, size: int) -> DeviceStep:
-        """A step of `size` decodes, as views of the described buffer."""
-        ids, rows, positions = self._described[: 3 * size].view(3, size)
-        parts, at = {}, 3 * size
-        for window in self._windows:
-            parts[window], at = self._read_parts(at, size)
-        return DeviceStep(ids, rows, positions, size, parts, None, None)
-
-    def _describe_any(self, plan: StepPlan, sampled: list[StepItem], turn: int) -> DeviceStep:
-        """A step with prompt chunks, or one that no graph fits."""
-        items = plan.items
-        decodes = [item for item in items if item.count == 1]
-        assert decodes == list(items[: len(decodes)]), "decodes come first"
-        ids, rows, positions, chunks = array("i"), array("i"), array("i"), []
-        for item in items:
-            tokens = self._admissions[item.row].tokens
-            if item.count == 1:
-                ids.append(self._id_of(item))
-                rows.append(item.row)
-                positions.append(item.start)
-            else:
-                chunks.append(Chunk(len(ids), item.row, item.start, item.count))
-                ids.extend(tokens[item.start : item.start + item.count])
-                rows.extend([item.row] * item.count)
-                positions.extend(range(item.start, item.start + item.count))
-        total = len(ids)
-        pinned = self._pinned[turn]
-        for index, words in enumerate((ids, rows, positions)):
-            pinned.write(index * total, words)
-        at = 3 * total
-        where = at
-        if decodes:
-            for window in self._windows:
-                at = self._write_parts(pinned, at, rows[: len(decodes)], positions[: len(decodes)], window)
-        tiles = plan_tiles(chunks)
-        tiles_at = at
-        pinned.write(at, tiles)
-        at += len(tiles)
-        ends: list[int] | None = None
-        if len(sampled) != total:
-            last, ends = -1, []
-            for item in items:
-                last += item.count
-                if item.samples:
-                    ends.append(last)
-            pinned.write(at, ends)
-            at += len(ends)
-        described = self._described
-        described[:at].copy_(pinned.tensor[:at], non_blocking=True)
-        parts = {}
-        if decodes:
-            for window in self._windows:
-                parts[window], where = self._read_parts(where, len(decodes))
-        device_ids, device_rows, device_positions = described[: 3 * total].view(3, total)
-        return DeviceStep(
-            device_ids, device_rows, device_positions, num_decodes=len(decodes), parts=parts,
-            tiles=described[tiles_at : tiles_at + len(tiles)].view(-1, 4) if tiles else None,
-            logit_tokens=None if ends is None else described[at - len(ends) : at],
-        )  # fmt: skip
-
-    def _id_of(self, item: StepItem) -> int:
-        """A decode's input id, or -1 when an earlier step left it on the device."""
-        tokens = self._admissions[item.row].tokens
-        return tokens[item.start] if item.start < len(tokens) else -1
+    def _step(self, layout: Layout) -> DeviceStep:
+        """What `_describe` copies, as views of the device's buffer."""
+        ids, rows, positions = self._described[: 3 * layout.tokens].view(3, layout.tokens)
+        parts, at = {}, 3 * layout.tokens
+        for window in self._windows if layout.decodes else ():
+            end = at + PART_WORDS * max_parts(layout.decodes, self._kv_heads)
+            parts[window], at = self._described[at:end].view(-1, PART_WORDS), end
+        tiles = self._described[at : at + 4 * layout.tiles].view(-1, 4) if layout.tiles else None
+        at += 4 * layout.tiles
+        ends = None if layout.ends is None else self._described[at : at + layout.ends]
+        return DeviceStep(ids, rows, positions, layout.decodes, parts, tiles, ends)
 
     # ---- sampling that needs a request's history
 
@@ -315,30 +273,34 @@ class GpuSteps:
         """
         sizes = {*(size for size in GRAPH_SIZES if size < self._max_seqs), min(self._max_seqs, GRAPH_SIZES[-1])}
         first = {size for size in sizes if size in FIRST_GRAPH_SIZES} | {max(sizes)}
-        self._uncaptured = sorted(sizes - first, reverse=True)
+        mixed = [Layout.mixed(decodes, tokens) for decodes in MIXED_DECODES for tokens in MIXED_TOKENS]
+        self._uncaptured = [
+            *(Layout(size) for size in sorted(sizes - first)),
+            *(m for m in mixed if m.tokens <= self._max_tokens and m.decodes + MIXED_CHUNKS <= self._max_seqs),
+        ]
         for size in sorted(first, reverse=True):
             between()
-            self._capture(size)
+            self._capture(Layout(size))
 
     def prepare(self) -> bool:
         """Capture one more graph, while no step is under way; whether there was one left."""
         if not self._uncaptured:
             return False
         self._compilations.ready = False  # nobody waits for what is compiled here
-        self._capture(self._uncaptured.pop())
+        self._capture(self._uncaptured.pop(0))
         self._compilations.ready = True
         return True
 
     @torch.inference_mode()
-    def _capture(self, size: int) -> None:
-        self._describe(0, [], size)
-        step = self._graph_step(size)
+    def _capture(self, layout: Layout) -> None:
+        self._describe(0, [], layout)
+        step = self._step(layout)
         self._run(step)  # compiles what is not in the cache yet, which a capture could not
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._run(step)
-        self._graphs[size] = graph
+        self._graphs[layout] = graph
         torch.cuda.synchronize()
 
 

@@ -75,7 +75,7 @@ def prefill_attention(
 
     qkv: [num_tokens, (heads + 2 * kv_heads) * head_dim], queries first and rotated.
     out: [num_tokens, heads * head_dim].
-    tiles: [num_tiles, 4] int32 from `plan_tiles`. block_tables: [num_rows, max_blocks] int32.
+    tiles: [num_tiles, 4] int32 from `plan_tiles`, zeros are no work. block_tables: [num_rows, max_blocks] int32.
     """
     dim = loads.keys.shape[1]
     heads = out.shape[1] // dim
@@ -125,6 +125,8 @@ def _prefill(
     kv_head = head // GROUP
     token = tl.load(tile).to(tl.int64)
     num_rows = tl.load(tile + 1)
+    if num_rows == 0:  # padding
+        return
     table = block_tables + tl.load(tile + 2).to(tl.int64) * stride_table
     start = tl.load(tile + 3)
 

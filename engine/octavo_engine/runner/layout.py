@@ -1,0 +1,105 @@
+"""A step as the words that a GPU reads: ids, rows and positions of its tokens, parts, tiles, tokens that yield logits.
+
+Decodes come first, then prompts; both may be padded to the size of a graph. Pure; used by gpu_steps.py.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from octavo_engine.core.step import Admission, StepItem
+from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts, plan_parts
+from octavo_engine.kernels.gpu.prefill_attention import TILE_ROWS, Chunk, max_tiles, plan_tiles
+
+MIXED_CHUNKS = 8
+"""Prompts that a graph with prompts may hold."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is described: decodes, prompt tokens, their tiles, and tokens that yield logits, padding included.
+
+    ends is None where each token does, which are decodes then.
+    """
+
+    decodes: int
+    prompt_tokens: int = 0
+    tiles: int = 0
+    ends: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.decodes + self.prompt_tokens
+
+    @classmethod
+    def mixed(cls, decodes: int, prompt_tokens: int) -> Layout:
+        """Eight tokens more, as padding needs one, and matrices like multiples of eight."""
+        tokens = prompt_tokens + 8
+        return cls(decodes, tokens, max_tiles(prompt_tokens, MIXED_CHUNKS), decodes + MIXED_CHUNKS)
+
+
+def exact(items: Sequence[StepItem]) -> Layout:
+    """A step without padding."""
+    decodes = sum(item.count == 1 for item in items)
+    sampled = sum(item.samples for item in items)
+    tiles = sum(-(-item.count // TILE_ROWS) for item in items if item.count > 1)
+    tokens = sum(item.count for item in items)
+    return Layout(decodes, tokens - decodes, tiles, None if sampled == tokens else sampled)
+
+
+def pack(
+    items: Sequence[StepItem], layout: Layout, admissions: Mapping[int, Admission], nobody: int,
+    windows: Sequence[int | None], block_size: int, kv_heads: int,
+) -> array[int]:  # fmt: skip
+    """The step's words in the order of the layout's properties. nobody: the row whose tokens are padding.
+
+    ids are -1 where an earlier step left the id on the device.
+    """
+    singles = [item for item in items if item.count == 1]
+    decodes = len(singles)
+    ids = array("i", [_id_of(item, admissions[item.row]) for item in singles])
+    rows = array("i", [item.row for item in singles])
+    positions = array("i", [item.start for item in singles])
+    _pad(ids, rows, positions, layout.decodes, nobody)
+    last = layout.tokens - 1
+    # A prompt's single token that is not its last yields nothing; steps with one are never padded.
+    ends = [index for index, item in enumerate(singles) if item.samples] + [last] * (layout.decodes - decodes)
+    chunks: list[Chunk] = []
+    for item in items:
+        if item.count > 1:
+            tokens = admissions[item.row].tokens
+            chunks.append(Chunk(len(ids), item.row, item.start, item.count))
+            ids.extend(tokens[item.start : item.start + item.count])
+            rows.extend([item.row] * item.count)
+            positions.extend(range(item.start, item.start + item.count))
+            if item.samples:
+                ends.append(len(ids) - 1)
+    _pad(ids, rows, positions, layout.tokens, nobody)
+    words = ids + rows + positions
+    for window in windows if layout.decodes else ():
+        parts = plan_parts(rows[: layout.decodes], positions[: layout.decodes], block_size, kv_heads, window)
+        _extend(words, parts, PART_WORDS * max_parts(layout.decodes, kv_heads), 0)
+    _extend(words, plan_tiles(chunks), 4 * layout.tiles, 0)
+    if layout.ends is not None:
+        _extend(words, ends, layout.ends, last)
+    return words
+
+
+def _id_of(item: StepItem, admission: Admission) -> int:
+    return admission.tokens[item.start] if item.start < len(admission.tokens) else -1
+
+
+def _pad(ids: array[int], rows: array[int], positions: array[int], to: int, nobody: int) -> None:
+    """Up to `to` tokens: the first one of the row that belongs to nobody."""
+    missing = to - len(ids)
+    ids.extend([0] * missing)
+    rows.extend([nobody] * missing)
+    positions.extend([0] * missing)
+
+
+def _extend(words: array[int], by: Sequence[int], to: int, filler: int) -> None:
+    assert len(by) <= to, (len(by), to)
+    words.extend(by)
+    words.extend([filler] * (to - len(by)))

@@ -1,0 +1,89 @@
+"""What a GPU is told of a step: the same whether it is padded to a graph or not."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from octavo_engine.core.step import Admission, StepItem
+from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
+from octavo_engine.runner.layout import Layout, exact, pack
+from octavo_engine.sampling_params import SamplingParams
+
+NOBODY, BLOCK_SIZE, KV_HEADS = 99, 64, 8
+
+
+def read(words: list[int], layout: Layout, windows: list[int | None]) -> dict[str, list]:
+    """The words again as what they mean, without the padding."""
+    n = layout.tokens
+    ids, rows, positions = words[:n], words[n : 2 * n], words[2 * n : 3 * n]
+    at = 3 * n
+    found: dict[str, list] = {"parts": []}
+    for _ in windows if layout.decodes else ():
+        end = at + PART_WORDS * max_parts(layout.decodes, KV_HEADS)
+        parts = [tuple(words[i : i + PART_WORDS]) for i in range(at, end, PART_WORDS)]
+        found["parts"].append(sorted((p[1], p[2], p[3], p[4]) for p in parts if p[4] and p[1] != NOBODY))
+        at = end
+    tiles = [tuple(words[i : i + 4]) for i in range(at, at + 4 * layout.tiles, 4)]
+    found["tiles"] = sorted((row, position, count) for token, count, row, position in tiles if count)
+    assert all(rows[token] == row and positions[token] == position for token, n, row, position in tiles if n)
+    at += 4 * layout.tiles
+    ends = list(range(n)) if layout.ends is None else words[at : at + layout.ends]
+    found["ends"] = [(rows[end], positions[end]) for end in ends if rows[end] != NOBODY]
+    found["tokens"] = [(r, p, i) for r, p, i in zip(rows, positions, ids, strict=True) if r != NOBODY]
+    assert len(words) == at + (layout.ends or 0)
+    return found
+
+
+def make_step(rng: random.Random, decodes: int, chunks: int, most: int) -> tuple[list[StepItem], dict[int, Admission]]:
+    items, admissions = [], {}
+    for row in range(decodes + chunks):
+        start = rng.randrange(500)
+        count = 1 if row < decodes else rng.randrange(2, most)
+        samples = row < decodes or rng.random() < 0.5
+        known = rng.randrange(start) if row < decodes and start else start + count
+        items.append(StepItem(row, start, count, [], samples))
+        admissions[row] = Admission([7 * t + row for t in range(known)], known, SamplingParams(), (), 0)
+    return items, admissions
+
+
+@pytest.mark.parametrize("windows", [[None], [None, 100]])
+def test_a_padded_step_says_what_the_exact_one_says(windows):
+    rng = random.Random(3)
+    for _ in range(60):
+        decodes, chunks = rng.randrange(9), rng.randrange(9)
+        items, admissions = make_step(rng, decodes, chunks, 24)
+        if not items:
+            continue
+        plain = exact(items)
+        padded = Layout.mixed(8, 192) if chunks else Layout(8)
+
+        first, second = (
+            read(list(pack(items, layout, admissions, NOBODY, windows, BLOCK_SIZE, KV_HEADS)), layout, windows)
+            for layout in (plain, padded)
+        )
+
+        if decodes:
+            assert second == first
+        else:
+            assert {**second, "parts": None} == {**first, "parts": None}
+        assert first["ends"] == [(i.row, i.start + i.count - 1) for i in items if i.samples]
+        assert [t[0] for t in first["tokens"]] == [item.row for item in items for _ in range(item.count)]
+
+
+def test_a_single_token_that_is_not_a_prompts_last_yields_nothing():
+    items = [StepItem(0, 5, 1, [], True), StepItem(1, 3, 1, [], False), *(StepItem(r, 0, 9, [], True) for r in (2, 3))]
+    admissions = {row: Admission(list(range(9)), 9, SamplingParams(), (), 0) for row in range(4)}
+    layout = exact(items)
+
+    words = pack(items, layout, admissions, NOBODY, [None], BLOCK_SIZE, KV_HEADS)
+
+    assert read(list(words), layout, [None])["ends"] == [(0, 5), (2, 8), (3, 8)]
+
+
+def test_an_id_that_is_on_the_device_only_is_left_to_it():
+    items = [StepItem(0, 5, 1, [], True), StepItem(1, 2, 1, [], True)]
+    admissions = {row: Admission([10, 11, 12], 3, SamplingParams(), (), 0) for row in range(2)}
+
+    assert list(pack(items, exact(items), admissions, NOBODY, [None], BLOCK_SIZE, KV_HEADS)[:2]) == [-1, 12]
