@@ -80,7 +80,9 @@ class ChunkLimit:
         if quiet is None:
             return
         per_token = max(seconds - quiet, 0.0) / prompt_tokens
-        self._per_token_s = per_token if self._per_token_s is None else (self._per_token_s + per_token) / 2
+        known = per_token if self._per_token_s is None else self._per_token_s
+        # Costs rise along a prompt, and what is learned is two steps old: a rise is followed at once.
+        self._per_token_s = max(per_token, (known + per_token) / 2)
 
     def tokens(self, decodes: int) -> int | None:
         """Prompt tokens for a step of so many decodes; None where nobody is held up."""
