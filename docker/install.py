@@ -21,6 +21,8 @@ SUPERFLUOUS = [
     *("torch/include", "torch/share", "torch/bin/[!t]*", "torch/bin/test*"),
     *("nvidia/**/include", "nvidia/**/lib/*.a", "triton/FileCheck", "triton/backends/amd/lib"),
     *("sympy/**/tests", "networkx/**/tests"),
+    # The Hub's other protocol; the files come over HTTP as well, and these nine megabytes are llguidance's.
+    *("hf_xet", "hf_xet-*.dist-info"),
 ]
 # Wheels whose libraries were patched after linking do not survive strip, and those are torch's and NVIDIA's.
 NOT_STRIPPED = ("torch", "triton", "nvidia", "cuda")

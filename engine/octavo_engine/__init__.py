@@ -8,16 +8,18 @@ if TYPE_CHECKING:
     from octavo_engine.llm import LLM
     from octavo_engine.outputs import CompletionOutput, RequestOutput
     from octavo_engine.sampling_params import SamplingParams
+    from octavo_engine.structured.params import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 _HOMES = {
     "LLM": "octavo_engine.llm",
     "CompletionOutput": "octavo_engine.outputs",
     "RequestOutput": "octavo_engine.outputs",
     "SamplingParams": "octavo_engine.sampling_params",
+    "StructuredOutputsParams": "octavo_engine.structured.params",
 }
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
 
 from octavo_engine.status import API_PORT, DEFAULT_TERMINATION_LOG, MANAGEMENT_PORT
+from octavo_engine.structured.settings import StructuredOutputsSettings
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "half", "float")
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -66,6 +67,12 @@ def parse_json_object(text: str) -> str:
     """A JSON object, kept as text. Raises ValueError."""
     if not isinstance(json.loads(text), dict):
         raise ValueError("not an object")
+    return text
+
+
+def parse_structured_outputs_config(text: str) -> str:
+    """Raises ValueError for an object with other settings than there are."""
+    StructuredOutputsSettings.of(text)
     return text
 
 
@@ -332,6 +339,10 @@ class ServerConfig:
     override_generation_config: str | None = _setting(
         None, "Default sampling parameters, as a JSON object; they win over generation_config.json.", group="Server",
         parse=parse_json_object, metavar="JSON",
+    )  # fmt: skip
+    structured_outputs_config: str | None = _setting(
+        None, "Defaults of structured output, as a JSON object: disable_any_whitespace, disable_additional_properties, "
+        "enable_in_reasoning.", group="Server", parse=parse_structured_outputs_config, metavar="JSON",
     )  # fmt: skip
     max_logprobs: int = _setting(
         20, "Most log-probabilities a token that a request may ask for.", group="Server", low=0, high=20

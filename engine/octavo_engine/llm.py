@@ -19,10 +19,13 @@ from octavo_engine.api.engine_client import one_sequence
 from octavo_engine.api.find_model import ModelFolder, download, local_folder, store_of
 from octavo_engine.api.tokenizer import Tokenizer, generation_defaults
 from octavo_engine.config import ConfigError, EngineConfig
-from octavo_engine.core.messages import FinishReason, Submit, TokenEvent, TokenLogprobs
+from octavo_engine.core.messages import FinishReason, Grammar, Submit, TokenEvent, TokenLogprobs
 from octavo_engine.outputs import CompletionOutput, Logprob, RequestOutput
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.status import Effective
+from octavo_engine.structured.grammar import check, grammar_of
+from octavo_engine.structured.params import StructuredOutputsParams
+from octavo_engine.structured.settings import StructuredOutputsSettings
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
@@ -44,14 +47,17 @@ class LLM:
         tokenizer: str | None = None,
         chat_template: str | None = None,
         skip_tokenizer_init: bool = False,
+        structured_outputs_config: str | Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         self._config = _config(model, tokenizer, settings)
+        self._structured = StructuredOutputsSettings.of(structured_outputs_config)
         # As in the engine process: waiting threads must not starve each other. Too late once torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from octavo_engine.core.engine import Engine
         from octavo_engine.core.scheduler import Scheduler, SchedulerConfig
         from octavo_engine.runner.model_runner import ModelRunner
+        from octavo_engine.structured.matcher import Matchers
 
         found = _find(model, self._config)
         texts = found.path if tokenizer is None else _find(tokenizer, self._config, weights=False).path
@@ -80,10 +86,15 @@ class LLM:
             ),
             loaded.plan.num_blocks,
         )
-        self._engine = Engine(scheduler, runner, time.monotonic, self._config.seed)
+        constraints = None
+        if self._tokenizer is not None and runner.takes_masks:
+            constraints = Matchers(texts / "tokenizer.json", loaded.model.vocab_size)
+        self._engine = Engine(scheduler, runner, time.monotonic, self._config.seed, constraints=constraints)
         while self._engine.prepare():  # there is no idle moment later on
             pass
         self._num_requests = 0
+        self._grammars: dict[StructuredOutputsParams, str] = {}
+        """The last one, made and tried: many prompts share it."""
 
     def generate(
         self,
@@ -139,8 +150,9 @@ class LLM:
     def _run(self, prompts: list[_Encoded], sampling: list[SamplingParams], use_tqdm: bool) -> list[RequestOutput]:
         limit = self.effective.max_model_len
         sampling = [self._resolved(params) for params in sampling]
+        grammars = [self._grammar(params) for params in sampling]
         outputs, answers = [], {}
-        for (text, ids), params in zip(prompts, sampling, strict=True):
+        for (text, ids), params, grammar in zip(prompts, sampling, grammars, strict=True):
             output = RequestOutput(str(self._num_requests), text, ids)
             self._num_requests += 1
             outputs.append(output)
@@ -152,7 +164,7 @@ class LLM:
                     stream = TextStream(self._tokenizer, each)
                 answer = _Answer(output, index, stream, frozenset(params.stop_token_ids), self._tokenizer)
                 answers[f"{output.request_id}-{index}"] = answer
-                self._engine.submit(Submit(f"{output.request_id}-{index}", ids, each, self._eos))
+                self._engine.submit(Submit(f"{output.request_id}-{index}", ids, each, self._eos, grammar=grammar))
         try:
             self._drain(answers, use_tqdm)
         finally:
@@ -170,6 +182,17 @@ class LLM:
         if not params.bad_words:
             return params
         return replace(params, bad_words_ids=self.get_tokenizer().spellings(params.bad_words))
+
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        """Raises ValueError for one that cannot be compiled."""
+        if params.structured_outputs is None:
+            return None
+        text = self._grammars.get(params.structured_outputs)
+        if text is None:
+            text = grammar_of(self._structured.applied(params.structured_outputs), self.get_tokenizer().special_id)
+            check(text)
+            self._grammars = {params.structured_outputs: text}
+        return Grammar(text)
 
     def _drain(self, answers: dict[str, _Answer], use_tqdm: bool) -> None:
         from tqdm import tqdm

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from octavo_engine.structured.params import StructuredOutputsParams
+
 MAX_N = 128
 """Upper bound of `n`: OpenAI's own; one request may not take the whole machine."""
 MIN_TEMPERATURE = 0.01
@@ -42,7 +44,8 @@ class SamplingParams:
     bad_words must not come; bad_words_ids are their spellings in ids, which whoever has the tokenizer fills in.
     logprobs: log-probabilities of each token and of so many likeliest ones, 0: of the token alone, None: none; of the
     model's own distribution, before penalties and temperature. prompt_logprobs: the same of each prompt token but the
-    first, given what is before it.
+    first, given what is before it. structured_outputs: the form that the text must have; the text is complete when its
+    form is, whatever min_tokens and ignore_eos say.
     Raises SamplingError.
     """
 
@@ -69,6 +72,7 @@ class SamplingParams:
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         # Lists and single strings are what callers write; tuples keep the value hashable and immutable.
@@ -119,6 +123,8 @@ class SamplingParams:
                 raise SamplingError(name, getattr(self, name), "True or False")
         if self.stop and not self.detokenize:
             raise SamplingError("detokenize", False, "True with stop strings, which are looked for in the text")
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise SamplingError("structured_outputs", self.structured_outputs, "StructuredOutputsParams(...)")
         if self.n > 1 and self.temperature == 0:
             raise SamplingError("n", self.n, "1 when temperature is 0: greedy answers would all be the same")
 

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from octavo_engine.kernels.gpu import (
+    apply_mask,
     decode_attention,
     norm,
     prefill_attention,
@@ -42,6 +43,7 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
             [HALF, "i32", HALF, HALF, INT, INT, INT, "i32"] + [HALF] * 4 + ["fp32"],
             {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_SIZE": 64, "AT_ONCE": 4}, 1,
         ),
+        ("apply_mask", apply_mask._apply_mask, [HALF, INT, "i32"], {"VOCAB": 151936, "AT_ONCE": 4096}, 4),
         ("silu_mul", silu_mul._silu_mul, [HALF, HALF], {"INNER": 14336, "BLOCK": 1024}, 4),
         (
             "decode_attention", decode_attention._decode,

@@ -40,7 +40,5 @@ def test_a_folder_of_prebuilt_kernels_that_moved_leaves_nothing_to_compile(tmp_p
     assert second.startswith("compiled 0 kernels")
     assert not [file for file in (tmp_path / "unused").rglob("*") if file.is_file()]
     launchers = list(moved.rglob("*.so"))
-    assert all(b"libcuda.so.1" in file.read_bytes() for file in launchers), (
-        "not linked with the driver"
-    )
+    assert all(b"libcuda.so.1" in file.read_bytes() for file in launchers), "not linked with the driver"
     assert {file.suffix for file in moved.rglob("*") if file.is_file()} >= {".cubin", ".json", ".so"}

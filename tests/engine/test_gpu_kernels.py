@@ -18,7 +18,7 @@ if not ON_GPU:
 pytest.importorskip("triton")
 
 from octavo_engine.kernels import silu_mul as reference_silu_mul
-from octavo_engine.kernels.gpu import norm, rope_kv, sample, silu_mul, small_linear, state
+from octavo_engine.kernels.gpu import apply_mask, norm, rope_kv, sample, silu_mul, small_linear, state
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, Scratch, decode_attention, max_parts, plan_parts
 from octavo_engine.kernels.gpu.decode_attention import reference as reference_decode
 from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, plan_tiles, prefill_attention
@@ -293,3 +293,28 @@ def test_updates_reach_the_rows_they_name():
     for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
         assert torch.equal(getattr(where, name), getattr(expected, name)), name
     assert int(where.seed[2]) == ((-3 << 32) | (2**32 - 5))
+
+
+@pytest.mark.parametrize(("n", "vocab", "words"), [(1, 31, 1), (3, 4096, 128), (2, 5000, 157), (5, 9001, 300)])
+def test_a_mask_leaves_the_tokens_of_its_bits(n, vocab, words):
+    logits = random(n, vocab)
+    masks = torch.randint(-(2**31), 2**31, (n, words), dtype=torch.int32, device=DEVICE)
+    masks[0] = -1
+    expected = logits.clone()
+    apply_mask.reference(expected, masks)
+
+    apply_mask.apply_mask(logits, masks)
+
+    assert torch.equal(logits, expected)
+    assert not torch.isinf(logits[0]).any()
+
+
+def test_bits_are_counted_from_the_lowest_of_the_first_byte():
+    mask = bytearray(8)
+    for token in (0, 9, 33):
+        mask[token >> 3] |= 1 << (token & 7)
+
+    logits = torch.zeros(1, 40)
+    apply_mask.reference(logits, apply_mask.upload([bytes(mask)], torch.device("cpu")))
+
+    assert (logits[0] == 0).nonzero().flatten().tolist() == [0, 9, 33]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -325,6 +325,22 @@ def test_the_numbers_behind_the_draws_are_spread_over_all_of_zero_to_one(seed: i
     tenths = Counter(int(number * 10) for number in numbers)
     assert min(tenths.values()) > 140
     assert len(set(numbers)) == 2000
+
+
+def test_a_masked_token_never_comes_and_the_logits_stay_as_they_were():
+    logits = noise(1, 40, seed=1)
+    logits[0, 3] = 9.0
+    before = logits.clone()
+    masked = replace(row(temperature=0.0), mask=torch.tensor([0b110000, 0], dtype=torch.int32))
+
+    (token,) = sampling.reference(logits, [masked]).tolist()
+
+    assert token == (4 if before[0, 4] > before[0, 5] else 5)
+    assert torch.equal(logits, before)
+    drawn_ones = {
+        sampling.reference(logits, [replace(masked, sampling=SamplingParams(), seed=s)]).item() for s in range(50)
+    }
+    assert drawn_ones == {4, 5}
 
 
 def test_a_token_of_no_probability_never_comes():

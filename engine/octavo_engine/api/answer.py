@@ -9,7 +9,7 @@ from typing import Any
 
 from octavo_engine.api.detokenizer import TextStream
 from octavo_engine.api.engine_client import Output, Stream, Timing
-from octavo_engine.api.errors import internal, without_folders
+from octavo_engine.api.errors import bad_request, internal, without_folders
 from octavo_engine.api.output.parser import OutputFormat, OutputParser, Parsed, ToolCall
 from octavo_engine.api.tokenizer import Tokenizer
 from octavo_engine.core.messages import FinishReason, TokenLogprobs
@@ -186,6 +186,8 @@ class Answer:
     def _piece(self, output: Output) -> Piece:
         if output.finish_reason is FinishReason.ERROR:
             self.error = "engine_error"
+            if output.error_param is not None:
+                raise bad_request(f"{output.error_param}: {output.error}", output.error_param)
             why = without_folders(output.error or "no reason given")
             raise internal(f"The engine could not finish this request: {why}")
         choice = self._choices[output.index]
@@ -217,7 +219,7 @@ class Answer:
             parsed = choice.parser.push(delta.text, last=reason is not None)
             if parsed.reasoning and not parsed.content:
                 choice.num_reasoning_tokens += delta.num_tokens
-            if reason == "stop" and choice.parser.has_calls:
+            if reason == "stop" and choice.parser.has_calls and not choice.parser.named:
                 reason = "tool_calls"
         return Piece(
             output.index,

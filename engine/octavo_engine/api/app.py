@@ -59,11 +59,13 @@ from octavo_engine.api.push import PUSHED, Push
 from octavo_engine.api.responses import protocol as responses
 from octavo_engine.api.responses.writer import ResponsesWriter
 from octavo_engine.api.served_model import ServedModel, prompts_of
+from octavo_engine.api.structured import Grammars
 from octavo_engine.api.tools import check_tools, output_format
 from octavo_engine.api.tracing import Asked, Tracer
 from octavo_engine.api.watch import Watch
 from octavo_engine.config import ServerConfig
 from octavo_engine.status import Stage
+from octavo_engine.structured.settings import StructuredOutputsSettings
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,7 @@ class Api:
 
     def __post_init__(self) -> None:
         self.idle.set()
+        self.grammars = Grammars(StructuredOutputsSettings.of(self.config.structured_outputs_config))
         self.cors = Cors.from_config(self.config)
         self.access_log = AccessLog.from_config(self.config)
         self.routes = _Routes(self.config.root_path)
@@ -281,10 +284,12 @@ class Api:
                     f"Requested {kind} logprobs of {count}, which is greater than max allowed: {most}", param
                 )
         n = sampling.n
+        form = sampling.structured_outputs
+        grammar = await self.grammars.of(form, format, model.tokenizer, generation.form_param)
         sequences = []
         for prompt in prompts:
             max_tokens = model.max_tokens(generation.max_tokens, len(prompt), max_tokens_param)
-            sequences += [Prompt(prompt, one_sequence(sampling, i, max_tokens)) for i in range(n)]
+            sequences += [Prompt(prompt, one_sequence(sampling, i, max_tokens), grammar) for i in range(n)]
         try:
             stream = self.client.submit(
                 sequences,

@@ -25,6 +25,7 @@ from octavo_engine.core.messages import (
     Abort,
     Fatal,
     FinishReason,
+    Grammar,
     Ready,
     StageChanged,
     StepOutput,
@@ -57,6 +58,7 @@ class Prompt:
 
     token_ids: list[int]
     sampling: SamplingParams
+    grammar: Grammar | None = None
 
 
 @dataclass(slots=True)
@@ -69,6 +71,7 @@ class Output:
     stop_token_id: int | None = None
     num_cached_tokens: int | None = None
     error: str | None = None
+    error_param: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None
 
@@ -203,7 +206,7 @@ class Stream:
         if event.finish_reason is not None:
             output.finish_reason = event.finish_reason
             output.stop_token_id = event.stop_token_id
-            output.error = event.error
+            output.error, output.error_param = event.error, event.error_param
             self._open.pop(sequence.index, None)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -282,6 +285,7 @@ class EngineClient(asyncio.Protocol):
                         eos_token_ids=eos_token_ids,
                         cache_salt=cache_salt,
                         priority=priority,
+                        grammar=prompt.grammar,
                     )
                 )
             )
@@ -432,9 +436,15 @@ class EngineClient(asyncio.Protocol):
 
 
 def one_sequence(sampling: SamplingParams, index: int, max_tokens: int) -> SamplingParams:
-    """The parameters of one of n answers: a given seed is moved on, or all answers would be the same."""
+    """The parameters of one of n answers: a given seed is moved on, or all answers would be the same.
+
+    structured_outputs are left out: the engine gets the grammar that was made of them.
+    """
     seed = None if sampling.seed is None else _shifted(sampling.seed, index)
-    return replace(sampling, n=1, seed=seed, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens))
+    min_tokens = min(sampling.min_tokens, max_tokens)
+    return replace(
+        sampling, n=1, seed=seed, max_tokens=max_tokens, min_tokens=min_tokens, structured_outputs=None
+    )  # fmt: skip
 
 
 def _shifted(seed: int, index: int) -> int:

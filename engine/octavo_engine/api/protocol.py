@@ -20,6 +20,8 @@ from octavo_engine.api.errors import ApiError, bad_request, malformed
 from octavo_engine.api.tokenizer import GenerationDefaults
 from octavo_engine.api.tool_messages import calls_for_template, check_message_tools
 from octavo_engine.sampling_params import MAX_LOGPROBS, SamplingError, SamplingParams
+from octavo_engine.structured.grammar import from_response_format
+from octavo_engine.structured.params import StructuredOutputsError, StructuredOutputsParams, from_document
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,14 @@ class _Sampled(_Body):
     cache_salt: str | None = None
     truncate_prompt_tokens: Whole | None = None
     truncation_side: Literal["left", "right"] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
+    guided_whitespace_pattern: str | None = None
 
 
 class TextPart(Strict):
@@ -211,6 +221,8 @@ class Generation:
     echo: bool = False
     prompt_only: bool = False
     """Nothing of what is generated is wanted: the request scores its prompt."""
+    form_param: str = "structured_outputs"
+    """The field that sampling.structured_outputs came from."""
 
 
 def chat_generation(request: ChatRequest, defaults: GenerationDefaults) -> Generation:
@@ -313,6 +325,7 @@ def _generation(
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if any(len(text) > MAX_STOP_CHARS for text in stop):
         raise bad_request(f"stop strings may have at most {MAX_STOP_CHARS} characters.", "stop")
+    form_param, form = structured_outputs(request)
     try:
         sampling = SamplingParams(
             n=_or(request.n, 1),
@@ -336,6 +349,7 @@ def _generation(
             bad_words=tuple(request.bad_words or ()),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            structured_outputs=form,
         )
     except SamplingError as error:
         param = max_tokens_name if error.param == "max_tokens" else error.param
@@ -352,7 +366,34 @@ def _generation(
         cache_salt=request.cache_salt,
         base_id=request.request_id,
         priority=request.priority or 0,
+        form_param=form_param,
     )
+
+
+def structured_outputs(request: _Sampled) -> tuple[str, StructuredOutputsParams | None]:
+    """What the answer's form must be, and in which of the fields that can say it it was said. Raises ApiError."""
+    older = {
+        "json": request.guided_json, "regex": request.guided_regex, "choice": request.guided_choice,
+        "grammar": request.guided_grammar, "json_object": request.guided_json_object or None,
+    }  # fmt: skip
+    older = {name: value for name, value in older.items() if value is not None}
+    if older and request.guided_whitespace_pattern is not None:
+        older["whitespace_pattern"] = request.guided_whitespace_pattern
+    forms: dict[str, StructuredOutputsParams] = {}
+    param = ""
+    try:
+        for param, read, value in (
+            ("response_format", from_response_format, request.response_format),
+            ("structured_outputs", from_document, request.structured_outputs or None),
+            (f"guided_{next(iter(older), '')}", from_document, older or None),
+        ):
+            if value is not None and (form := read(value)) is not None:
+                forms[param] = form
+    except StructuredOutputsError as error:
+        raise bad_request(str(error) if error.param == param else f"{param}: {error}", param) from None
+    if len(forms) > 1:
+        raise bad_request(f"Give only one of {' and '.join(forms)}: an answer has one form.", next(iter(forms)))
+    return next(iter(forms.items()), ("structured_outputs", None))
 
 
 def _or(*values: Any) -> Any:
@@ -393,10 +434,6 @@ def _empty(value: Any) -> bool:
     return value in (None, {}, [])
 
 
-def _text_format(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and value.get("type") == "text")
-
-
 _NOTHING = _Refusal(_only(None))
 _NOTHING_OR_FALSE = _Refusal(_only(None, False))
 _NOTHING_OR_EMPTY = _Refusal(_empty)
@@ -406,12 +443,6 @@ _REFUSED_EVERYWHERE: dict[str, _Refusal] = {
     "length_penalty": _Refusal(_only(None, 1, 1.0), "belongs to beam search, which is not supported"),
     "early_stopping": _NOTHING_OR_FALSE,
     "thinking_token_budget": _NOTHING,
-    "response_format": _Refusal(_text_format, "other than text is not supported yet"),
-    "structured_outputs": _NOTHING,
-    "guided_json": _NOTHING,
-    "guided_regex": _NOTHING,
-    "guided_choice": _NOTHING,
-    "guided_grammar": _NOTHING,
     "return_tokens_as_token_ids": _NOTHING_OR_FALSE,
     "return_token_ids": _NOTHING_OR_FALSE,
     "return_prompt_text": _NOTHING_OR_FALSE,
@@ -451,7 +482,7 @@ _REFUSED: dict[type[BaseModel], dict[str, _Refusal]] = {
 _HARMLESS = frozenset(
     {
         "user", "store", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity",
-        "spaces_between_special_tokens",
+        "spaces_between_special_tokens", "guided_decoding_backend",
     }
 )  # fmt: skip
 """Known fields whose every value leaves the answer as it is."""

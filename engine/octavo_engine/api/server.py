@@ -154,14 +154,14 @@ class _Server:
 
     async def _start_up(self) -> None:
         folder = await self._find(self._engine_config.model, self._engine_config.revision, weights=True)
-        # The engine loads weights while we read the tokenizer.
-        self._client.send(Start(str(folder.path), folder.resolved_revision))
         text_folder = folder
         if self._engine_config.tokenizer is not None:
             name, revision = self._engine_config.tokenizer, self._engine_config.tokenizer_revision
             text_folder = await self._find(name, revision, weights=False)
         elif (revision := self._engine_config.tokenizer_revision) is not None:
             text_folder = await self._find(self._engine_config.model, revision, weights=False)
+        # The engine loads weights while we read the tokenizer.
+        self._client.send(Start(str(folder.path), folder.resolved_revision, str(text_folder.path)))
         text = await asyncio.to_thread(_load_text, folder.path, text_folder.path, self._config)
         tokenizer, template, defaults = text
         effective = await self._client.ready

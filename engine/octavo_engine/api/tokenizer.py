@@ -133,6 +133,11 @@ class Tokenizer:
                     found[ids] = None
         return tuple(found)
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that this text is, or None when it is no special token."""
+        id: int | None = self.core.token_to_id(text)
+        return id if id in self.special_ids else None
+
     def token(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it, or None for an id outside of it."""
         text: str | None = self.core.id_to_token(token_id)

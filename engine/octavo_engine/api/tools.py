@@ -15,16 +15,24 @@ def output_format(request: ChatRequest, config: ServerConfig) -> OutputFormat | 
     reasoning = REASONING_PARSERS[config.reasoning_parser] if config.reasoning_parser else None
     if request.include_reasoning is False and reasoning is None:
         raise bad_request("include_reasoning=false needs a server with --reasoning-parser.", "include_reasoning")
-    auto = _wants_calls(request, config)
-    if reasoning is None and not auto:
+    calls = _wants_calls(request, config)
+    if reasoning is None and not calls:
         return None
-    tools = request.tools or []
+    tools, choice = request.tools or [], request.tool_choice
+    demanded: tuple[str, ...] | None = None
+    if isinstance(choice, NamedTool):
+        demanded = (choice.function.name,)
+    elif choice == "required":
+        demanded = tuple(tool.function.name for tool in tools)
     return OutputFormat(
-        tools=TOOL_PARSERS[config.tool_call_parser] if auto and config.tool_call_parser else None,
+        tools=TOOL_PARSERS[config.tool_call_parser] if calls and config.tool_call_parser else None,
         schemas={tool.function.name: tool.function.parameters or {} for tool in tools},
         parallel=request.parallel_tool_calls is not False,
         reasoning=reasoning,
         include_reasoning=request.include_reasoning is not False,
+        demanded=demanded,
+        named=isinstance(choice, NamedTool),
+        strict=frozenset(tool.function.name for tool in tools if tool.function.strict),
     )
 
 
@@ -32,11 +40,6 @@ def check_tools(tools: list[Tool] | None) -> None:
     """Raises ApiError."""
     if tools is not None and not tools:
         raise bad_request("tools must not be empty; leave it out when there are none.", "tools")
-    for index, tool in enumerate(tools or []):
-        if tool.function.strict:
-            raise bad_request(
-                f"tools.{index}.function.strict needs constrained decoding, which is not supported yet.", "tools"
-            )
 
 
 def tools_for_template(tools: list[Tool] | None) -> list[dict[str, Any]] | None:
@@ -58,11 +61,11 @@ def _wants_calls(request: ChatRequest, config: ServerConfig) -> bool:
         if name not in {tool.function.name for tool in request.tools}:
             raise bad_request(f"tool_choice: there is no tool {name[:200]!r} in tools.", "tool_choice")
     if choice is not None and choice != "auto":
-        kind = "required" if choice == "required" else "a named tool"
-        raise bad_request(
-            f"tool_choice: {kind} needs constrained decoding, which is not supported yet; use auto or none.",
-            "tool_choice",
-        )
+        if config.tool_call_parser is None:
+            raise bad_request(
+                "tool_choice: required and named tools need a server with --tool-call-parser.", "tool_choice"
+            )
+        return True
     if not config.enable_auto_tool_choice:
         raise bad_request(
             '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set', "tool_choice"

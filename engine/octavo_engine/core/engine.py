@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from octavo_engine.core.constraint import Constraints
 from octavo_engine.core.cost import ChunkLimit, StepCost
 from octavo_engine.core.messages import NOT_FINITE, FinishReason, StepOutput, StepStats, Submit, TokenEvent
 from octavo_engine.core.request import Request
@@ -42,13 +43,30 @@ class Clock(Protocol):
     def __call__(self) -> float: ...
 
 
+MASK_GRACE_S = 0.001
+"""A step waits so long for masks, which take some 0.05 ms each; a row whose mask takes longer sits the step out."""
+IDLE_WAIT_S = 0.02
+"""What a step waits for grammars when nothing else is to be done; a new request may come meanwhile."""
+COMPILE_LIMIT_S = 10.0
+"""A request whose grammar is not compiled by then ends with an error."""
+
+
 class Engine:
     """Requests in, tokens out. `clock` counts seconds from any moment; `seed` makes those of unseeded requests."""
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, clock: Clock, seed: int = 0, max_slowdown: float | None = None
-    ) -> None:  # fmt: skip
-        """max_slowdown: by how much prompts may lengthen a step that decodes too; None lets them fill the budget."""
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        clock: Clock,
+        seed: int = 0,
+        max_slowdown: float | None = None,
+        constraints: Constraints | None = None,
+    ) -> None:
+        """max_slowdown: by how much prompts may lengthen a step that decodes too; None lets them fill the budget.
+
+        constraints: who makes the masks of structured output; None refuses requests that ask for them.
+        """
         self.scheduler = scheduler
         self._runner = runner
         self._clock = clock
@@ -57,6 +75,11 @@ class Engine:
         self._num_steps = 0
         self._prefill_tokens = 0
         self._last_step_s: float | None = None
+        self._constraints = constraints
+        self._constrained: list[Request] = []
+        """Live requests with a grammar that the scheduler has."""
+        self._compiling: dict[str, Request] = {}
+        """Requests whose grammar is being compiled: the scheduler does not know them yet."""
         self._pending: list[TokenEvent] = []
         self._live: set[str] = set()
         self._launched: deque[tuple[StepPlan, Any, float]] = deque()
@@ -66,22 +89,32 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._pending) or bool(self._launched)
+        return self.scheduler.has_work or bool(self._pending or self._launched or self._compiling)
 
     def submit(self, submit: Submit) -> None:
         """Queue a request. What can never run ends at once, with an error event at the next step."""
         if problem := self._problem(submit):
-            self._pending.append(TokenEvent(submit.request_id, [], finish_reason=FinishReason.ERROR, error=problem))
+            self._fail(submit.request_id, problem)
+            return
+        if submit.grammar is not None and self._constraints is None:
+            self._fail(submit.request_id, "this engine has no structured output", "structured_outputs")
             return
         self._live.add(submit.request_id)
         seed = submit.sampling.seed
         if seed is None:  # distinct for each request, the same in each run with the same --seed and order
             seed = (self._seed * 0x9E3779B97F4A7C15 + self._arrivals) % 2**63
-        self.scheduler.add(Request.of(submit, self._arrivals, self._clock(), seed))
+        request = Request.of(submit, self._arrivals, self._clock(), seed)
         self._arrivals += 1
+        if submit.grammar is None:
+            self.scheduler.add(request)
+        else:
+            assert self._constraints is not None
+            request.constraint = self._constraints.start(submit.grammar, request.end_token_ids)
+            self._compiling[request.id] = request
 
     def abort(self, ids: Sequence[str]) -> None:
-        for request in self.scheduler.abort(ids):
+        compiling = [self._compiling.pop(id) for id in ids if id in self._compiling]
+        for request in (*compiling, *self.scheduler.abort(ids)):
             self._live.discard(request.id)
             self._pending.append(TokenEvent(request.id, [], finish_reason=FinishReason.ABORT))
 
@@ -90,6 +123,8 @@ class Engine:
 
         With a runner of depth 1 the results are those of the step before the one that was launched.
         """
+        if self._constraints is not None and (self._constrained or self._compiling):
+            self._settle(self._constraints)
         started = self._clock()
         plan = self.scheduler.schedule(started, self._prompt_tokens())
         events, self._pending = self._pending, []
@@ -106,6 +141,44 @@ class Engine:
     def _prompt_tokens(self) -> int | None:
         """How many prompt tokens the next step may take."""
         return None if self._limit is None else self._limit.tokens(self.scheduler.num_decodes)
+
+    def _settle(self, constraints: Constraints) -> None:
+        """Take in what became of grammars: requests that may begin, that are complete, and that cannot go on."""
+        idle = not (self.scheduler.has_work or self._launched or self._pending)
+        constraints.settle(IDLE_WAIT_S if idle else MASK_GRACE_S, grammars=idle)
+        self._constrained = [request for request in self._constrained if request.finish_reason is None]
+        for request in self._constrained:
+            constraint = request.constraint
+            assert constraint is not None
+            if request.num_pending or not constraint.ready:
+                continue
+            if constraint.error is not None:
+                self.scheduler.finish(request, FinishReason.ERROR)
+                self._live.discard(request.id)
+                self._fail(request.id, constraint.error, "structured_outputs")
+            elif constraint.complete:
+                # The end-of-text token, the only one that could follow, tells nothing more.
+                self.scheduler.finish(request, FinishReason.STOP)
+                self._live.discard(request.id)
+                self._pending.append(TokenEvent(request.id, [], finish_reason=FinishReason.STOP))
+        now = self._clock()
+        for request in list(self._compiling.values()):
+            constraint = request.constraint
+            assert constraint is not None
+            if not constraint.ready and now - request.arrival_s < COMPILE_LIMIT_S:
+                continue
+            del self._compiling[request.id]
+            if constraint.ready and constraint.error is None:
+                self.scheduler.add(request)
+                self._constrained.append(request)
+            else:
+                self._live.discard(request.id)
+                error = constraint.error or f"the grammar took more than {COMPILE_LIMIT_S:g} s to compile"
+                self._fail(request.id, error, "structured_outputs")
+
+    def _fail(self, request_id: str, problem: str, param: str | None = None) -> None:
+        event = TokenEvent(request_id, [], finish_reason=FinishReason.ERROR, error=problem, error_param=param)
+        self._pending.append(event)
 
     def _collect(self) -> list[TokenEvent]:
         plan, launched, started = self._launched.popleft()
@@ -126,7 +199,7 @@ class Engine:
         waiting_tokens = scheduler.waiting_prefill_tokens
         return Load(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(self._compiling),
             waiting_prefill_tokens=waiting_tokens,
             kv_usage=scheduler.kv_usage,
             predicted_queue_s=self.cost.predict_queue_s(
@@ -137,17 +210,22 @@ class Engine:
 
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
-        alive = {r.id for r in (*self.scheduler.running, *self.scheduler.waiting)}
+        alive = {r.id for r in (*self.scheduler.running, *self.scheduler.waiting, *self._compiling.values())}
         assert alive == self._live, "a request was lost or lives twice"
 
     def _commit(self, plan: StepPlan, sampled: Sampled, now: float) -> list[Commit]:
-        commits = []
+        commits, advanced = [], []
         for commit in self.scheduler.commit(plan, sampled.tokens, now, sampled.logprobs, sampled.scores):
             if commit.finish_reason is not None:
                 self._live.discard(commit.request.id)
             elif commit.token is None:
                 continue
+            elif commit.request.constraint is not None:
+                advanced.append((commit.request.constraint, commit.token))
             commits.append(commit)
+        if advanced:
+            assert self._constraints is not None
+            self._constraints.advance(advanced)
         return commits
 
     def _problem(self, submit: Submit) -> str | None:

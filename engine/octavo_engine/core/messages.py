@@ -35,6 +35,21 @@ class Start:
 
     model_path: str
     resolved_revision: str | None = None
+    tokenizer_path: str | None = None
+    """The folder of its tokenizer, where that is another."""
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must keep to, in the words of structured/grammar.py, which has checked it.
+
+    after: the text that ends the model's thinking, when the answer begins with it or may: the grammar holds from there.
+    opening: the text that begins it; with it, an answer that does not begin so is held to the grammar at once.
+    """
+
+    text: str
+    after: str | None = None
+    opening: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,7 @@ class Submit:
     eos_token_ids: tuple[int, ...] = ()
     priority: int = 0
     cache_salt: str | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +130,8 @@ class TokenEvent(Struct, array_like=True, gc=False):
     queue_s: float | None = None
     prefill_s: float | None = None
     error: str | None = None
+    error_param: str | None = None
+    """The field of the request that is at fault for the error; None: it is ours."""
     logprobs: list[TokenLogprobs] = []
     """Of each of token_ids where the request asked for them, else empty."""
     prompt_logprobs: list[TokenLogprobs] | None = None

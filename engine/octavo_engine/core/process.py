@@ -27,6 +27,7 @@ from octavo_engine.config import (
     from_namespace,
 )
 from octavo_engine.core.channel import Channel, ChannelClosedError
+from octavo_engine.core.constraint import Constraints
 from octavo_engine.core.engine import Engine
 from octavo_engine.core.messages import Abort, Fatal, FromEngine, Ready, Shutdown, StageChanged, Start, Submit, ToEngine
 from octavo_engine.core.scheduler import Scheduler, SchedulerConfig
@@ -78,6 +79,8 @@ def run(config: EngineConfig, channel: Channel) -> None:
     if isinstance(start, Shutdown):
         return
     assert isinstance(start, Start), start
+    # Its threads read the vocabulary while the weights are loaded.
+    constraints = _constraints(Path(start.tokenizer_path or start.model_path), Path(start.model_path))
     loaded = runner.load(Path(start.model_path), _Progress(channel.send), start.resolved_revision)
     scheduler = Scheduler(
         SchedulerConfig(
@@ -90,12 +93,29 @@ def run(config: EngineConfig, channel: Channel) -> None:
         ),
         loaded.plan.num_blocks,
     )
-    engine = Engine(scheduler, runner, time.monotonic, config.seed, config.max_decode_slowdown)
+    engine = Engine(
+        scheduler,
+        runner,
+        time.monotonic,
+        config.seed,
+        config.max_decode_slowdown,
+        constraints if runner.takes_masks else None,
+    )
     # What start-up made stays for good: later collections need not walk through it.
     gc.collect()
     gc.freeze()
     channel.send(Ready(loaded.effective))
     serve(engine, inbox, channel)
+
+
+def _constraints(tokenizer: Path, model: Path) -> Constraints | None:
+    """None when the checkpoint has no tokenizer: then its clients send and get ids, which no grammar knows."""
+    # Here and not above: LLM and the tests of this process need no llguidance.
+    from octavo_engine.models.config import load_config
+    from octavo_engine.structured.matcher import Matchers
+
+    file = tokenizer / "tokenizer.json"
+    return Matchers(file, load_config(model).vocab_size) if file.is_file() else None
 
 
 def serve(engine: Engine, inbox: queue.SimpleQueue[ToEngine], channel: Channel) -> None:

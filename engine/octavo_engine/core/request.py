@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from octavo_engine.core.blocks import BlockHash, BlockId
+from octavo_engine.core.constraint import Constraint
 from octavo_engine.core.messages import FinishReason, Submit, TokenLogprobs
 from octavo_engine.sampling_params import SamplingParams
 
@@ -51,6 +52,7 @@ class Request:
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     num_preemptions: int = 0
+    constraint: Constraint | None = None
     scores: list[TokenLogprobs] = field(default_factory=list)
     """Of the prompt's tokens from the second on, as far as known, when sampling.prompt_logprobs asks for them."""
 
@@ -77,6 +79,12 @@ class Request:
     def num_remaining(self) -> int:
         """Tokens to compute before the next one can be sampled; 1 while decoding."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def awaits_token(self) -> bool:
+        """Whether a step can do nothing for it now: its grammar has yet to see the last token, or lets none follow."""
+        c = self.constraint
+        return c is not None and (self.num_pending > 0 or not c.ready or c.complete or c.error is not None)
 
     @property
     def num_unscored(self) -> int:

@@ -110,7 +110,7 @@ class Scheduler:
 
         budget = self.config.max_num_batched_tokens
         for request in decodes:
-            if request.row is not None and not self._ends_with_pending(request):
+            if request.row is not None and not self._has_nothing_to_do(request):
                 budget -= self._extend(request, self._chunk(request.num_remaining, budget), grants)
         if prompt_tokens is not None and self.config.enable_chunked_prefill:
             budget = min(budget, prompt_tokens)
@@ -125,7 +125,8 @@ class Scheduler:
         # A step that had to preempt admits nobody: the blocks would be taken back at once.
         preempted = self.num_preemptions != before
         while not preempted and self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
-            if self.waiting[0].num_pending:  # preempted while its token was under way: known after the next commit
+            # Preempted while its token was under way: known after the next commit.
+            if self.waiting[0].num_pending or self.waiting[0].awaits_token:
                 break
             admitted = self._admit(self.waiting[0], budget, room, now)
             if admitted is None:
@@ -154,6 +155,10 @@ class Scheduler:
         request.blocks += new_blocks
         grants[request] = _Grant(request, count, new_blocks)
         return count - freed
+
+    def _has_nothing_to_do(self, request: Request) -> bool:
+        waits = request.constraint is not None and request.awaits_token
+        return waits or self._ends_with_pending(request)
 
     def _ends_with_pending(self, request: Request) -> bool:
         """Whether the pending token is the last one that its length allows, so that there is nothing to compute."""
@@ -232,6 +237,7 @@ class Scheduler:
                     samples=samples,
                     admission=admission,
                     num_scored=max(0, scored),
+                    mask=request.constraint.mask if samples and request.constraint is not None else None,
                 )
             )
             requests.append(request)
@@ -273,7 +279,7 @@ class Scheduler:
             if token is not None:
                 request.num_pending -= 1
                 if token < 0:
-                    self._finish(request, FinishReason.ERROR)
+                    self.finish(request, FinishReason.ERROR)
                     commits.append(Commit(request, None, FinishReason.ERROR))
                     continue
                 request.tokens.append(token)
@@ -286,7 +292,7 @@ class Scheduler:
                 request.first_token_s = now
             reason, stop_token_id = self._end_of(request, token)
             if reason is not None:
-                self._finish(request, reason)
+                self.finish(request, reason)
             commits.append(Commit(request, token, reason, stop_token_id, chances))
         return commits
 
@@ -295,8 +301,16 @@ class Scheduler:
         wanted = set(ids)
         ended = [request for request in (*self.running, *self.waiting) if request.id in wanted]
         for request in ended:
-            self._finish(request, FinishReason.ABORT)
+            self.finish(request, FinishReason.ABORT)
         return ended
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a live request, wherever it is."""
+        request.finish_reason = reason
+        if request.row is None:
+            self.waiting.remove(request)
+        else:
+            self._give_up(request)
 
     def preempt_all(self) -> None:
         """Send every running request back to waiting; their outputs do not change by it."""
@@ -348,13 +362,6 @@ class Scheduler:
         request.num_preemptions += 1
         self._give_up(request)
         bisect.insort(self.waiting, request, key=lambda r: r.order)
-
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        request.finish_reason = reason
-        if request.row is None:
-            self.waiting.remove(request)
-        else:
-            self._give_up(request)
 
     def _give_up(self, request: Request) -> None:
         assert request.row is not None

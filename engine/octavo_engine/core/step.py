@@ -34,6 +34,7 @@ class StepItem:
 
     samples: the item ends at the request's last token, so the step yields its next one.
     num_scored: of so many of its tokens, from the first, the logits tell what the prompt's next token was worth.
+    mask: the tokens that may be sampled, one bit each (core/constraint.py); None: any.
     """
 
     row: int
@@ -43,6 +44,7 @@ class StepItem:
     samples: bool
     admission: Admission | None = None
     num_scored: int = 0
+    mask: bytes | None = None
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ class SampleRow:
     num_prompt: int
     banned: tuple[int, ...]
     """Ids that may not come now (end tokens before min_tokens)."""
+    mask: Tensor | None = None
+    """Ids that may come, packed (unpacked below): [ceil(vocab / 32)] int32 on the device; None: any."""
 
     @property
     def position(self) -> int:
@@ -61,7 +63,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _plain_greedy(row: SampleRow) -> bool:
-    return row.sampling.greedy and not row.sampling.reshapes and not row.banned
+    return row.sampling.greedy and not row.sampling.reshapes and not row.banned and row.mask is None
 
 
 def _checked(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -92,6 +94,14 @@ def _penalize(logits: Tensor, row: SampleRow) -> None:
     banned = [token for token in (*row.banned, *_last_of_bad_words(row)) if token < logits.shape[0]]
     if banned:
         logits[banned] = float("-inf")
+    if row.mask is not None:
+        logits.masked_fill_(~unpacked(row.mask, logits.shape[0]), float("-inf"))
+
+
+def unpacked(masks: Tensor, vocab: int) -> Tensor:
+    """masks: [..., words] int32, the lowest bit of the first word first → [..., vocab] bool"""
+    bits = masks.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=masks.device)
+    return (bits & 1).bool().flatten(-2)[..., :vocab]
 
 
 def _last_of_bad_words(row: SampleRow) -> list[int]:

@@ -126,6 +126,11 @@ class ModelRunner:
         """Use a moment in which no request waits; whether there is more to do."""
         return self._gpu is not None and self._gpu.prepare()
 
+    @property
+    def takes_masks(self) -> bool:
+        """Whether steps keep to the masks of their items."""
+        return self._gpu is None
+
     def launch(self, plan: StepPlan) -> Any:
         return self._gpu.launch(plan) if self._gpu else self.execute(plan)
 
@@ -228,7 +233,8 @@ class ModelRunner:
         num_output = length - admission.num_prompt
         banned = admission.min_tokens_ids if num_output < admission.sampling.min_tokens else ()
         history = self._token_ids[item.row, :length]
-        return SampleRow(admission.sampling, admission.seed, history, admission.num_prompt, banned)
+        mask = None if item.mask is None else torch.frombuffer(bytearray(item.mask), dtype=torch.int32).to(self._device)
+        return SampleRow(admission.sampling, admission.seed, history, admission.num_prompt, banned, mask)
 
     def _warm_up(self) -> None:
         """One generation of two steps, so that the first request meets no lazy set-up. Raises FatalError on NaN."""

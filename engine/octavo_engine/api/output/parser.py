@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from octavo_engine.api.output.calls import Call, Schemas, ToolParser
+from octavo_engine.api.output.forms import FORMS, CallForm
 from octavo_engine.api.output.hermes import HermesParser
 from octavo_engine.api.output.llama3_json import Llama3JsonParser
 from octavo_engine.api.output.mistral import MistralParser
@@ -52,6 +53,8 @@ class OutputFormat:
     """How the answers to one request are to be read. None: that part is not looked for.
 
     begun: what the prompt says of thinking (see ThinkParser). parallel False: only a choice's first call is given.
+    demanded: the functions of which one must be called, None where the model decides; named: the request names it.
+    strict: those whose calls keep to their schemas also then.
     """
 
     tools: type[ToolParser] | None = None
@@ -60,6 +63,14 @@ class OutputFormat:
     reasoning: type[ThinkParser] | None = None
     include_reasoning: bool = True
     begun: bool | None = None
+    demanded: tuple[str, ...] | None = None
+    named: bool = False
+    strict: frozenset[str] = frozenset()
+
+    @property
+    def call_form(self) -> CallForm | None:
+        """How the model writes calls, as grammars."""
+        return None if self.tools is None else next(FORMS[n] for n, kind in TOOL_PARSERS.items() if kind is self.tools)
 
 
 class OutputParser:
@@ -70,6 +81,11 @@ class OutputParser:
         self._tools = None if format.tools is None else format.tools(format.schemas)
         self._thinking = None if format.reasoning is None else format.reasoning(format.begun)
         self._num_calls = 0
+
+    @property
+    def named(self) -> bool:
+        """The call was no decision of the model: it does not end the answer in a way of its own."""
+        return self._format.named
 
     @property
     def has_calls(self) -> bool:

@@ -102,15 +102,15 @@ def _values(body: str, schema: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _value(text: str, schema: object) -> Any:
-    kinds = _kinds(schema)
+    kinds = kinds_of(schema)
     plain = text.strip()
-    if not kinds or kinds == {"string"}:
+    if kinds == {"string"} or (not kinds and not refers(schema)):
         return text
     if "boolean" in kinds and plain.lower() in ("true", "false"):
         return plain.lower() == "true"
     if "null" in kinds and plain.lower() in ("null", "none"):
         return None
-    if kinds <= {"string", "null"}:
+    if kinds and kinds <= {"string", "null"}:
         return text
     try:
         value = read_json(plain)
@@ -119,7 +119,7 @@ def _value(text: str, schema: object) -> Any:
     return text if "string" in kinds and not isinstance(value, (dict, list, int, float)) else value
 
 
-def _kinds(schema: object) -> set[str]:
+def kinds_of(schema: object) -> set[str]:
     """The JSON types that a property's schema allows; empty when it does not say."""
     if not isinstance(schema, dict):
         return set()
@@ -131,3 +131,8 @@ def _kinds(schema: object) -> set[str]:
             if isinstance(part, dict) and isinstance(part.get("type"), str):
                 kinds.add(part["type"])
     return kinds
+
+
+def refers(schema: object) -> bool:
+    """Whether a property's schema is said elsewhere, so that its value may be any JSON."""
+    return isinstance(schema, dict) and ("$ref" in schema or "allOf" in schema)
