@@ -382,7 +382,7 @@ def test_the_page_of_flags_is_made_from_the_tables() -> None:
     """Written with: octavo serve --help=markdown > docs/flags.md"""
     page = (Path(__file__).parents[2] / "docs" / "flags.md").read_text()
 
-    assert octavo("serve", "--help=markdown").stdout == page + "\n"
+    assert octavo("serve", "--help=markdown").stdout == page
     assert all(f"`{flag}`" in page for flag in (*TYPED_FLAGS, *BY_NAME))
 
 
