@@ -59,7 +59,7 @@ def read(
     parser: ArgumentParser, arguments: Sequence[str], environ: Mapping[str, str]
 ) -> tuple[argparse.Namespace, list[str]]:
     """The namespace, and warnings for what changes nothing. Raises UsageError and ConfigError."""
-    given = vars(parser.parse_args(arguments))
+    given = vars(parser.parse_args(_without_dots(arguments)))
     settings: dict[str, Any] = {}
     known = {action.dest for action in parser._actions}
     for variable, dest in ENVIRONMENT.items():
@@ -72,6 +72,36 @@ def read(
     settings |= given
     warnings = [] if not any(dest.startswith("vllm:") for dest in known) else answers(settings)
     return argparse.Namespace(**settings), warnings + _unknown_variables(environ)
+
+
+def _without_dots(arguments: Sequence[str]) -> list[str]:
+    """`--x.a.b 1 --x.c=true` as `--x {"a": {"b": 1}, "c": true}`: how vLLM lets objects be written in parts."""
+    rest: list[str] = []
+    objects: dict[str, dict[str, Any]] = {}
+    words = iter(arguments)
+    for word in words:
+        found = re.fullmatch(r"(--[A-Za-z][\w-]*)\.([\w.-]+)(?:=(.*))?", word, re.DOTALL)
+        if found is None:
+            rest.append(word)
+            continue
+        flag, path, text = found.groups()
+        if text is None and (text := next(words, None)) is None:
+            raise UsageError(f"{word} has no value")
+        place = objects.setdefault(flag.replace("_", "-"), {})
+        *outer, last = path.split(".")
+        for key in outer:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise UsageError(f"{word}: {key} has a value of its own already")
+        place[last] = _json_or_text(text)
+    return rest + [f"{flag}={json.dumps(value)}" for flag, value in objects.items()]
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _parse_from(source: str, parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:

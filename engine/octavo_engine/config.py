@@ -29,6 +29,9 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("console", "json")
 TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral", "qwen3_coder", "pythonic")
 REASONING_PARSERS = ("deepseek_r1", "qwen3")
+GENERATION_DEFAULTS = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "max_new_tokens",
+)  # fmt: skip
 QUANTIZATIONS = ("awq", "gptq", "squeezellm", "fp8")
 
 
@@ -315,7 +318,10 @@ class ServerConfig:
         managed=True,
     )  # fmt: skip
     chat_template: str | None = _setting(
-        None, "File with a Jinja chat template, instead of the tokenizer's.", group="Server", metavar="FILE"
+        None,
+        "File with a Jinja chat template, or the template itself, instead of the tokenizer's.",
+        group="Server",
+        metavar="FILE",
     )
     enable_auto_tool_choice: bool = _setting(
         False, "Let the model decide when to call tools; needs --tool-call-parser.", group="Server"
@@ -473,6 +479,10 @@ class ServerConfig:
             raise ConfigError("--ssl-ca-certs", None, "the authorities that clients' certificates are checked by")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError("--root-path", self.root_path, "a path with a slash before it and none after, as /llm")
+        for name, value in json.loads(self.override_generation_config or "{}").items():
+            if name not in GENERATION_DEFAULTS or isinstance(value, bool) or not isinstance(value, (int, float)):
+                expected = "numbers for " + ", ".join(GENERATION_DEFAULTS)
+                raise ConfigError("--override-generation-config", {name: value}, expected)
         if self.allow_credentials and "*" in self.allowed_origins:
             raise ConfigError("--allow-credentials", True, "--allowed-origins with names, as browsers demand")
         if self.port == self.management_port and self.port != 0 and self.uds is None:

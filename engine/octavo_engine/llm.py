@@ -60,7 +60,9 @@ class LLM:
         from octavo_engine.structured.matcher import Matchers
 
         found = _find(model, self._config)
-        texts = found.path if tokenizer is None else _find(tokenizer, self._config, weights=False).path
+        texts = found.path
+        if tokenizer is not None or self._config.tokenizer_revision is not None:
+            texts = _find(tokenizer or model, self._config, weights=False).path
         try:
             runner = ModelRunner(self._config)
             loaded = runner.load(found.path, lambda stage, done, total: None, found.resolved_revision)
@@ -317,7 +319,7 @@ def _find(name: str, config: EngineConfig, weights: bool = True) -> ModelFolder:
     folder = local_folder(name, of="model" if weights else "tokenizer")
     if folder is not None:
         return folder
-    revision = config.revision if weights else None
+    revision = config.revision if weights else config.tokenizer_revision
     store = store_of(config, name)
     return download(name, revision, config.download_dir, lambda done, total: None, weights=weights, store=store)
 

@@ -210,6 +210,29 @@ def test_the_flags_of_a_chart_for_vllm_are_taken() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kwargs"),
+    [
+        (["--default-chat-template-kwargs.enable_thinking", "false"], '{"enable_thinking": false}'),
+        (
+            ["--default_chat_template_kwargs.a.b=1", "--default-chat-template-kwargs.c", "x"],
+            '{"a": {"b": 1}, "c": "x"}',
+        ),
+    ],
+)
+def test_an_object_may_be_written_in_parts(arguments: list[str], kwargs: str) -> None:
+    assert settings(*arguments)[1].default_chat_template_kwargs == kwargs
+
+
+def test_parts_of_an_object_that_is_refused_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no speculative decoding"):
+        settings("--speculative-config.method", "ngram")
+    with pytest.raises(UsageError, match="has no value"):
+        settings("--default-chat-template-kwargs.a")
+    with pytest.raises(UsageError, match="value of its own"):
+        settings("--default-chat-template-kwargs.a=1", "--default-chat-template-kwargs.a.b=1")
+
+
 # ---- --config
 
 

@@ -242,6 +242,16 @@ def test_the_size_of_the_cache_can_be_given_instead():
     assert result.num_blocks == 2 * GIB // (result.kv_bytes_per_token * 64)
 
 
+def test_the_number_of_blocks_can_be_given_instead():
+    result = plan(model_of(LLAMA_8B), gpu(24), num_gpu_blocks_override=70, max_model_len=4096)
+
+    assert (result.num_blocks, result.kv_tokens) == (70, 70 * 64)
+    with pytest.raises(ConfigError, match="--num-gpu-blocks-override: got 100000, expected at most"):
+        plan(model_of(LLAMA_8B), gpu(24), num_gpu_blocks_override=100_000, max_model_len=4096)
+    with pytest.raises(FatalError, match="set --max-model-len <= 4480"):
+        plan(model_of(LLAMA_8B), gpu(24), num_gpu_blocks_override=70, max_model_len=8192)
+
+
 def test_a_cache_larger_than_the_free_memory_is_refused_with_what_is_possible():
     model = model_of(LLAMA_8B)
     with pytest.raises(ConfigError) as refused:

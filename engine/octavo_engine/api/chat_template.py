@@ -53,15 +53,21 @@ class ChatTemplate:
         self.render_s = RENDER_S
 
     @classmethod
-    def load(cls, folder: Path, special_tokens: Mapping[str, str], override: Path | None = None) -> ChatTemplate | None:
+    def load(
+        cls, folder: Path, special_tokens: Mapping[str, str], override: str | Path | None = None
+    ) -> ChatTemplate | None:
         """The template of --chat-template or of the checkpoint, or None when there is none (a base model).
 
-        Raises FatalError: INVALID_CONFIG for the former, MODEL_INVALID for the latter.
+        override: a file, or the template itself. Raises FatalError: INVALID_CONFIG for it, MODEL_INVALID for the
+        checkpoint's.
         """
-        if override is not None:
+        if isinstance(override, str) and "{" in override:
+            code, where = FailureCode.INVALID_CONFIG, "--chat-template"
+            source: str | None = override
+        elif override is not None:
             code, where = FailureCode.INVALID_CONFIG, f"--chat-template {override}"
             try:
-                source: str | None = override.read_text(encoding="utf-8")
+                source = Path(override).read_text(encoding="utf-8")
             except (OSError, ValueError) as error:
                 raise FatalError(
                     Failure(code, f"{where} cannot be read.", "name a file with a Jinja template", detail=str(error))

@@ -116,6 +116,7 @@ def bar(statusz: Statusz, width: int = BAR_WIDTH) -> str:
     if width:
         full = int(width * min(progress.percent, 100.0) / 100)
         text += " " + "━" * full + "─" * (width - full)
-    done, total = progress.done_bytes / 1e9, progress.total_bytes / 1e9
+    unit, size = ("GB", 1e9) if progress.total_bytes >= 1e9 else ("MB", 1e6)
+    done, total = progress.done_bytes / size, progress.total_bytes / size
     eta = f", {progress.eta_s:.0f} s left" if progress.eta_s is not None else ""
-    return f"{text} {progress.percent:3.0f}%  {done:.2f} of {total:.2f} GB{eta}"
+    return f"{text} {progress.percent:3.0f}%  {done:.2f} of {total:.2f} {unit}{eta}"

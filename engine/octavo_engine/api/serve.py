@@ -17,6 +17,7 @@ import threading
 import time
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from octavo_engine import logs
@@ -29,7 +30,7 @@ from octavo_engine.api.listen import listen, listen_unix
 from octavo_engine.api.management import ManagementServer
 from octavo_engine.api.tls import Tls
 from octavo_engine.config import EngineConfig, ServerConfig
-from octavo_engine.status import ExitStatus, Failure, FatalError
+from octavo_engine.status import ExitStatus, Failure, FailureCode, FatalError
 
 log = logging.getLogger("octavo")
 
@@ -91,6 +92,7 @@ def _serve(
         # What can be refused is refused before an engine is started for it.
         keys = Keys.from_config(config, os.environ)
         tls = Tls.from_config(config)
+        _check_generation_config(config.generation_config)
         local_folder(engine_config.model)
         variables = logs.for_engine(config.log_level, config.log_format)
         engine = EngineProcess.start(engine_config, engine_command, variables)
@@ -107,6 +109,12 @@ def _serve(
     board.drained()
     management.stop()
     return failure
+
+
+def _check_generation_config(name: str) -> None:
+    if name not in ("auto", "vllm") and not (Path(name) / "generation_config.json").is_file():
+        fix = "give auto, vllm, or a folder with generation_config.json"
+        raise FatalError(Failure(FailureCode.INVALID_CONFIG, f"--generation-config: got {name!r}.", fix))
 
 
 class _EarlySignal:

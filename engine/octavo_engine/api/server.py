@@ -299,9 +299,8 @@ class _Server:
 def _load_text(
     folder: Path, text_folder: Path, config: ServerConfig
 ) -> tuple[Tokenizer, ChatTemplate | None, GenerationDefaults]:
-    override = Path(config.chat_template) if config.chat_template else None
     tokenizer = Tokenizer.load(text_folder, model_folder=folder)
-    template = ChatTemplate.load(text_folder, tokenizer.special_tokens, override)
+    template = ChatTemplate.load(text_folder, tokenizer.special_tokens, config.chat_template)
     return tokenizer, template, chosen_defaults(folder, config)
 
 

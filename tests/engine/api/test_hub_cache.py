@@ -155,7 +155,7 @@ def test_a_slow_download_shows_its_progress(hub: Hub, tmp_path: Path) -> None:
         log = server.end()
 
     assert len(seen) > 5
-    assert re.search(r"downloading +\d+%  0\.00 of 0\.00 GB", log), log
+    assert re.search(r"downloading +\d+%  \d\.\d\d of 2\.\d\d MB", log), log
 
 
 def test_answers_that_are_cut_are_gone_on_with(hub: Hub, tmp_path: Path) -> None:
