@@ -55,7 +55,7 @@ from octavo_engine.api.protocol import (
     parse_body,
     role_and_echo,
 )
-from octavo_engine.api.push import PUSHED, Push
+from octavo_engine.api.push import PUSHED, Push, chunks_of
 from octavo_engine.api.responses import protocol as responses
 from octavo_engine.api.responses.writer import ResponsesWriter
 from octavo_engine.api.served_model import ServedModel, prompts_of
@@ -552,7 +552,7 @@ async def _whole(answer: Answer, writer: sse.Writer, num_choices: int) -> web.St
 async def _stream(
     request: web.Request, generation: Generation, answer: Answer, writer: sse.Writer
 ) -> web.StreamResponse:
-    counts = generation.continuous_usage or writer.wants_usage
+    counts = generation.continuous_usage
     # Headers go out with the first output: until then a failure can still be told with its own status code.
     pieces = await answer.next()
     response = web.StreamResponse(headers=sse.HEADERS)
@@ -563,9 +563,7 @@ async def _stream(
     push, wrote = Push(request, response, answer, writer), False
     try:
         while True:
-            chunks = b"".join(
-                [writer.chunk(piece, answer.usage(piece.num_tokens) if counts else None) for piece in pieces]
-            )
+            chunks = chunks_of(writer, answer, pieces, counts)
             if chunks:
                 await response.write(chunks)
                 wrote = True

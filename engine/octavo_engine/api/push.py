@@ -8,16 +8,29 @@ A client that falls behind goes back to the ordinary road, where its outputs gat
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from aiohttp import web
 
-from octavo_engine.api.answer import Answer
+from octavo_engine.api.answer import Answer, Piece
 from octavo_engine.api.sse import Writer
 
 MOST_BUFFERED = 64 * 1024
 """Bytes that may wait for a client before it counts as slow."""
 PUSHED = web.ResponseKey("pushed", int)
 """Bytes of an answer's body that aiohttp did not see."""
+
+
+def chunks_of(writer: Writer, answer: Answer, pieces: Sequence[Piece], counts: bool) -> bytes:
+    """counts: the request wants the usage on every chunk."""
+    return b"".join(
+        [
+            writer.chunk(
+                piece, answer.usage(piece.num_tokens) if counts or (piece.first and writer.wants_usage) else None
+            )
+            for piece in pieces
+        ]
+    )
 
 
 class Push:
@@ -57,10 +70,7 @@ class Push:
         answer = self._answer
         try:
             pieces = answer.take()
-            usage = answer.usage if self._counts else None
-            data = b"".join(
-                [self._writer.chunk(piece, None if usage is None else usage(piece.num_tokens)) for piece in pieces]
-            )
+            data = chunks_of(self._writer, answer, pieces, self._counts)
         except Exception as error:  # noqa: BLE001 - it belongs to the stream's task, and not to who reads messages
             self._left.set_exception(error)
             return

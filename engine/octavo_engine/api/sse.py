@@ -32,7 +32,7 @@ class Writer(Protocol):
     """How one kind of answer is written."""
 
     wants_usage: bool
-    """Whether chunks need the usage although the request did not ask for it."""
+    """Whether a choice's first chunk needs the usage although the request did not ask for it."""
 
     def chunk(self, piece: Piece, usage: dict[str, Any] | None) -> bytes:
         """The event or events for a piece; b"" when it has nothing to tell. usage: so far, where it is wanted."""

@@ -11,6 +11,10 @@ from octavo_engine.api.answer import Piece
 from octavo_engine.api.errors import ApiError
 
 _encode = msgspec.json.Encoder().encode
+_TEXT_DELTA = (
+    b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
+    b'"delta":{"type":"text_delta","text":%b}}\n\n'
+)
 
 _ERROR_TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -91,7 +95,11 @@ class MessagesWriter:
             block = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
             events.append(_event("content_block_start", index=self._next_block, content_block=block))
             self._open = kind
-        events.append(_event("content_block_delta", index=self._next_block, delta=delta))
+        text = delta.get("text")
+        if text is None:
+            events.append(_event("content_block_delta", index=self._next_block, delta=delta))
+        else:  # most events are this one
+            events.append(_TEXT_DELTA % (self._next_block, _encode(text)))
 
     def _close(self, events: list[bytes]) -> None:
         if self._open is not None:

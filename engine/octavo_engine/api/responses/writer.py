@@ -15,6 +15,10 @@ from octavo_engine.api.responses.protocol import ResponsesRequest
 from octavo_engine.api.sse import logprob_entries
 
 _encode = msgspec.json.Encoder().encode
+_TEXT_DELTA = (
+    b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","sequence_number":%d,'
+    b'"item_id":"%b","output_index":%d,"content_index":0,"delta":%b,"logprobs":[]}\n\n'
+)
 
 Kind = Literal["reasoning", "message"]
 
@@ -84,6 +88,10 @@ class ResponsesWriter:
         item = self._open
         item.texts.append(text)
         item.tokens += tokens
+        if kind == "message" and not tokens:  # most events are this one
+            events.append(_TEXT_DELTA % (self._sequence, item.id.encode(), len(self._output), _encode(text)))
+            self._sequence += 1
+            return
         extra = {"logprobs": logprob_entries(tokens)} if kind == "message" else {}
         events.append(self._event(f"response.{_TEXT[kind]}.delta", **self._place(), delta=text, **extra))
 
