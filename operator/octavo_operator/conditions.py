@@ -111,7 +111,8 @@ class View:
         if self.rollout and self.rollout.held in ("failed", "idle") and self.rollout.report.reason:
             return self.rollout.report.reason
         if self.prefetch is not None:
-            doing = headline(self.prefetch)
+            # Kubernetes calls such a pod ready, as it has no probe; what it does is told all the same.
+            doing = next((replica for replica in self.prefetch if not replica.pod.terminating), None)
             return f"The model is downloaded first{': ' + doing.words() if doing else ', by a Job'}."
         if replica := headline(self.replicas):
             return replica.words() + "."

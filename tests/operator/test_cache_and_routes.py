@@ -48,7 +48,7 @@ def test_a_model_is_downloaded_before_pods_ask_for_gpus(operator, stage):
     assert stage.get("deployments", "qwen") is None
     volume_for(stage)
     pod = prefetch_pod(stage)
-    address = stage.run_pod(pod)
+    address = stage.run_pod(pod, ready=True)  # it has no probe that would say otherwise
     stage.engines.say(address, says(EngineStage.DOWNLOADING, 61, done=61 * 2**20, total=100 * 2**20, eta=40.0))
 
     def told() -> dict[str, Any] | None:

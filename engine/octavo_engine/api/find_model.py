@@ -105,6 +105,8 @@ def download(
 
     weights False: only config and tokenizer. Raises FatalError.
     """
+    for library in ("httpx", "httpx2"):  # a line for each request; progress is told by the bytes
+        logging.getLogger(library).setLevel(logging.WARNING)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             if store is not None:
