@@ -89,7 +89,7 @@ class LLM:
             loaded.plan.num_blocks,
         )
         constraints = None
-        if self._tokenizer is not None and runner.takes_masks:
+        if self._tokenizer is not None:
             constraints = Matchers(texts / "tokenizer.json", loaded.model.vocab_size)
         self._engine = Engine(scheduler, runner, time.monotonic, self._config.seed, constraints=constraints)
         while self._engine.prepare():  # there is no idle moment later on

@@ -5,13 +5,14 @@ Run on a machine with a GPU: `pytest -m gpu tests/engine/test_gpu.py -s`.
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
 import torch
 
 import models
-from octavo_engine import LLM, SamplingParams
+from octavo_engine import LLM, SamplingParams, StructuredOutputsParams
 
 pytestmark = [
     pytest.mark.gpu,
@@ -90,3 +91,20 @@ def test_sampling_on_a_gpu_depends_on_the_seed_alone():
     beside = llm.generate(PROMPTS, sampling, use_tqdm=False)[0].outputs[0].token_ids
 
     assert beside[:3] == alone[:3]
+
+
+def test_graphs_keep_to_grammars_beside_free_requests():
+    llm = LLM(str(models.smollm2()), device="cuda", kv_cache_memory_bytes=2**30)
+    form = StructuredOutputsParams(regex="[0-9]{3}-[a-f]{2,4}!")
+    sampling = [
+        SamplingParams(temperature=1.0, seed=i, max_tokens=30, structured_outputs=form if i % 2 else None,
+                       repetition_penalty=1.1 if i % 3 == 0 else 1.0)
+        for i in range(12)
+    ]  # fmt: skip
+
+    outputs = llm.generate(["The code is"] * 12, sampling, use_tqdm=False)
+
+    texts = [output.outputs[0].text for output in outputs]
+    assert all(re.fullmatch("[0-9]{3}-[a-f]{2,4}!", text) for text in texts[1::2]), texts
+    assert not any(re.fullmatch("[0-9]{3}-[a-f]{2,4}!", text) for text in texts[::2]), texts
+    llm._engine.check_integrity()

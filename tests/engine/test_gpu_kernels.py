@@ -318,3 +318,28 @@ def test_bits_are_counted_from_the_lowest_of_the_first_byte():
     apply_mask.reference(logits, apply_mask.upload([bytes(mask)], torch.device("cpu")))
 
     assert (logits[0] == 0).nonzero().flatten().tolist() == [0, 9, 33]
+
+
+def test_rows_under_a_mask_are_drawn_again_and_the_others_keep_their_tokens():
+    n, vocab = 4, 300
+    logits = random(n, vocab)
+    before = logits.clone()
+    where = sample.SamplingState.allocate(6, DEVICE)
+    where.temperature[2] = 1.0  # the row of the last logits; the others are greedy
+    # A batch of 7 tokens, of which four yield logits.
+    tokens, rows = ints([0, 2, 5, 6]), ints([0, 1, 4, 1, 1, 5, 2])
+    positions = ints([5, 1, 7, 2, 3, 9, 4])
+    token_ids, out = torch.zeros(6, 16, dtype=torch.int32, device=DEVICE), ints([-7] * n)
+    scratch = sample.SamplingScratch.allocate(n, vocab, DEVICE)
+    masks = torch.zeros(2, 10, dtype=torch.int32, device=DEVICE)
+    masks[0, 3], masks[1, 9] = 0b1000, 0b11
+
+    sample.sample(logits, tokens, rows, positions, where, scratch, token_ids, out)
+    free = out.tolist()
+    state = (rows, positions, where, scratch, token_ids, out)
+    apply_mask.sample_masked(logits, ints([1, 3]), masks, tokens, *state)
+
+    assert out.tolist()[:3] == [free[0], 99, free[2]]
+    assert out.tolist()[3] in (288, 289)
+    assert [int(token_ids[row, at]) for row, at in ((0, 6), (4, 8), (5, 10), (2, 5))] == out.tolist()
+    assert torch.equal(logits, before)

@@ -99,7 +99,7 @@ def run(config: EngineConfig, channel: Channel) -> None:
         time.monotonic,
         config.seed,
         config.max_decode_slowdown,
-        constraints if runner.takes_masks else None,
+        constraints,
     )
     # What start-up made stays for good: later collections need not walk through it.
     gc.collect()

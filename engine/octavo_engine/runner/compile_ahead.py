@@ -25,6 +25,7 @@ from triton.runtime import build, driver
 from triton.runtime.jit import JITFunction
 
 from octavo_engine.kernels.gpu import prebuilt
+from octavo_engine.kernels.gpu.apply_mask import apply_mask
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
 from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
 from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_sampling
@@ -96,6 +97,7 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype) -> No
             break
     step(0, 16)
     step(1, 16)
+    apply_mask(decoder.logits[:1], ints(1, -(-model.vocab_size // 32)))
 
 
 @contextmanager

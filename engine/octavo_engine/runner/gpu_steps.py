@@ -19,6 +19,7 @@ from torch import Tensor
 
 from octavo_engine.core.step import Admission, Sampled, StepItem, StepPlan
 from octavo_engine.kernels import sampling
+from octavo_engine.kernels.gpu.apply_mask import apply_mask, sample_masked, upload
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
 from octavo_engine.kernels.gpu.prebuilt import Compilations
 from octavo_engine.kernels.gpu.prefill_attention import max_tiles
@@ -139,6 +140,8 @@ class GpuSteps:
         logits = self._decoder.logits[: len(sampled)]
         if slow := [index for index, item in enumerate(sampled) if item.row in self._slow]:
             self._sample_slowly(slow, sampled, logits)
+        if masked := [i for i, item in enumerate(sampled) if item.mask is not None and item.row not in self._slow]:
+            self._sample_masked(masked, sampled, logits, self._step(layout))
         asked = [self._admissions[item.row].sampling.logprobs for item in sampled]
         chances = start_logprobs(logits, self._out[: len(sampled)], asked)
         scores = start_scores(plan.items, self._admissions, self._decoder.logits_of)
@@ -185,7 +188,8 @@ class GpuSteps:
     def _is_special(self, item: StepItem) -> bool:
         """Whether more is wanted of it than the id that the sampler in the graph gives."""
         sampling = self._admissions[item.row].sampling
-        return item.row in self._slow or item.num_scored > 0 or sampling.logprobs is not None
+        asks = sampling.logprobs is not None or item.mask is not None
+        return asks or item.row in self._slow or item.num_scored > 0
 
     def _run(self, step: DeviceStep) -> None:
         logits = self._decoder.forward(step)
@@ -246,6 +250,17 @@ class GpuSteps:
         ends = None if layout.ends is None else self._described[at : at + layout.ends]
         return DeviceStep(ids, rows, positions, layout.decodes, parts, tiles, ends)
 
+    # ---- sampling under a grammar
+
+    def _sample_masked(self, indices: list[int], sampled: list[StepItem], logits: Tensor, step: DeviceStep) -> None:
+        """What was drawn from all tokens is drawn again for these; steps without a grammar pay nothing."""
+        masks = upload([item.mask for i in indices if (item := sampled[i]).mask is not None], self._device)
+        select = torch.tensor(indices, dtype=torch.int32).pin_memory().to(self._device, non_blocking=True)
+        sample_masked(
+            logits, select, masks, step.logit_tokens, step.rows, step.positions, self._state, self._scratch,
+            self._token_ids, self._out,
+        )  # fmt: skip
+
     # ---- sampling that needs a request's history
 
     def _sample_slowly(self, indices: list[int], sampled: list[StepItem], logits: Tensor) -> None:
@@ -255,7 +270,8 @@ class GpuSteps:
             admission, length = self._admissions[item.row], item.start + item.count
             banned = admission.min_tokens_ids if length - admission.num_prompt < admission.sampling.min_tokens else ()
             history = self._token_ids[item.row, :length]
-            rows.append(SampleRow(admission.sampling, admission.seed, history, admission.num_prompt, banned))
+            mask = None if item.mask is None else upload([item.mask], self._device)[0]
+            rows.append(SampleRow(admission.sampling, admission.seed, history, admission.num_prompt, banned, mask))
         select = torch.tensor(indices, device=self._device)
         tokens = sampling.reference(logits[select], rows).int()
         self._out[select] = tokens
@@ -278,6 +294,9 @@ class GpuSteps:
             *(Layout(size) for size in sorted(sizes - first)),
             *(m for m in mixed if m.tokens <= self._max_tokens and m.decodes + MIXED_CHUNKS <= self._max_seqs),
         ]
+        # No graph has it, and the first grammar must not wait for a compiler.
+        vocab = self._decoder.config.vocab_size
+        apply_mask(self._decoder.logits[:1], upload([bytes(4 * -(-vocab // 32))], self._device))
         for size in sorted(first, reverse=True):
             between()
             self._capture(Layout(size))

@@ -126,11 +126,6 @@ class ModelRunner:
         """Use a moment in which no request waits; whether there is more to do."""
         return self._gpu is not None and self._gpu.prepare()
 
-    @property
-    def takes_masks(self) -> bool:
-        """Whether steps keep to the masks of their items."""
-        return self._gpu is None
-
     def launch(self, plan: StepPlan) -> Any:
         return self._gpu.launch(plan) if self._gpu else self.execute(plan)
 

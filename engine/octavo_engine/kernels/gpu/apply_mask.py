@@ -1,4 +1,4 @@
-"""Keep the tokens that a row's grammar allows and set the logits of all others to minus infinity, in place."""
+"""Sampling under a grammar: the tokens that it does not allow have a logit of minus infinity."""
 
 from __future__ import annotations
 
@@ -7,10 +7,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
 from octavo_engine.kernels.sampling import unpacked
 
 AT_ONCE = 4096
 """Logits of one program; 128 words of the mask."""
+
+
+def sample_masked(
+    logits: Tensor, select: Tensor, masks: Tensor, tokens: Tensor | None, rows: Tensor, positions: Tensor,
+    state: SamplingState, scratch: SamplingScratch, token_ids: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    """Sample the rows `select` of a step again, each under its mask; the rest is as for `sample`.
+
+    select: [m] int32, rows of logits; masks: [m, words]. On a copy: log-probabilities are told of what the model gave.
+    tokens None: each of the batch's tokens has its row of logits, in order.
+    """
+    few = logits.index_select(0, select)
+    apply_mask(few, masks)
+    again = torch.empty_like(select)
+    of_rows = select if tokens is None else tokens.index_select(0, select)
+    sample(few, of_rows, rows, positions, state, scratch, token_ids, again)
+    out.index_copy_(0, select.long(), again)
 
 
 def apply_mask(logits: Tensor, masks: Tensor) -> None:
