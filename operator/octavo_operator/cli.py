@@ -1,19 +1,24 @@
-"""The command `octavo-operator`: run | render | crd. Each imports what it needs, so that only `run` loads kopf."""
+"""The command `octavo-operator`: run | render | diff | doctor | crd. Each imports what it needs; kopf, only `run`."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from octavo_engine import __version__
 from octavo_operator.crd import custom_resource_definition
+from octavo_operator.logs import set_up
 from octavo_operator.render import RenderError, render
 from octavo_operator.settings import SettingsError, from_environment
+
+if TYPE_CHECKING:
+    from octavo_operator.cluster import Cluster
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     renders.add_argument(
         "--pod-monitors", action="store_true", help="as for a cluster that has the Prometheus operator's PodMonitor"
     )
+    diffs = commands.add_parser(
+        "diff",
+        help="print how the cluster's objects would change; exits with 1 when they would",
+        description="By the API server's dry run. Settings come from the environment, as for run: inside the "
+        "operator's pod they are right (kubectl exec -i -n octavo-system deploy/octavo-operator -- octavo-operator "
+        "diff -f - < FILE).",
+    )
+    diffs.add_argument("-f", "--filename", required=True, metavar="FILE", help="manifest with LLMServers; - is stdin")
+    diffs.add_argument("-n", "--namespace", default="default", help="for manifests that name none")
+    doctors = commands.add_parser("doctor", help="look for what keeps Octavo from working here; exits with 1 if found")
+    doctors.add_argument("-n", "--namespace", default="octavo-system", help="where the operator is installed")
     commands.add_parser("crd", help="print the CustomResourceDefinition")
     parsed = parser.parse_args(arguments)
     try:
@@ -36,16 +52,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "run":
                 return _run()
             case "render":
-                text = sys.stdin.read() if parsed.filename == "-" else Path(parsed.filename).read_text()
-                engine = from_environment().engine
-                known = parsed.pod_monitors
+                engine, known = from_environment().engine, parsed.pod_monitors
+                text = _text(parsed.filename)
                 sys.stdout.write(render(text, engine, pod_monitors_known=known, namespace=parsed.namespace))
+            case "diff":
+                return _diff(_text(parsed.filename), parsed.namespace)
+            case "doctor":
+                return _doctor(parsed.namespace)
             case "crd":
                 sys.stdout.write(yaml.safe_dump(custom_resource_definition(), sort_keys=False, width=120))
     except (SettingsError, RenderError, OSError) as error:
         print(f"octavo-operator {parsed.command}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _text(filename: str) -> str:
+    return sys.stdin.read() if filename == "-" else Path(filename).read_text()
+
+
+def _diff(text: str, namespace: str) -> int:
+    from octavo_operator.diff import diff
+
+    settings = from_environment()
+
+    async def work(cluster: Cluster) -> int:
+        found = await diff(cluster, text, settings.engine, namespace)
+        sys.stdout.write(found)
+        return 1 if found else 0
+
+    return _with_cluster("diff", work)
+
+
+def _doctor(namespace: str) -> int:
+    from octavo_operator.doctor import examine, report
+
+    async def work(cluster: Cluster) -> int:
+        found = await examine(cluster, namespace, datetime.now(UTC))
+        sys.stdout.write(report(found))
+        return 1 if any(verdict.level == "FAIL" for verdict in found) else 0
+
+    return _with_cluster("doctor", work)
+
+
+def _with_cluster(command: str, work: Callable[[Cluster], Awaitable[int]]) -> int:
+    """2 when the cluster does not answer: 1 is for what was looked for and found."""
+    import asyncio
+
+    from octavo_operator.cluster import Cluster, UnavailableError
+
+    async def connected() -> int:
+        cluster = await Cluster.connect()
+        try:
+            return await work(cluster)
+        finally:
+            await cluster.close()
+
+    try:
+        return asyncio.run(connected())
+    except UnavailableError as error:
+        print(f"octavo-operator {command}: {error}", file=sys.stderr)
+        return 2
 
 
 def _run() -> int:
@@ -55,11 +122,7 @@ def _run() -> int:
     from octavo_operator.run import run
 
     settings = from_environment()
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
-    )
-    # One line for every request and every watch is not a story that a person acts on.
-    logging.getLogger("aiohttp").setLevel(logging.WARNING)
+    set_up(settings.log_level, settings.log_format)
     try:
         return asyncio.run(run(settings))
     except UnavailableError as error:

@@ -64,6 +64,11 @@ KINDS = {
     "Pod": Kind("v1", "pods"),
     "HorizontalPodAutoscaler": Kind("autoscaling/v2", "horizontalpodautoscalers"),
     "ScaledObject": Kind("keda.sh/v1alpha1", "scaledobjects"),
+    # What only `octavo-operator doctor` reads.
+    "CustomResourceDefinition": Kind("apiextensions.k8s.io/v1", "customresourcedefinitions"),
+    "Node": Kind("v1", "nodes"),
+    "StorageClass": Kind("storage.k8s.io/v1", "storageclasses"),
+    "Version": Kind("v1", "version"),
     "Event": Kind("v1", "events"),
     "Lease": Kind("coordination.k8s.io/v1", "leases"),
 }
@@ -111,7 +116,7 @@ class Cluster:
     async def close(self) -> None:
         await self._api.close()
 
-    async def get(self, kind: str, namespace: str, name: str) -> Document | None:
+    async def get(self, kind: str, namespace: str | None, name: str) -> Document | None:
         """The object, or None where there is none (also when its kind does not exist)."""
         answer = await self._request("get", kind, KINDS[kind].path(namespace, name))
         return _or_none(answer)
@@ -149,7 +154,16 @@ class Cluster:
         document = _or_none(answer) or {}
         return any(resource["name"] == KINDS[kind].plural for resource in document.get("resources", []))
 
-    async def apply(self, body: Document, *, force: bool = True, subresource: str = "") -> Document | Refusal:
+    async def version(self) -> dict[str, str]:
+        """Of the API server: major, minor, gitVersion."""
+        answer = await self._request("get", "Version", "/version")
+        if isinstance(answer, Refusal):
+            raise UnavailableError(answer.message)
+        return answer
+
+    async def apply(
+        self, body: Document, *, force: bool = True, subresource: str = "", dry_run: bool = False
+    ) -> Document | Refusal:
         """Server-side apply under our one name: fields that are no longer in `body` and were ours are removed.
 
         force takes fields over from whoever has set them; without it that is a Refusal with status 409.
@@ -157,6 +171,8 @@ class Cluster:
         metadata = body["metadata"]
         path = KINDS[body["kind"]].path(metadata["namespace"], metadata["name"], subresource)
         query = {"fieldManager": names.FIELD_MANAGER, "force": str(force).lower()}
+        if dry_run:
+            query["dryRun"] = "All"
         return await self._request(
             "apply", body["kind"], path, body=body, query=query, content_type="application/apply-patch+yaml"
         )

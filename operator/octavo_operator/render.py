@@ -21,7 +21,7 @@ def render(text: str, defaults: EngineDefaults, *, pod_monitors_known: bool, nam
     """YAML of all children of every LLMServer in `text`; other documents in it are skipped."""
     found = [
         child
-        for server in _servers(text, namespace, defaults)
+        for server in manifests(text, namespace, defaults)
         for child in objects(server, defaults, pod_monitors_known=pod_monitors_known)
     ]
     if not found:
@@ -29,7 +29,8 @@ def render(text: str, defaults: EngineDefaults, *, pod_monitors_known: bool, nam
     return yaml.safe_dump_all(found, sort_keys=False, width=120)
 
 
-def _servers(text: str, namespace: str, defaults: EngineDefaults) -> Iterator[Server]:
+def manifests(text: str, namespace: str, defaults: EngineDefaults) -> Iterator[Server]:
+    """Every LLMServer in `text`. Raises RenderError."""
     try:
         documents = list(yaml.safe_load_all(text))
     except yaml.YAMLError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from octavo_engine import __version__
+from octavo_operator.logs import FORMATS
 from octavo_operator.spec import Profile, problems_of_profile
 
 SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -50,6 +51,7 @@ class Settings:
     listen_host: str = "0.0.0.0"
     listen_port: int = 8080
     log_level: str = "info"
+    log_format: str = "text"
     lease_seconds: int = 15
     """How long a dead operator's Lease keeps the others waiting."""
     loading_poll_s: float = 1.0
@@ -81,6 +83,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         listen_host=environ.get("OCTAVO_LISTEN_HOST") or default.listen_host,
         listen_port=int(_number(environ, "OCTAVO_LISTEN_PORT", default.listen_port, 0, 65535)),
         log_level=_choice(environ, "OCTAVO_LOG_LEVEL", LOG_LEVELS, default.log_level),
+        log_format=_choice(environ, "OCTAVO_LOG_FORMAT", FORMATS, default.log_format),
         lease_seconds=int(_number(environ, "OCTAVO_LEASE_SECONDS", default.lease_seconds, 3, 3600)),
         loading_poll_s=_number(environ, "OCTAVO_LOADING_POLL_SECONDS", default.loading_poll_s, 0.1, 60),
         settled_poll_s=_number(environ, "OCTAVO_SETTLED_POLL_SECONDS", default.settled_poll_s, 1, 3600),

@@ -508,7 +508,8 @@ _NOT_OF_PODS = ("replicas", "autoscaling", "suspend", "rollout", "observability"
 
 def _asked(raw: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in raw.items() if name not in _NOT_OF_PODS}
-    return {**kept, "keys": (raw.get("expose") or {}).get("apiKeysSecretRef")}
+    exposed = raw.get("expose") or {}
+    return {**kept, "expose": {name: exposed[name] for name in ("apiKeysSecretRef", "tls") if name in exposed}}
 
 
 def with_profile(spec: Mapping[str, Any], profile: Profile) -> dict[str, Any]:

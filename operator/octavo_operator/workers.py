@@ -19,6 +19,7 @@ import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from octavo_operator.logs import SERVER
 from octavo_operator.names import Key
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class Workers:
         self._slots.clear()
 
     async def _work(self, key: Key, slot: _Slot) -> None:
+        SERVER.set(f"{key[0]}/{key[1]}")
         failures = 0
         while True:
             changed = slot.wake.is_set() or failures > 0

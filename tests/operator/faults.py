@@ -5,7 +5,7 @@
 Orders, all optional: `refuse`, the share of requests that get one of `statuses` for an answer (half of the writes
 among them are carried out all the same, as when an answer is lost); `cut_s`, how long a watch lives before it is cut at
 a random moment; `gone`, the share of cut watches that end with a 410; `deaf`, plural names of kinds whose watches stay
-open and tell nothing; `seed`.
+open and tell nothing; `seed`; `record`, a file to which each request is added as a line: method, path and query.
 """
 
 from __future__ import annotations
@@ -42,11 +42,18 @@ def refusal(status: int) -> web.Response:
     return web.json_response({**body, "message": f"injected: {status}"}, status=status, headers=headers)
 
 
+def record(file: str, line: str) -> None:
+    with Path(file).open("a") as handle:
+        handle.write(line)
+
+
 async def handle(request: web.Request) -> web.StreamResponse:
     session: aiohttp.ClientSession = request.app["session"]
     headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP}
     url = UPSTREAM + request.raw_path
     told = orders()
+    if file := told.get("record"):
+        record(file, f"{request.method} {request.path_qs}\n")
     if request.query.get("watch") == "true":
         return await watch(request, session, url, headers, told)
     body = await request.read()

@@ -1,0 +1,136 @@
+"""Looks for what keeps Octavo from working in a cluster, and says what to do about it. `octavo-operator doctor`.
+
+Reads only, with the rights of whoever runs it; what they may not read is said and is no failure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from octavo_operator import names
+from octavo_operator.cluster import Cluster, UnavailableError
+from octavo_operator.crd import custom_resource_definition
+from octavo_operator.observed import read_time
+
+OLDEST = (1, 30)
+"""CEL with messageExpression and the fields that pods use are there since."""
+INSTALL = "octavo-operator crd | kubectl apply --server-side -f -"
+OPTIONAL = {
+    "PodMonitor": "servers are found by Prometheus through scrape annotations instead",
+    "HTTPRoute": "expose.gateway cannot be used",
+    "InferencePool": "expose.gateway cannot route by load",
+    "ScaledObject": "autoscaling.mode KEDA cannot be used",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    level: Literal["ok", "note", "FAIL"]
+    sentence: str
+
+
+async def examine(cluster: Cluster, namespace: str, now: datetime) -> list[Verdict]:
+    """namespace: where the operator is installed."""
+    found: list[Verdict] = []
+    for check in (_version, _definition, _leader, _gpus, _storage, _kinds, _servers):
+        try:
+            found += await check(cluster, namespace, now)
+        except UnavailableError as error:
+            found.append(Verdict("note", f"not looked at: {error}"))
+    return found
+
+
+def report(verdicts: list[Verdict]) -> str:
+    return "".join(f"{verdict.level:<5} {verdict.sentence}\n" for verdict in verdicts)
+
+
+Check = Callable[[Cluster, str, datetime], Awaitable[list[Verdict]]]
+
+
+async def _version(cluster: Cluster, namespace: str, now: datetime) -> list[Verdict]:
+    told = await cluster.version()
+    numbers = tuple(int("".join(filter(str.isdigit, told[name]))) for name in ("major", "minor"))
+    if numbers < OLDEST:
+        needed = ".".join(map(str, OLDEST))
+        return [Verdict("FAIL", f"Kubernetes is {told['gitVersion']}, and Octavo needs {needed}: upgrade the cluster")]
+    return [Verdict("ok", f"Kubernetes {told['gitVersion']}")]
+
+
+async def _definition(cluster: Cluster, namespace: str, now: datetime) -> list[Verdict]:
+    wanted = custom_resource_definition()
+    present = await cluster.get("CustomResourceDefinition", None, wanted["metadata"]["name"])
+    if present is None:
+        return [
+            Verdict("FAIL", "there is no CRD of LLMServers: octavo-operator crd | kubectl apply --server-side -f -")
+        ]
+    if _schema(present) != _schema(wanted):
+        text = "the CRD of LLMServers is of another version, and fields that it lacks are dropped in silence"
+        return [Verdict("FAIL", f"{text}: {INSTALL}")]
+    return [Verdict("ok", "the CRD of LLMServers is this version's")]
+
+
+def _schema(definition: dict[str, Any]) -> str:
+    """What of it matters, as one text: the API server adds defaults of its own beside it."""
+    version = definition["spec"]["versions"][0]
+    return json.dumps(version["schema"]["openAPIV3Schema"]["properties"]["spec"], sort_keys=True)
+
+
+async def _leader(cluster: Cluster, namespace: str, now: datetime) -> list[Verdict]:
+    lease = await cluster.get("Lease", namespace, names.LEASE)
+    if lease is None or not lease["spec"].get("holderIdentity"):
+        return [Verdict("FAIL", f"no operator leads in namespace {namespace}: kubectl get pods -n {namespace}")]
+    spec = lease["spec"]
+    age_s = (now.astimezone(UTC) - read_time(spec["renewTime"])).total_seconds()
+    if age_s > spec["leaseDurationSeconds"]:
+        return [Verdict("FAIL", f"the operator {spec['holderIdentity']} was last alive {age_s:.0f} s ago: see its pod")]
+    return [Verdict("ok", f"the operator {spec['holderIdentity']} leads")]
+
+
+async def _gpus(cluster: Cluster, namespace: str, now: datetime) -> list[Verdict]:
+    nodes = await cluster.list("Node")
+    offered: dict[str, int] = {}
+    for node in nodes:
+        for resource, amount in node.get("status", {}).get("allocatable", {}).items():
+            if "/" in resource and "gpu" in resource and str(amount).isdigit() and int(amount):
+                offered[resource] = offered.get(resource, 0) + int(amount)
+    if not offered:
+        return [Verdict("note", "no node offers GPUs: install the device plugin, or serve with hardware.gpus 0")]
+    told = ", ".join(f"{amount} {resource}" for resource, amount in sorted(offered.items()))
+    return [Verdict("ok", f"{len(nodes)} nodes offer {told}")]
+
+
+async def _storage(cluster: Cluster, namespace: str, now: datetime) -> list[Verdict]:
+    classes = await cluster.list("StorageClass")
+    mark = "storageclass.kubernetes.io/is-default-class"
+    chosen = [c["metadata"]["name"] for c in classes if c["metadata"].get("annotations", {}).get(mark) == "true"]
+    if chosen:
+        return [Verdict("ok", f"claims without a class get {chosen[0]}")]
+    return [Verdict("note", "no StorageClass is the default: name one in a server's cache, or bring a claim")]
+
+
+async def _kinds(cluster: Cluster, namespace: str, now: datetime) -> list[Verdict]:
+    found = []
+    for kind, without in OPTIONAL.items():
+        known = await cluster.knows(kind)
+        found.append(Verdict("ok", f"{kind} is known") if known else Verdict("note", f"no {kind} kind: {without}"))
+    return found
+
+
+async def _servers(cluster: Cluster, namespace: str, now: datetime) -> list[Verdict]:
+    found, fine = [], 0
+    for document in await cluster.list(names.KIND):
+        metadata, status = document["metadata"], document.get("status", {})
+        conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
+        ready = conditions.get(names.READY)
+        name = f"{metadata['namespace']}/{metadata['name']}"
+        if ready is None or status.get("observedGeneration") != metadata["generation"]:
+            found.append(Verdict("FAIL", f"{name}: no operator has looked at it in its present form"))
+        elif ready["status"] == "True" or ready["reason"] in ("Suspended", "ScaledToZero"):
+            fine += 1
+        else:
+            found.append(Verdict("FAIL", f"{name}: {ready['message']}"))
+    return [*found, Verdict("ok", f"{fine} servers are as they should be")]

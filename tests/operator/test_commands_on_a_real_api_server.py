@@ -1,0 +1,120 @@
+"""octavo-operator diff and doctor, and the log as JSON, against a real API server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from stage import ROOT, ApiError, Operator, wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("operator")]
+
+
+def command(cluster, *words, stdin=""):
+    environment = os.environ | {"KUBECONFIG": str(cluster.kubeconfig), "PYTHONPATH": f"{ROOT}/engine:{ROOT}/operator"}
+    whole = [sys.executable, "-m", "octavo_operator.cli", *words]
+    return subprocess.run(whole, input=stdin, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def manifest(stage, **spec):
+    metadata = {"name": "qwen", "namespace": stage.namespace}
+    body = {"apiVersion": "octavo.dev/v1alpha1", "kind": "LLMServer", "metadata": metadata}
+    return yaml.safe_dump({**body, "spec": stage.spec(**spec)})
+
+
+def test_diff_is_silent_where_nothing_would_change_and_writes_nothing(stage, cluster):
+    stage.serve()
+    (pod,) = stage.wait_pods(1)
+    stage.up(pod)
+    stage.wait_condition("Progressing", "False", "Settled")
+    version = stage.get("deployments", "qwen")["metadata"]["resourceVersion"]
+    same = command(cluster, "diff", "-f", "-", stdin=manifest(stage))
+    other = command(cluster, "diff", "-f", "-", stdin=manifest(stage, engine={"maxModelLen": 1024}))
+
+    assert (same.returncode, same.stdout) == (0, ""), same.stdout + same.stderr
+    assert other.returncode == 1
+    assert "+        - --max-model-len=1024" in other.stdout
+    assert "the engine pods of qwen are replaced" in other.stdout
+    assert "live/Service" not in other.stdout
+    assert stage.get("deployments", "qwen")["metadata"]["resourceVersion"] == version
+
+
+def test_diff_of_a_new_server_shows_all_of_it(stage, cluster):
+    found = command(cluster, "diff", "-f", "-", stdin=manifest(stage))
+
+    assert found.returncode == 1
+    for kind in ("Deployment", "Service", "PodDisruptionBudget"):
+        assert f"+kind: {kind}" in found.stdout
+    assert stage.get("deployments", "qwen") is None
+
+
+def test_doctor_finds_a_server_that_is_not_ready_and_what_the_cluster_lacks(stage, cluster):
+    stage.serve(hardware={"nodeSelector": {"gpu": "h900"}})
+    stage.wait_condition("Schedulable", "False", "NoMatchingNode")
+    found = command(cluster, "doctor")
+    lines = found.stdout.splitlines()
+
+    assert found.returncode == 1, found.stderr
+    assert any(line.startswith("ok    Kubernetes v1.") for line in lines)
+    assert "ok    the CRD of LLMServers is this version's" in lines
+    assert "ok    the operator operator leads" in lines
+    assert any("nvidia.com/gpu" in line for line in lines)
+    assert any(line.startswith("note  no PodMonitor kind") for line in lines)
+    assert any(line.startswith(f"FAIL  {stage.namespace}/qwen") and "hardware.nodeSelector" in line for line in lines)
+
+
+def test_doctor_says_that_the_definition_is_of_another_version(stage, cluster, api):
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/llmservers.octavo.dev"
+    before = api.get(path)["spec"]
+    changed = json.loads(json.dumps(before))
+    del changed["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["suspend"]
+    api.merge(path, {"spec": changed})
+    try:
+        found = command(cluster, "doctor")
+    finally:
+        api.merge(path, {"spec": before})
+        # The API server takes a moment over a changed definition, and refuses its kind meanwhile.
+        wait_for(lambda: _lists(stage), "the kind to be served", 20)
+
+    assert "fields that it lacks are dropped in silence" in found.stdout
+    assert found.returncode == 1
+
+
+def test_a_cluster_that_does_not_answer_is_another_status_than_a_finding(cluster, tmp_path):
+    environment = os.environ | {"KUBECONFIG": str(tmp_path / "none"), "PYTHONPATH": f"{ROOT}/engine:{ROOT}/operator"}
+    whole = [sys.executable, "-m", "octavo_operator.cli", "doctor"]
+    found = subprocess.run(whole, env=environment, capture_output=True, text=True, timeout=60)
+
+    assert found.returncode == 2
+    assert "no way to the API server" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_the_log_as_json_names_the_server_in_each_line_about_it(stage, cluster, operator):
+    operator.stop()
+    running = Operator(cluster, "operator", port=18130, OCTAVO_LOG_FORMAT="json")
+    try:
+        running.wait_leading()
+        stage.serve()
+        wait_for(lambda: "applied" in running.log(), "the children")
+        lines = [json.loads(line) for line in running.log().splitlines()]
+    finally:
+        running.stop()
+        operator.__init__(cluster, "operator", port=18080)
+        operator.wait_leading()
+
+    applied = next(line for line in lines if line["message"].startswith("applied"))
+    assert applied["server"] == f"{stage.namespace}/qwen"
+    assert (applied["level"], applied["logger"]) == ("info", "octavo_operator.reconcile")
+    assert "server" not in next(line for line in lines if "leading" in line["message"])
+
+
+def _lists(stage):
+    try:
+        return stage.list("llmservers") is not None
+    except ApiError:
+        return False
