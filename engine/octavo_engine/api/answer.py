@@ -68,6 +68,10 @@ class Piece:
     calls: Sequence[ToolCall] = ()
     prompt: Sequence[PromptToken] = ()
     """Every token of the choice's prompt where its log-probabilities were asked for; on the first piece."""
+    token_ids: Sequence[int] | None = None
+    """The new tokens, where they were asked for."""
+    prompt_ids: Sequence[int] | None = None
+    """The prompt's tokens, where they were asked for; on the first piece."""
     num_reasoning_tokens: int = 0
     """So far; those that arrived while nothing but reasoning was read."""
 
@@ -94,10 +98,13 @@ class Answer:
         format: OutputFormat | None = None,
         *,
         prompt_only: bool = False,
+        tells_ids: bool = False,
+        names_ids: bool = False,
     ) -> None:
         """prompts: each with sampling.n choices. format: how to take the texts apart; None leaves them whole.
 
-        prompt_only: the one token that the engine makes is not part of the answer.
+        prompt_only: the one token that the engine makes is not part of the answer. tells_ids: pieces have token ids.
+        names_ids: tokens with log-probabilities are called by their ids and not by their texts.
         """
         self._stream = stream
         self._stop_token_ids = frozenset(sampling.stop_token_ids)
@@ -111,6 +118,8 @@ class Answer:
         self._prompt_tokens = sum(map(len, prompts))
         self._tokenizer = tokenizer
         self._prompt_only = prompt_only
+        self._tells_ids = tells_ids
+        self._token_text = _name_of if names_ids else tokenizer.decode_one
         self._looks_for_tools = format is not None and format.tools is not None
         self.error: str | None = None
         """A word for what the engine failed with."""
@@ -184,6 +193,16 @@ class Answer:
         return usage
 
     def _piece(self, output: Output) -> Piece:
+        if not self._tells_ids:
+            return self._told(output)
+        before = self._choices[output.index].num_tokens
+        piece = self._told(output)
+        piece.token_ids = output.token_ids[: piece.num_tokens - before]
+        if piece.first:
+            piece.prompt_ids = self._prompts[output.index // self._n]
+        return piece
+
+    def _told(self, output: Output) -> Piece:
         if output.finish_reason is FinishReason.ERROR:
             self.error = "engine_error"
             if output.error_param is not None:
@@ -235,7 +254,7 @@ class Answer:
         )
 
     def _rate(self, prompt: list[int], logprobs: list[TokenLogprobs]) -> list[PromptToken]:
-        text = self._tokenizer.decode_one
+        text = self._token_text
         tokens = [PromptToken(prompt[0], text(prompt[0]), {})]
         for token, of in zip(prompt[1:], logprobs, strict=True):
             rated = {token: Rated(max(of.logprob, LEAST_LOGPROB), of.rank, text(token))}
@@ -245,6 +264,10 @@ class Answer:
         return tokens
 
     def _chance(self, token: int, of: TokenLogprobs) -> TokenChance:
-        text = self._tokenizer.decode_one
+        text = self._token_text
         top = [(text(id), max(logprob, LEAST_LOGPROB)) for id, logprob in of.top]
         return TokenChance(text(token), max(of.logprob, LEAST_LOGPROB), top)
+
+
+def _name_of(token_id: int) -> str:
+    return f"token_id:{token_id}"

@@ -234,6 +234,7 @@ class Api:
             # The format's marks are special tokens: left out, there would be nothing to find calls by.
             generation = replace(generation, sampling=replace(generation.sampling, skip_special_tokens=False))
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        self._check_fan_out(1, generation.sampling.n)
         with self._accepted():
             prompt = await self._in_thread(model.chat_prompt, body)
             if format is not None and format.reasoning is not None:
@@ -252,7 +253,9 @@ class Api:
             prefixes: list[str] = []
             if generation.echo:
                 n = generation.sampling.n
-                texts = [p if isinstance(p, str) else model.tokenizer.decode(p) for p in prompts_of(body)]
+                # As they were sent, unless not all of it was used.
+                sent = prompts_of(body) if body.truncate_prompt_tokens is None else prompts
+                texts = [p if isinstance(p, str) else model.tokenizer.decode(p) for p in sent]
                 prefixes = [text for text in texts for _ in range(n)]
             writer = sse.CompletionWriter(
                 f"cmpl-{self._base_id(request, generation)}",
@@ -302,7 +305,16 @@ class Api:
             raise overloaded(f"The server is busy: {error}. Please retry.", error.retry_after_s) from None
         except EngineGoneError:
             raise self._not_serving() from None
-        answer = Answer(model.tokenizer, stream, sampling, prompts, format, prompt_only=generation.prompt_only)
+        answer = Answer(
+            model.tokenizer,
+            stream,
+            sampling,
+            prompts,
+            format,
+            prompt_only=generation.prompt_only,
+            tells_ids=generation.tells_ids,
+            names_ids=generation.names_ids,
+        )
         answer.tells_cached = self.config.enable_prompt_tokens_details
         asked = Asked(
             id=request[REQUEST_ID],
@@ -523,6 +535,8 @@ async def _whole(answer: Answer, writer: sse.Writer, num_choices: int) -> web.St
     texts: list[list[str]] = [[] for _ in range(num_choices)]
     tokens: list[list[TokenChance]] = [[] for _ in range(num_choices)]
     prompts: list[list[PromptToken]] = [[] for _ in range(num_choices)]
+    ids: list[list[int]] = [[] for _ in range(num_choices)]
+    prompt_ids: dict[int, Sequence[int]] = {}
     reasoning: list[list[str]] = [[] for _ in range(num_choices)]
     calls: list[list[ToolCall]] = [[] for _ in range(num_choices)]
     last: dict[int, Piece] = {}
@@ -531,6 +545,9 @@ async def _whole(answer: Answer, writer: sse.Writer, num_choices: int) -> web.St
             texts[piece.index].append(piece.text)
             tokens[piece.index] += piece.tokens
             prompts[piece.index] += piece.prompt
+            ids[piece.index] += piece.token_ids or ()
+            if piece.prompt_ids is not None:
+                prompt_ids[piece.index] = piece.prompt_ids
             reasoning[piece.index].append(piece.reasoning)
             calls[piece.index] += piece.calls
             last[piece.index] = piece
@@ -541,6 +558,8 @@ async def _whole(answer: Answer, writer: sse.Writer, num_choices: int) -> web.St
             first=True,
             tokens=tokens[i],
             prompt=prompts[i],
+            token_ids=ids[i] if i in prompt_ids else None,
+            prompt_ids=prompt_ids.get(i),
             reasoning="".join(reasoning[i]),
             calls=calls[i],
         )

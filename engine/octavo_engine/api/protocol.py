@@ -89,6 +89,8 @@ class _Sampled(_Body):
     stream_options: StreamOptions | None = None
     request_id: str | None = None
     cache_salt: str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: Whole | None = None
     truncation_side: Literal["left", "right"] | None = None
     response_format: dict[str, Any] | None = None
@@ -221,6 +223,8 @@ class Generation:
     echo: bool = False
     prompt_only: bool = False
     """Nothing of what is generated is wanted: the request scores its prompt."""
+    tells_ids: bool = False
+    names_ids: bool = False
     form_param: str = "structured_outputs"
     """The field that sampling.structured_outputs came from."""
 
@@ -366,6 +370,8 @@ def _generation(
         cache_salt=request.cache_salt,
         base_id=request.request_id,
         priority=request.priority or 0,
+        tells_ids=bool(request.return_token_ids),
+        names_ids=bool(request.return_tokens_as_token_ids),
         form_param=form_param,
     )
 
@@ -443,8 +449,6 @@ _REFUSED_EVERYWHERE: dict[str, _Refusal] = {
     "length_penalty": _Refusal(_only(None, 1, 1.0), "belongs to beam search, which is not supported"),
     "early_stopping": _NOTHING_OR_FALSE,
     "thinking_token_budget": _NOTHING,
-    "return_tokens_as_token_ids": _NOTHING_OR_FALSE,
-    "return_token_ids": _NOTHING_OR_FALSE,
     "return_prompt_text": _NOTHING_OR_FALSE,
     "kv_transfer_params": _NOTHING_OR_EMPTY,
     "vllm_xargs": _NOTHING_OR_EMPTY,

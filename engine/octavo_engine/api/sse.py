@@ -83,14 +83,15 @@ class ChatWriter(OpenAiWriter):
     def chunk(self, piece: Piece, usage: dict[str, Any] | None) -> bytes:
         index = b"%d" % piece.index
         special = piece.first or piece.finish_reason or piece.tokens or piece.calls or piece.reasoning
-        if usage is None and piece.text and not special:  # as most are
+        if usage is None and piece.text and not special and piece.token_ids is None:  # as most are
             return b"".join((self._head, index, _CONTENT, _encode(piece.text), _NO_MORE))
         tail = b"]}\n\n" if usage is None else b'],"usage":' + _encode(usage) + b"}\n\n"
         events = []
         if piece.first:
             first_usage = {**usage, "completion_tokens": 0, "total_tokens": usage["prompt_tokens"]} if usage else None
             first_tail = tail if first_usage is None else b'],"usage":' + _encode(first_usage) + b"}\n\n"
-            events.append(self._head + index + self._role_delta + first_tail)
+            prompt_ids = b"" if piece.prompt_ids is None else b',"prompt_token_ids":' + _encode(piece.prompt_ids)
+            events.append(self._head + index + self._role_delta + b"]" + prompt_ids + first_tail[1:])
             if self._echo:
                 events.append(self._delta(index, {"content": self._echo}, first_tail))
         if piece.reasoning:
@@ -111,16 +112,18 @@ class ChatWriter(OpenAiWriter):
                 "logprobs": chat_logprobs(piece.tokens),
                 "finish_reason": piece.finish_reason,
                 "stop_reason": piece.stop_reason,
+                **_ids(piece),
             }
             end = b',"system_fingerprint":' + _encode(FINGERPRINT)
             # b'{"logprobs":…}' continues the choice's object in place of its opening brace.
             events.append(
                 self._head + index + b',"delta":' + delta + b"," + _encode(fields)[1:] + b"]" + end + tail[1:]
             )
-        elif piece.text or piece.tokens:
+        elif piece.text or piece.tokens or piece.token_ids:
             logprobs = b"null" if not piece.tokens else _encode(chat_logprobs(piece.tokens))
             content = b',"delta":{"content":' + _encode(piece.text) + b'},"logprobs":' + logprobs
-            content += b',"finish_reason":null}'
+            ids = b"" if piece.token_ids is None else b',"token_ids":' + _encode(piece.token_ids)
+            content += b',"finish_reason":null' + ids + b"}"
             events.append(self._head + index + content + tail)
         return b"".join(events)
 
@@ -142,12 +145,14 @@ class ChatWriter(OpenAiWriter):
                         "logprobs": chat_logprobs(piece.tokens),
                         "finish_reason": piece.finish_reason,
                         "stop_reason": piece.stop_reason,
+                        **_ids(piece),
                     }
                     for piece in choices
                 ],
                 "usage": usage,
                 "system_fingerprint": FINGERPRINT,
                 **({"prompt_logprobs": prompt_logprobs(choices[0])} if choices[0].prompt else {}),
+                **({} if choices[0].prompt_ids is None else {"prompt_token_ids": choices[0].prompt_ids}),
             }
         )
 
@@ -195,13 +200,16 @@ class CompletionWriter(OpenAiWriter):
                 "logprobs": self._logprobs(piece),
                 "finish_reason": piece.finish_reason,
                 "stop_reason": piece.stop_reason,
+                **_all_ids(piece),
             }
             end = b'],"system_fingerprint":' + _encode(FINGERPRINT)
             return head + b"," + _encode(fields)[1:] + end + tail[1:]
         logprobs = _encode(self._logprobs(piece))
-        if not text and logprobs == b"null":
+        ids = _all_ids(piece)
+        if not text and logprobs == b"null" and not ids:
             return b""
-        return head + b',"logprobs":' + logprobs + b',"finish_reason":null,"stop_reason":null}' + tail
+        more = b"," + _encode(ids)[1:] if ids else b"}"
+        return head + b',"logprobs":' + logprobs + b',"finish_reason":null,"stop_reason":null' + more + tail
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         """OpenAI's older form: parallel lists; offsets count the characters of the choice's tokens."""
@@ -244,6 +252,7 @@ class CompletionWriter(OpenAiWriter):
                         "finish_reason": piece.finish_reason,
                         "stop_reason": piece.stop_reason,
                         **({"prompt_logprobs": prompt_logprobs(piece)} if self._tells_prompt else {}),
+                        **_all_ids(piece),
                     }
                     for piece in choices
                 ],
@@ -251,6 +260,14 @@ class CompletionWriter(OpenAiWriter):
                 "system_fingerprint": FINGERPRINT,
             }
         )
+
+
+def _ids(piece: Piece) -> dict[str, Any]:
+    return {} if piece.token_ids is None else {"token_ids": piece.token_ids}
+
+
+def _all_ids(piece: Piece) -> dict[str, Any]:
+    return _ids(piece) if piece.prompt_ids is None else {**_ids(piece), "prompt_token_ids": piece.prompt_ids}
 
 
 def prompt_logprobs(piece: Piece) -> list[dict[int, Rated] | None]:

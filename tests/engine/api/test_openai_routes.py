@@ -235,7 +235,7 @@ async def test_an_engine_error_before_the_first_token_has_its_own_status(server,
 ASKS = {
     "use_beam_search": True,
     "response_format": {"type": "xml"}, "structured_outputs": {"regex": "("}, "guided_json": "{",
-    "return_token_ids": True, "kv_transfer_params": {"a": 1}, "repetition_detection": {}, "service_tier": "flex",
+    "return_prompt_text": True, "kv_transfer_params": {"a": 1}, "repetition_detection": {}, "service_tier": "flex",
     "length_penalty": 2.0,
     "thinking_token_budget": 5, "vllm_xargs": {"a": 1},
 }  # fmt: skip

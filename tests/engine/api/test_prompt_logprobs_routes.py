@@ -134,3 +134,68 @@ async def test_a_chat_with_echo_gives_the_message_that_it_continues(server, http
     body["echo"] = False
     async with http.post(server.url + CHAT, json=body) as answer:
         assert "Well" not in await answer.text()
+
+
+# ---- ids in place of texts
+
+
+async def stream_of(http: Any, server: Any, path: str, **body: Any) -> list[Any]:
+    async with http.post(server.url + path, json={**body, "stream": True}) as answer:
+        return [json.loads(event[6:]) for event in (await answer.text()).split("\n\n") if event.startswith("data: {")]
+
+
+async def test_token_ids_come_with_the_answer_and_the_prompts_when_asked_for(server, http) -> None:
+    ask: dict[str, Any] = {"prompt": ["cat", "do"], "n": 2, "max_tokens": 2, "return_token_ids": True}
+    _, whole = await post(http, server, TEXT, **ask)
+    events = await stream_of(http, server, TEXT, **ask)
+
+    for index, choice in enumerate(whole["choices"]):
+        prompt = [IDS[character] for character in ["cat", "do"][index // 2]]
+        assert (choice["prompt_token_ids"], choice["token_ids"]) == (prompt, prompt[:2])
+        streamed = [choice for event in events for choice in event["choices"] if choice["index"] == index]
+        assert streamed[0]["prompt_token_ids"] == prompt
+        assert [id for choice in streamed for id in choice["token_ids"]] == prompt[:2]
+    _, plain = await post(http, server, TEXT, prompt="cat")
+    assert not {"token_ids", "prompt_token_ids"} & plain["choices"][0].keys()
+
+
+async def test_a_chat_tells_token_ids_too_and_leaves_out_what_a_stop_string_cut(server, http) -> None:
+    ask: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "stop": "er>", "return_token_ids": True}
+    _, whole = await post(http, server, CHAT, **ask)
+    events = await stream_of(http, server, CHAT, **ask)
+
+    choice = whole["choices"][0]
+    assert choice["message"]["content"] == "<us"
+    assert choice["token_ids"] == [IDS[character] for character in "<user>"]
+    assert len(whole["prompt_token_ids"]) == whole["usage"]["prompt_tokens"]
+    assert events[0]["prompt_token_ids"] == whole["prompt_token_ids"]
+    assert [id for event in events for id in event["choices"][0].get("token_ids", [])] == choice["token_ids"]
+
+
+async def test_tokens_are_called_by_their_ids_when_asked_for(server, http) -> None:
+    _, body = await post(http, server, TEXT, prompt="cat", max_tokens=1, logprobs=1, return_tokens_as_token_ids=True)
+    messages = [{"role": "user", "content": "hi"}]
+    _, chat = await post(
+        http, server, CHAT, messages=messages, max_tokens=1, logprobs=True, return_tokens_as_token_ids=True
+    )
+
+    assert body["choices"][0]["logprobs"]["tokens"] == [f"token_id:{IDS['c']}"]
+    assert body["choices"][0]["logprobs"]["top_logprobs"][0].keys() == {f"token_id:{IDS['c']}", f"token_id:{IDS['b']}"}
+    assert chat["choices"][0]["logprobs"]["content"][0]["token"] == f"token_id:{IDS['<']}"
+
+
+async def test_echo_shows_what_was_left_of_a_truncated_prompt(server, http) -> None:
+    _, body = await post(
+        http, server, TEXT, prompt="abcdef", truncate_prompt_tokens=2, echo=True, max_tokens=1, logprobs=0
+    )
+
+    (choice,) = body["choices"]
+    assert choice["text"] == "efe"
+    assert choice["logprobs"]["tokens"] == ["e", "f", "e"]
+
+
+async def test_more_answers_than_could_ever_be_queued_are_refused(start, http) -> None:
+    server = start("--max-num-seqs=2", "--max-num-queued-reqs=3")
+    status, body = await post(http, server, CHAT, messages=[{"role": "user", "content": "hi"}], n=6)
+
+    assert (status, body["error"]["param"]) == (400, "n")
