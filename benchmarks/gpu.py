@@ -30,7 +30,7 @@ from octavo_engine.sampling_params import SamplingParams
 sys.path.insert(0, str(Path(__file__).parent))
 from workloads import WORKLOADS, Workload, fixed
 
-MODEL = Path(__file__).parent / "models" / "llama-3.1-8b"
+MODEL = Path(__file__).parents[1] / "docker" / "models" / "llama-3.1-8b"
 BATCHES = (1, 8, 32, 64, 128, 256)
 VLLM = {
     # vLLM 0.25.1, measured on the same kinds of device: ms per output token by batch, then the workloads.

@@ -32,7 +32,7 @@ from octavo_engine.bench.serve import Load, Target, run
 sys.path.insert(0, str(Path(__file__).parent))
 from workloads import Workload, fixed, sharegpt_like
 
-MODEL = Path(__file__).parent / "models" / "llama-3.1-8b"
+MODEL = Path(__file__).parents[1] / "docker" / "models" / "llama-3.1-8b"
 PORT, MANAGEMENT_PORT = 18200, 18201
 CLIENTS = 8
 FLAGS = ["--load-format", "dummy", "--max-model-len", "17000", "--no-enable-prefix-caching", "--max-num-seqs", "1024"]

@@ -72,6 +72,9 @@ def build(target: str, say: Say) -> None:
             command = ["docker", "build"]
         else:
             raise ImageError("neither buildah nor a Docker engine is here: install buildah")
+        if target == "engine":
+            # There is no GPU here, and compiling for absent ones takes a minute after each change of the source.
+            command += ["--build-arg", "KERNELS="]
         command += ["--target", target, "--tag", name_of(target), str(REPOSITORY)]
         log = _folder() / f"build-{target}.log"
         _run_logged(command, log, say, f"image {target}", _environment())

@@ -7,7 +7,9 @@ a step launches, found on the same road and under the same keys. Called by `octa
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -142,7 +144,8 @@ def _build_launchers(kernels: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, stub = Path(folder, "stub.c"), Path(folder, "libcuda.so.1")
         source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(functions)))
-        subprocess.run(["cc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(stub), str(source)], check=True)
+        compiler = os.environ.get("CC") or shutil.which("gcc") or "cc"  # as Triton looks for one
+        subprocess.run([compiler, "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(stub), str(source)], check=True)
         built = SimpleNamespace(launch=None)
         with (
             triton.knobs.nvidia.scope(),
