@@ -264,3 +264,48 @@ def test_a_form_and_tools_that_the_model_may_call_go_together(client) -> None:
     choice = create(client, tools=TOOLS, response_format=SCHEMA).choices[0]
 
     assert bool(choice.message.tool_calls) or holds(choice.message.content)
+
+
+# ---- the other APIs
+
+
+WEATHER = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
+
+
+def test_responses_keep_to_a_form_and_call_the_tools_that_they_must(client) -> None:
+    text: Any = {"format": {"type": "json_schema", "name": "person", "schema": PERSON, "strict": True}}
+    formed = client.responses.create(model="tiny", input=MESSAGES, text=text, temperature=0, max_output_tokens=100)
+    tools: Any = [{"type": "function", "name": "weather", "parameters": WEATHER, "strict": False}]
+    for choice in ("required", {"type": "function", "name": "weather"}):
+        called = client.responses.create(
+            model="tiny", input="What is the weather in Paris?", tools=tools, tool_choice=choice, temperature=0
+        )
+        calls = [item for item in called.output if item.type == "function_call"]
+        assert calls
+        assert calls[0].name == "weather"
+        assert isinstance(json.loads(calls[0].arguments)["city"], str)
+
+    assert holds(formed.output_text)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(model="tiny", input="x", text={"format": {"type": "json_schema", "name": "x"}})
+    assert caught.value.param == "text.format"
+
+
+def test_anthropics_messages_call_the_tools_that_they_must(real_server) -> None:
+    import anthropic
+
+    tools: Any = [{"name": "weather", "input_schema": WEATHER}]
+    with anthropic.Anthropic(base_url=real_server.url, api_key="none", max_retries=0) as client:
+        for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
+            body: Any = {"model": "tiny", "max_tokens": 200, "tools": tools, "tool_choice": choice}
+            body["messages"] = [{"role": "user", "content": "What is the weather in Paris?"}]
+            answer = client.messages.create(**body, extra_body={"temperature": 0})
+            with client.messages.stream(**body, extra_body={"temperature": 0}) as stream:
+                streamed = stream.get_final_message()
+
+            assert answer.stop_reason == "tool_use"
+            (call,) = [block for block in answer.content if block.type == "tool_use"][:1]
+            assert call.name == "weather"
+            assert isinstance(call.input["city"], str)
+            assert [block.type for block in streamed.content] == [block.type for block in answer.content]
+            assert streamed.stop_reason == "tool_use"

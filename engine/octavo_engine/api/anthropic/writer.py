@@ -37,6 +37,7 @@ class MessagesWriter:
         self._id, self._model = request_id, model
         self._open: Literal["thinking", "text"] | None = None
         self._next_block = 0
+        self._called = False
         self._stop: dict[str, Any] = {}
 
     def chunk(self, piece: Piece, usage: dict[str, Any] | None) -> bytes:
@@ -51,6 +52,7 @@ class MessagesWriter:
             self._grow("text", {"type": "text_delta", "text": piece.text}, events)
         for call in piece.calls:
             self._close(events)
+            self._called = True
             block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
             events.append(_event("content_block_start", index=self._next_block, content_block=block))
             delta = {"type": "input_json_delta", "partial_json": call.arguments}
@@ -59,7 +61,7 @@ class MessagesWriter:
             self._next_block += 1
         if piece.finish_reason is not None:
             self._close(events)
-            self._stop = _stop(piece)
+            self._stop = _stop(piece, self._called)
         return b"".join(events)
 
     def end(self, usage: dict[str, Any], *, include_usage: bool) -> bytes:
@@ -81,7 +83,7 @@ class MessagesWriter:
             for call in piece.calls
         ]
         tokens = {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
-        return _encode(self._message(content, _stop(piece), tokens))
+        return _encode(self._message(content, _stop(piece, bool(piece.calls)), tokens))
 
     def _message(self, content: list[Any], stop: dict[str, Any], usage: dict[str, int]) -> dict[str, Any]:
         return {
@@ -108,9 +110,9 @@ class MessagesWriter:
             self._next_block += 1
 
 
-def _stop(piece: Piece) -> dict[str, Any]:
+def _stop(piece: Piece, called: bool) -> dict[str, Any]:
     reason = {"length": "max_tokens", "tool_calls": "tool_use"}.get(piece.finish_reason or "", "end_turn")
-    if piece.calls and piece.finish_reason == "stop":  # a tool that was named by the request
+    if called and piece.finish_reason == "stop":  # a tool that was named by the request
         reason = "tool_use"
     named = piece.stop_reason if isinstance(piece.stop_reason, str) else None
     return {"stop_reason": "stop_sequence" if named is not None else reason, "stop_sequence": named}
