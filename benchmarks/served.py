@@ -93,7 +93,7 @@ def serving() -> Iterator[Target]:
                     break
                 time.sleep(0.1)
             time.sleep(5)  # the graphs that are captured while nobody waits
-            yield Target(f"http://127.0.0.1:{PORT}", "m", temperature=1.0)
+            yield Target(f"http://127.0.0.1:{PORT}", "m", body={"temperature": 1.0})
         finally:
             server.terminate()
             server.wait(60)

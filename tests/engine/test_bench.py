@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from aiohttp import web
 
 from octavo_engine import cli
+from octavo_engine.bench import cli as bench_cli
 from octavo_engine.bench import datasets, report, serve
-from octavo_engine.config import ConfigError
+from octavo_engine.config import ArgumentParser, ConfigError, UsageError
 
 
 def test_random_prompts_have_the_lengths_that_were_asked_for_and_nothing_in_common():
@@ -112,10 +114,15 @@ def test_the_summary_counts_what_was_answered_and_what_was_good():
     assert "P99 E2EL (ms):" in report.table(result, [50.0, 99.0])
 
 
+HEADERS: list[dict[str, str]] = []
+"""Of every request to the server below."""
+
+
 @pytest.fixture
 async def server() -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
     """A server that streams three tokens 50 ms apart, and the bodies that it got. The prompt [7] is refused."""
     bodies: list[dict[str, Any]] = []
+    HEADERS.clear()
 
     async def models(request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "tiny"}]})
@@ -123,6 +130,7 @@ async def server() -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
     async def completions(request: web.Request) -> web.StreamResponse:
         body = await request.json()
         bodies.append(body)
+        HEADERS.append({name.lower(): value for name, value in request.headers.items()})
         if body["prompt"] == [7]:
             return web.json_response({"error": {"message": "busy"}}, status=503)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -178,6 +186,50 @@ async def test_no_more_requests_are_under_way_than_allowed(server):
 
     assert report.summary(answers, 1.0, [], {})["max_concurrent_requests"] <= 2
     assert max(a.started_s for a in answers) > 0.25
+
+
+async def test_flags_of_vllms_benchmark_are_honoured_and_its_files_are_written(server, tmp_path, capsys):
+    url, bodies = server
+    arguments = [
+        "bench", "serve", "--backend", "vllm", "--base-url", url, "--endpoint", "/v1/completions", "--num-prompts", "3",
+        "--random-input-len", "4", "--random-output-len", "3", "--seed", "7", "--top-p", "0.9", "--no-ignore-eos",
+        "--extra-body", '{"priority": 2}', "--header", "x-test=yes", "--request-id-prefix", "run-", "--disable-tqdm",
+        "--percentile-metrics", "ttft,itl", "--metric-percentiles", "50", "--max-concurrency", "2", "--save-result",
+        "--result-dir", str(tmp_path / "out"), "--label", "mine", "--metadata", "gpu=none",
+        "--ready-check-timeout-sec", "5",
+    ]  # fmt: skip
+    assert await asyncio.to_thread(cli.main, arguments) == 0
+
+    assert {(b["top_p"], b["ignore_eos"], b["priority"], b["model"]) for b in bodies} == {(0.9, False, 2, "tiny")}
+    assert {h["x-request-id"] for h in HEADERS} == {"run-0", "run-1", "run-2"}
+    assert {h["x-test"] for h in HEADERS} == {"yes"}
+    shown = capsys.readouterr().out
+    assert "Maximum request concurrency:" in shown
+    assert "P50 TTFT (ms):" in shown
+    assert "TPOT" not in shown
+    (file,) = (tmp_path / "out").iterdir()
+    assert file.name.startswith("mine-infqps-concurrency2-tiny-")
+    result = json.loads(file.read_text())
+    assert (result["completed"], result["gpu"], result["backend"]) == (3, "none", "vllm")
+    assert "ttfts" not in result
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--percentile-metrics", "ttft,other"], "got 'other', expected some of ttft, tpot, itl, e2el"),
+        (["--metadata", "gpu"], "--metadata: got 'gpu', expected NAME=VALUE"),
+        (["--backend", "openai-chat"], "--backend"),
+    ],
+)
+def test_what_the_benchmark_cannot_do_is_refused(flags, words, capsys, monkeypatch):
+    with pytest.raises((ConfigError, UsageError), match=re.escape(words)):
+        bench(flags)
+
+
+def bench(flags):
+    parser = ArgumentParser(prog="octavo bench")
+    return bench_cli.run(bench_cli.add_commands(parser), ["serve", "--model", "m", *flags], parser)
 
 
 def test_a_server_that_is_not_there_is_named(capsys):

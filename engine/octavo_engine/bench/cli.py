@@ -7,10 +7,12 @@ import asyncio
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from octavo_engine.command_line import add_vllm_flags, help_about, read
 from octavo_engine.config import (
     ArgumentParser,
     ConfigError,
@@ -21,6 +23,10 @@ from octavo_engine.config import (
 )
 from octavo_engine.status import API_PORT, ExitStatus, FatalError
 
+SAMPLING: dict[str, type[float] | type[int]] = {
+    "temperature": float, "top_p": float, "top_k": int, "min_p": float, "frequency_penalty": float,
+    "presence_penalty": float, "repetition_penalty": float, "logprobs": int,
+}  # fmt: skip
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -52,7 +58,34 @@ def add_commands(parser: argparse.ArgumentParser) -> dict[str, tuple[ArgumentPar
     )  # fmt: skip
     serve.add_argument("--max-concurrency", type=int, help="Requests at once at most. Default: no limit.")
     serve.add_argument("--num-warmups", type=int, default=0, help="Requests sent before. Default: %(default)s.")
-    serve.add_argument("--temperature", type=float, help="Default: the server's.")
+    serve.add_argument(
+        "--backend", "--endpoint-type", default="openai", choices=("openai", "openai-completions", "vllm"),
+        help="Which API is asked. Prompts are token ids, which chats do not take. Default: %(default)s.",
+    )  # fmt: skip
+    serve.add_argument("--endpoint", default="/v1/completions", metavar="PATH", help="Default: %(default)s.")
+    serve.add_argument("--served-model-name", metavar="NAME", help="Name in requests, if it is not --model.")
+    for name, kind in SAMPLING.items():
+        serve.add_argument(f"--{name.replace('_', '-')}", type=kind, help="Default: the server's.")
+    serve.add_argument(
+        "--ignore-eos", action=argparse.BooleanOptionalAction, default=True,
+        help="Let each answer have its full length. Default: on.",
+    )  # fmt: skip
+    serve.add_argument("--extra-body", type=json.loads, default={}, metavar="JSON", help="More fields of each request.")
+    serve.add_argument("--header", nargs="+", default=[], metavar="NAME=VALUE", help="More headers of each request.")
+    serve.add_argument("--request-id-prefix", default="", metavar="TEXT", help="Requests get X-Request-Id: TEXT0, …")
+    serve.add_argument(
+        "--ready-check-timeout-sec", type=float, default=0.0, metavar="SECONDS",
+        help="Wait so long for the server to serve its model. Default: %(default)s.",
+    )  # fmt: skip
+    serve.add_argument(
+        "--percentile-metrics", default="ttft,tpot,itl,e2el", help="Latencies to show. Default: %(default)s."
+    )
+    serve.add_argument("--save-result", action="store_true", help="Write the figures to a file of the run's name.")
+    serve.add_argument("--save-detailed", action="store_true", help="With each request's own figures in it.")
+    serve.add_argument("--result-dir", type=Path, default=Path(), metavar="DIR", help="Default: the current one.")
+    serve.add_argument("--result-filename", metavar="NAME", help="Default: BACKEND-RATEqps-MODEL-TIME.json.")
+    serve.add_argument("--label", help="What the file's name begins with. Default: BACKEND.")
+    serve.add_argument("--metadata", nargs="+", default=[], metavar="KEY=VALUE", help="Kept in the file.")
     serve.add_argument(
         "--metric-percentiles", default="99", help="Percentiles to report, as 50,90,99. Default: %(default)s."
     )
@@ -60,7 +93,7 @@ def add_commands(parser: argparse.ArgumentParser) -> dict[str, tuple[ArgumentPar
         "--goodput", nargs="+", default=[], metavar="METRIC:MS",
         help="Count requests within these bounds: ttft:200 tpot:50 e2el:5000.",
     )  # fmt: skip
-    _dataset_arguments(serve, num_prompts=1000)
+    _dataset_arguments(serve, num_prompts=1000, seed=True)
     for name in ("throughput", "latency"):
         command, _ = made[name]
         command.add_argument("model_positional", metavar="MODEL", nargs="?", help="Hugging Face id or folder.")
@@ -73,13 +106,15 @@ def add_commands(parser: argparse.ArgumentParser) -> dict[str, tuple[ArgumentPar
             command.add_argument("--num-iters-warmup", type=int, default=3, help="Default: %(default)s.")
             command.add_argument("--num-iters", type=int, default=10, help="Default: %(default)s.")
         add_arguments(command, [EngineConfig])
+        add_vllm_flags(command)
     for command, _ in made.values():
         command.add_argument("--output-json", type=Path, metavar="FILE", help="Write the figures there as JSON.")
         command.add_argument("--disable-tqdm", action="store_true", help="No progress bar.")
     return made
 
 
-def _dataset_arguments(parser: argparse.ArgumentParser, num_prompts: int) -> None:
+def _dataset_arguments(parser: argparse.ArgumentParser, num_prompts: int, *, seed: bool = False) -> None:
+    """seed: whether --seed is free to be the dataset's."""
     from octavo_engine.bench.datasets import DATASETS, Shape
 
     default = Shape()
@@ -107,7 +142,8 @@ def _dataset_arguments(parser: argparse.ArgumentParser, num_prompts: int) -> Non
         help="Different beginnings of prefix_repetition. Default: %(default)s.",
     )  # fmt: skip
     if not any(action.dest == "seed" for action in parser._actions):
-        parser.add_argument("--dataset-seed", type=int, default=0, help="Default: %(default)s.")
+        names = ["--dataset-seed", "--seed"] if seed else ["--dataset-seed"]
+        parser.add_argument(*names, type=int, default=0, help="Default: %(default)s.")
 
 
 def run(commands: dict[str, tuple[ArgumentParser, Command]], arguments: list[str], bench: ArgumentParser) -> int:
@@ -119,7 +155,12 @@ def run(commands: dict[str, tuple[ArgumentParser, Command]], arguments: list[str
         bench.parse_args(arguments)  # --help
         return ExitStatus.OK
     command, run_it = commands[arguments[0]]
-    namespace = command.parse_args(arguments[1:])
+    if (about := next((a for a in arguments[1:] if a.startswith("--help=")), None)) is not None:
+        print(help_about(command, about.partition("=")[2]))
+        return ExitStatus.OK
+    namespace, warnings = read(command, arguments[1:], os.environ)
+    for warning in warnings:
+        print(f"octavo bench: {warning}", file=sys.stderr)
     try:
         return run_it(namespace)
     except FatalError as error:
@@ -137,20 +178,36 @@ def _serve(namespace: argparse.Namespace) -> int:
         raise ConfigError(f"--{name}", getattr(namespace, name.replace("-", "_")), "a number above 0")
     percentiles = _numbers("--metric-percentiles", namespace.metric_percentiles)
     goodput = _goodput(namespace.goodput)
+    shown = [name.strip() for name in namespace.percentile_metrics.split(",")]
+    if unknown := set(shown) - set(report.METRICS):
+        raise ConfigError("--percentile-metrics", ", ".join(sorted(unknown)), "some of " + ", ".join(report.METRICS))
+    headers, metadata = _pairs("--header", namespace.header), _pairs("--metadata", namespace.metadata)
     try:
-        model = namespace.model or asyncio.run(serve.served_model(base_url, api_key))
+        wait_s = namespace.ready_check_timeout_sec
+        name = namespace.served_model_name or namespace.model
+        found = None if name and not wait_s else asyncio.run(serve.served_model(base_url, api_key, wait_s))
+        model = name or found or ""
     except OSError as error:
         print(f"octavo bench serve: {error}", file=sys.stderr)
         return 1
     samples = _samples(namespace, namespace.vocab_size, namespace.tokenizer or namespace.model or model)
-    target = serve.Target(base_url, model, api_key, temperature=namespace.temperature)
+    sampling = {name: getattr(namespace, name) for name in SAMPLING if getattr(namespace, name) is not None}
+    target = serve.Target(
+        base_url, model, api_key, namespace.ignore_eos, namespace.endpoint, {**sampling, **namespace.extra_body},
+        headers, namespace.request_id_prefix,
+    )  # fmt: skip
     load = serve.Load(namespace.request_rate, namespace.burstiness, namespace.max_concurrency, namespace.dataset_seed)
     progress = not namespace.disable_tqdm
     if namespace.num_warmups:
         asyncio.run(serve.run(target, samples[: namespace.num_warmups], serve.Load(), False))
     answers, duration = asyncio.run(serve.run(target, samples, load, progress))
     result = report.summary(answers, duration, percentiles, goodput)
-    print(report.table(result, percentiles))
+    configured: dict[str, float] = {}
+    if namespace.max_concurrency is not None:
+        configured["Maximum request concurrency:"] = namespace.max_concurrency
+    if namespace.request_rate != float("inf"):
+        configured["Request rate configured (RPS):"] = namespace.request_rate
+    print(report.table(result, percentiles, metrics=shown, load=configured))
     failures = [answer.error for answer in answers if answer.error]
     for text in sorted(set(failures))[:3]:
         print(f"failed {failures.count(text)} times: {text}", file=sys.stderr)
@@ -161,6 +218,12 @@ def _serve(namespace: argparse.Namespace) -> int:
         "burstiness": namespace.burstiness, "max_concurrency": namespace.max_concurrency,
     }  # fmt: skip
     _write(namespace.output_json, {**result, **details})
+    if namespace.save_result or namespace.save_detailed:
+        about = {"backend": namespace.backend, "label": namespace.label, **metadata}
+        if not namespace.save_detailed:
+            details = {name: value for name, value in details.items() if not isinstance(value, list)}
+        namespace.result_dir.mkdir(parents=True, exist_ok=True)
+        _write(namespace.result_dir / _file_name(namespace, model), {**about, **result, **details})
     return 1 if failures else ExitStatus.OK
 
 
@@ -231,6 +294,23 @@ def _samples(namespace: argparse.Namespace, vocab_size: int, tokenizer: str) -> 
         namespace.input_len, namespace.output_len, namespace.range_ratio, namespace.prefix_len, namespace.num_prefixes
     )
     return list(datasets.made_up(namespace.dataset_name, count, shape, vocab_size, seed))
+
+
+def _file_name(namespace: argparse.Namespace, model: str) -> str:
+    """As `vllm bench` names it."""
+    if namespace.result_filename:
+        return str(namespace.result_filename)
+    limit = "" if namespace.max_concurrency is None else f"-concurrency{namespace.max_concurrency}"
+    when = time.strftime("%Y%m%d-%H%M%S")
+    begin = namespace.label or namespace.backend
+    return f"{begin}-{namespace.request_rate}qps{limit}-{model.split('/')[-1]}-{when}.json"
+
+
+def _pairs(flag: str, words: list[str]) -> dict[str, str]:
+    for word in words:
+        if "=" not in word:
+            raise ConfigError(flag, word, "NAME=VALUE")
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
 
 
 def _numbers(flag: str, text: str) -> list[float]:

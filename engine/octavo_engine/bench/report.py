@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,14 @@ def summary(
     return result
 
 
-def table(result: dict[str, Any], percentiles: Sequence[float], title: str = "Serving Benchmark Result") -> str:
+def table(
+    result: dict[str, Any],
+    percentiles: Sequence[float],
+    title: str = "Serving Benchmark Result",
+    metrics: Sequence[str] = tuple(METRICS),
+    load: Mapping[str, float] | None = None,
+) -> str:
+    """metrics: of which latencies are shown. load: how requests were sent, as label → value."""
     lines = [f"{f' {title} ':=^58}"]
 
     def line(label: str, value: float | int) -> None:
@@ -88,6 +95,8 @@ def table(result: dict[str, Any], percentiles: Sequence[float], title: str = "Se
 
     line("Successful requests:", result["completed"])
     line("Failed requests:", result["failed"])
+    for label, value in (load or {}).items():
+        line(label, value)
     line("Benchmark duration (s):", result["duration"])
     line("Total input tokens:", result["total_input_tokens"])
     line("Total generated tokens:", result["total_output_tokens"])
@@ -99,6 +108,8 @@ def table(result: dict[str, Any], percentiles: Sequence[float], title: str = "Se
     line("Peak concurrent requests:", result["max_concurrent_requests"])
     line("Total token throughput (tok/s):", result["total_token_throughput"])
     for name, words in METRICS.items():
+        if name not in metrics:
+            continue
         lines.append(f"{words:-^58}")
         line(f"Mean {name.upper()} (ms):", result[f"mean_{name}_ms"])
         line(f"Median {name.upper()} (ms):", result[f"median_{name}_ms"])

@@ -6,14 +6,16 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import aiohttp
 from tqdm import tqdm
 
 from octavo_engine.bench.datasets import Sample
 from octavo_engine.bench.report import Answer
+
+READY_PAUSE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,11 @@ class Target:
     model: str
     api_key: str | None = None
     ignore_eos: bool = True
-    temperature: float | None = None
+    endpoint: str = "/v1/completions"
+    body: Mapping[str, object] = field(default_factory=dict)
+    """What each request has beside its prompt: sampling and the like."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    request_id_prefix: str = ""
     timeout_s: float = 6 * 3600.0
 
 
@@ -58,34 +64,36 @@ async def run(target: Target, samples: Sequence[Sample], load: Load, show_progre
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=target.timeout_s)
     headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
+    headers |= target.headers
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
         begin = time.perf_counter()
         with tqdm(total=len(samples), desc="requests", disable=not show_progress, dynamic_ncols=True) as bar:
 
-            async def one(sample: Sample, at: float) -> Answer:
+            async def one(number: int, sample: Sample, at: float) -> Answer:
                 await asyncio.sleep(max(begin + at - time.perf_counter(), 0.0))
                 async with limit:
-                    answer = await ask(session, target, sample, begin)
+                    answer = await ask(session, target, sample, begin, number)
                 bar.update()
                 return answer
 
             moments = arrivals(len(samples), load)
-            answers = await asyncio.gather(*(one(s, at) for s, at in zip(samples, moments, strict=True)))
+            calls = enumerate(zip(samples, moments, strict=True))
+            answers = await asyncio.gather(*(one(number, s, at) for number, (s, at) in calls))
         return list(answers), time.perf_counter() - begin
 
 
-async def ask(session: aiohttp.ClientSession, target: Target, sample: Sample, begin: float) -> Answer:
-    """One streamed completion. A failure is an answer with its reason, never an exception."""
+async def ask(session: aiohttp.ClientSession, target: Target, sample: Sample, begin: float, number: int = 0) -> Answer:
+    """One streamed completion, the so-many-th. A failure is an answer with its reason, never an exception."""
     body: dict[str, object] = {
         "model": target.model, "prompt": sample.prompt, "max_tokens": sample.output_len, "stream": True,
         "stream_options": {"include_usage": True}, "ignore_eos": target.ignore_eos,
     }  # fmt: skip
-    if target.temperature is not None:
-        body["temperature"] = target.temperature
+    body |= target.body
+    headers = {"X-Request-Id": f"{target.request_id_prefix}{number}"} if target.request_id_prefix else {}
     started = last = time.perf_counter()
     answer = Answer(len(sample.prompt), started_s=started - begin)
     try:
-        async with session.post(f"{target.base_url}/v1/completions", json=body) as response:
+        async with session.post(target.base_url + target.endpoint, json=body, headers=headers) as response:
             if response.status != 200:
                 answer.error = f"HTTP {response.status}: {(await response.text())[:200]}"
                 return answer
@@ -122,8 +130,19 @@ async def events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
             yield data
 
 
-async def served_model(base_url: str, api_key: str | None) -> str:
-    """The name under which the server serves its model. Raises OSError with what is wrong."""
+async def served_model(base_url: str, api_key: str | None, wait_s: float = 0.0) -> str:
+    """The name under which the server serves its model; waits so long for it. Raises OSError with what is wrong."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            return await _served_model(base_url, api_key)
+        except OSError:
+            if time.monotonic() >= deadline:
+                raise
+            await asyncio.sleep(READY_PAUSE_S)
+
+
+async def _served_model(base_url: str, api_key: str | None) -> str:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         async with (
