@@ -66,8 +66,8 @@ class Screen:
             log.info("%s", bar(statusz, width=0))
         self._stage = statusz.stage
 
-    def ready(self, effective: Effective, url: str, name: str, curl: str) -> None:
-        """curl: the program and its flags for getting in."""
+    def ready(self, effective: Effective, url: str, name: str, curl: str, page: str | None = None) -> None:
+        """curl: the program and its flags for getting in. page: where a browser finds the chat."""
         seconds = time.monotonic() - self._started
         facts = f"{effective.gpu or 'CPU'} · {effective.dtype} · context {effective.max_model_len:,} tokens"
         if effective.kv_tokens:
@@ -78,7 +78,7 @@ class Screen:
         self.clear()
         self._line(
             f"  ready in {seconds:.1f} s   {facts}\n"
-            f"  listening on {url}\n\n"
+            f"  listening on {url}{f'   chat at {page}' if page else ''}\n\n"
             f"  {curl} {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
             f'    -d \'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n'
         )

@@ -177,7 +177,7 @@ class _Server:
         )
         self._board.ready(effective)
         self._screen.clear()
-        self._screen.ready(effective, self._url, self._names[0], self._curl)
+        self._screen.ready(effective, self._url, self._names[0], self._curl, self._page)
 
     async def _find(self, name: str, revision: str | None, *, weights: bool) -> ModelFolder:
         if (folder := find_model.local_folder(name, of="model" if weights else "tokenizer")) is not None:
@@ -275,6 +275,10 @@ class _Server:
     def _host(self) -> str:
         host = self._config.host
         return "localhost" if host in ("", "0.0.0.0", "::") else host
+
+    @property
+    def _page(self) -> str | None:
+        return f"{self._url}/" if self._config.ui and self._config.uds is None else None
 
     @property
     def _curl(self) -> str:

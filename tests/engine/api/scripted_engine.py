@@ -9,6 +9,7 @@ Its pace and its start-up come from the environment, as JSON in OCTAVO_SCRIPT.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -176,7 +177,8 @@ def main() -> int:
     add_arguments(parser, [EngineConfig])
     namespace = parser.parse_args()
     channel = Channel(socket.socket(fileno=namespace.fd))
-    ScriptedEngine(channel, from_namespace(EngineConfig, namespace)).run()
+    with contextlib.suppress(ChannelClosedError):  # the server has ended while we loaded
+        ScriptedEngine(channel, from_namespace(EngineConfig, namespace)).run()
     return 0
 
 
