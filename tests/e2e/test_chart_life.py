@@ -127,7 +127,8 @@ def test_an_upgrade_brings_the_new_definition_and_restarts_no_engine(world, load
         "patch", "llm", SERVER, "-n", TEAM, "--type=merge", "-p", '{"spec":{"restart":{"id":"one"}}}', "-o", "json"
     )
     install(world, loaded_images, CHART)
-    schema = world.kubectl("explain", "llm.spec.restart.id")
+    # For a moment after a definition has changed, its kinds are not among those that the API server lists.
+    schema = wait_for(lambda: world.run(["kubectl", "explain", "llm.spec.restart.id"], check=False).stdout, "the field")
 
     assert "restart" not in json.loads(refused)["spec"]  # the definition before did not have it
     assert "restarts the pods once" in schema
