@@ -363,6 +363,9 @@ class ServerConfig:
         "", "Prefix under which a proxy serves this API; requests are taken with it and without.", group="Server",
         metavar="/PREFIX",
     )  # fmt: skip
+    disable_fastapi_docs: bool = _setting(
+        False, "Leave out /docs and /openapi.json, which describe this API.", group="Server"
+    )
     ui: bool = _setting(True, "Serve the page at /: a chat, and a view of the engine.", group="Server")
     max_request_bytes: int = _setting(
         32 * 2**20, "Largest request body.", group="Server", parse=parse_count, low=1024, metavar="BYTES"

@@ -130,10 +130,10 @@ class Api:
                 web.post("/ping", self.health),
                 web.get("/version", self.version),
                 web.get("/load", self.load),
-                web.get("/openapi.json", self.openapi_document),
-                web.get("/docs", self.docs),
             ]
         )
+        if not self.config.disable_fastapi_docs:
+            routes.add([web.get("/openapi.json", self.openapi_document), web.get("/docs", self.docs)])
         if self.config.ui:
             routes.add([web.get("/", self.page), web.get("/ui/status", self.ui_status)])
         if self.config.ui and self.config.root_path:

@@ -3,9 +3,14 @@ prompt again. Where no Chromium is installed these tests are skipped, and say so
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import socket
+import subprocess
+import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,8 +18,10 @@ from typing import Any
 
 import pytest
 
+import models
 from octavo_engine.api import ui
 
+CAPITALS = {"enum": ["Paris", "Rome"]}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 TOOLS = '[{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]'
 ECHO = (
@@ -32,6 +39,22 @@ def get(url: str) -> tuple[int, Any, str]:
             return answer.status, answer.headers, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.headers, error.read().decode()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def wait_until(condition: Any, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if condition():
+                return
+        time.sleep(0.1)
+    raise TimeoutError(f"not within {timeout_s} s")
 
 
 def test_the_page_is_one_answer_that_names_no_other_host(server) -> None:
@@ -278,6 +301,38 @@ def test_json_is_asked_for_and_what_cannot_be_read_is_told_at_its_place(page, ec
     page.wait_for_selector("#stop", state="hidden")
     schema = {"name": "answer", "schema": {"type": "object"}}
     assert bodies(page)[0]["response_format"] == {"type": "json_schema", "json_schema": schema}
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_real_model_answers_in_json_when_asked_to(page, tmp_path) -> None:
+    port, management = free_port(), free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "octavo_engine.cli",
+        "serve",
+        str(models.smollm2()),
+        "--kv-cache-memory-bytes=256M",
+    ]
+    process = subprocess.Popen([*command, f"--port={port}", f"--management-port={management}"])
+    try:
+        wait_until(lambda: get(f"http://127.0.0.1:{management}/readyz")[0] == 200, 60)
+        opened(page, f"http://127.0.0.1:{port}")
+        page.fill("#max_tokens", "60")
+        page.fill("#seed", "1")
+        page.click("#format-part summary")
+        page.select_option("#format", "json_schema")
+        page.fill(
+            "#schema", json.dumps({"type": "object", "properties": {"capital": CAPITALS}, "required": ["capital"]})
+        )
+        say(page, "What is the capital of France? Answer in JSON.")
+        text = page.inner_text(".turn.assistant .text")
+    finally:
+        process.terminate()
+        process.wait(20)
+
+    assert json.loads(text)["capital"] in ("Paris", "Rome")
 
 
 @pytest.mark.browser

@@ -56,6 +56,20 @@ def test_cached_tokens_are_told_when_asked_for_and_else_not(start) -> None:
     assert "prompt_tokens_details" not in silent
 
 
+def test_the_description_of_the_api_can_be_left_out(start, server) -> None:
+    def status(running: Any, path: str) -> int:
+        try:
+            with urllib.request.urlopen(running.url + path, timeout=5) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code
+
+    bare = start("--disable-fastapi-docs")
+    assert [status(server, path) for path in ("/docs", "/openapi.json")] == [200, 200]
+    assert [status(bare, path) for path in ("/docs", "/openapi.json", "/v1/models")] == [404, 404, 200]
+
+
 def test_more_log_probabilities_than_allowed_are_refused_and_the_next_request_is_served(start) -> None:
     server = start("--max-logprobs=2")
     status, text = post(server, logprobs=3)
