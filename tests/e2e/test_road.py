@@ -263,6 +263,71 @@ def test_a_change_of_the_context_rolls_without_a_failed_request(installed):
     assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
 
 
+def test_no_stream_is_cut_when_the_server_shrinks_and_when_its_node_is_drained(installed):
+    installed.kubectl("scale", "llm", SERVER, "--replicas=2")
+    wait_for(lambda: ready_with(installed, 2), "two replicas", 120)
+    with Streams(installed, "shrink") as streams:
+        streams.begun()
+        installed.kubectl("scale", "llm", SERVER, "--replicas=1")
+        wait_for(lambda: ready_with(installed, 1), "one replica", 120)
+    shrunk = streams.ends()
+
+    (before,) = staying(installed)
+    with Streams(installed, "drain") as streams:
+        streams.begun()
+        # The engine's pod is evicted as any drain does it. On the only node there is its successor waits until the
+        # node takes pods again, so clients are told to come back meanwhile; who is being answered is answered.
+        drain = ["kubectl", "drain", "node1", f"--pod-selector=octavo.dev/server={SERVER}", "--timeout=120s"]
+        installed.run([*drain, "--force", "--delete-emptydir-data"], timeout_s=180)
+        streams.wait()
+    installed.kubectl("uncordon", "node1")
+    wait_for(lambda: ready_with(installed, 1), "the successor", 120)
+
+    assert shrunk == ["length"] * STREAMS
+    assert streams.ends() == ["length"] * STREAMS
+    assert staying(installed) != [before]
+
+
+STREAMS = 6
+
+
+class Streams:
+    """Long answers that are being written, from the node, while the block lasts and until each has ended."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self._cluster = cluster
+        self._files = [cluster.state / f"{name}-{number}" for number in range(STREAMS)]
+
+    def __enter__(self) -> Streams:
+        path = "jsonpath={.spec.clusterIP}:{.spec.ports[0].port}"
+        address = self._cluster.kubectl("get", "service", SERVER, "-o", path)
+        asked = {**QUESTION, "max_tokens": 200, "ignore_eos": True, "stream": True}
+        body = shlex.quote(json.dumps(asked))
+        curl = f"curl -sSN --max-time 120 http://{address}/v1/chat/completions -H 'Content-Type: application/json'"
+        for file in self._files:
+            self._cluster.start_program(file.name, ["bash", "-c", f"{curl} -d {body} > {file} 2>&1; touch {file}.end"])
+        return self
+
+    def begun(self) -> None:
+        wait_for(lambda: all(f.exists() and f.read_text().count("data: {") > 3 for f in self._files), "streams", 60)
+
+    def wait(self) -> None:
+        wait_for(lambda: all(Path(f"{file}.end").exists() for file in self._files), "the streams' ends", 120)
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+
+    def ends(self) -> list[str]:
+        """The finish reason of each, or what it ended with instead."""
+        found = []
+        for file in self._files:
+            events = [line for line in file.read_text().splitlines() if line]
+            whole = len(events) > 2 and events[-1] == "data: [DONE]"
+            last = json.loads(events[-2].removeprefix("data: ")) if whole else {}
+            found.append(last["choices"][0]["finish_reason"] if whole else "\n".join(events[-2:])[-200:])
+        return found
+
+
 def test_a_killed_engine_is_reported_and_comes_back(installed):
     (pod,) = staying(installed)
     # From the node: the engine process by its command line, inside this cluster's PID namespace.
