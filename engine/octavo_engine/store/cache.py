@@ -25,6 +25,7 @@ from octavo_engine.store.listing import Listing, RemoteFile
 from octavo_engine.store.transfer import DamagedError, Get, fetch
 
 FILES_AT_ONCE = 4
+LOCK_PAUSE_S = 0.5
 ATTEMPTS = 3
 """For a file that arrives damaged."""
 
@@ -56,9 +57,14 @@ def fill(
             done += count
             report(max(done, 0), total)
 
+    def wait() -> None:
+        # Whoever holds the lock makes progress, or ends: a wait for it is no stall of ours.
+        moved(0)
+        pause(LOCK_PAUSE_S)
+
     def bring(file: RemoteFile) -> None:
         blob = home / "blobs" / _digest(file)
-        with _locked(root / ".locks" / home.name / f"{blob.name}.lock"):
+        with _locked(root / ".locks" / home.name / f"{blob.name}.lock", wait):
             if blob.exists():
                 moved(file.size)
             else:
@@ -134,8 +140,16 @@ def _link(link: Path, blob: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, wait: Callable[[], object]) -> Iterator[None]:
+    """Calls wait as long as another process holds the lock."""
     with path.open("a") as handle:
-        with contextlib.suppress(OSError):  # a file system without locks: then two write the same bytes
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                wait()
+            except OSError:  # a file system without locks: then two write the same bytes
+                break
+            else:
+                break
         yield

@@ -186,6 +186,20 @@ def test_a_killed_download_is_gone_on_with_by_the_next_start(hub: Hub, tmp_path:
     assert any(re.search(r"bytes=[1-9]\d+-", line) for line in hub.requests())
 
 
+def test_two_servers_that_start_at_once_download_once(hub: Hub, tmp_path: Path) -> None:
+    """The one that waits for the other's files is not taken for stalled."""
+    set_faults(hub, bytes_per_s=300_000)
+    with (
+        serving(hub, tmp_path / "home", "--startup-stall-s=2") as one,
+        serving(hub, tmp_path / "home", "--startup-stall-s=2") as other,
+    ):
+        one.wait("ready")
+        other.wait("ready")
+
+    assert_whole(snapshot(tmp_path / "home"))
+    assert len([line for line in hub.requests() if "GET" in line and "safetensors" in line]) == 2
+
+
 def test_a_file_that_arrives_damaged_is_fetched_again(hub: Hub, tmp_path: Path) -> None:
     set_faults(hub, damage=2)
     with serving(hub, tmp_path / "home") as server:
