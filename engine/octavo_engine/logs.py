@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import logging.config
 import sys
 import time
 from collections.abc import Mapping
@@ -33,6 +32,8 @@ def configure(level: str, format: str, process: str = "api") -> None:
 
 def configure_from_file(path: str) -> None:
     """Python's own configuration of logging, as JSON. Raises FatalError(INVALID_CONFIG)."""
+    import logging.config  # brings sockets and mail; ports are bound before
+
     try:
         # Loggers are made as modules are imported, which has begun: by default all of those would fall silent.
         given = {"disable_existing_loggers": False, **json.loads(Path(path).read_text(encoding="utf-8"))}

@@ -43,7 +43,8 @@ class Screen:
         # Whoever asks for JSON reads the lines with a program, also when they run by on a terminal.
         self._is_terminal = stream.isatty() and log_format == "console"
         self._started = started
-        self._stage: Stage | None = None
+        self._said: tuple[Stage, bool] | None = None
+        """The stage that the last line was about, and whether its bytes were known."""
         self._said_at = started
         self._bar_shown = False
 
@@ -57,14 +58,14 @@ class Screen:
         statusz = self._board.statusz()
         if statusz.stage not in WORDS:
             return
+        counts = statusz.progress.total_bytes > 0
         if self._is_terminal:
             self._stream.write("\r\x1b[K  " + bar(statusz))
             self._stream.flush()
             self._bar_shown = True
-        elif statusz.stage is not self._stage or now - self._said_at >= LOG_EVERY_S:
-            self._said_at = now
+        elif (statusz.stage, counts) != self._said or now - self._said_at >= LOG_EVERY_S:
+            self._said_at, self._said = now, (statusz.stage, counts)
             log.info("%s", bar(statusz, width=0))
-        self._stage = statusz.stage
 
     def ready(self, effective: Effective, url: str, name: str, curl: str, page: str | None = None) -> None:
         """curl: the program and its flags for getting in. page: where a browser finds the chat."""
