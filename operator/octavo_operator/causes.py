@@ -68,8 +68,11 @@ def cause_of(
         return Cause(About.START, "NodeLost", _node_lost(pod))
     if pod.ready and engine_is_silent and not pod.terminating:
         return Cause(About.START, "EngineUnreachable", _SILENT)
-    if pod.ready or pod.terminating or pod.over or engine_is_up:
+    if pod.ready or pod.terminating or pod.over:
         return None
+    beside = Cause(About.START, "SidecarFailed", _beside(pod.beside)) if pod.beside else None
+    if engine_is_up:
+        return beside
     if pod.unschedulable is not None:
         return _scheduling(pod.unschedulable, wanted)
     if pod.waiting in _IMAGE_REASONS:
@@ -80,6 +83,8 @@ def cause_of(
         return Cause(About.START, "ContainerStart", _sentence(pod.waiting_message))
     if failure := failure_of(pod, wanted.memory_limit):
         return _crash(pod, failure)
+    if beside:
+        return beside
     if not pod.running:
         mounts = [e.message for e in events if e.pod == pod.name and e.reason in ("FailedMount", "FailedAttachVolume")]
         sandbox = [e.message for e in events if e.pod == pod.name and e.reason == "FailedCreatePodSandBox"]
@@ -88,6 +93,10 @@ def cause_of(
         if sandbox:
             return Cause(About.START, "PodSandbox", _sentence(sandbox[-1]))
     return None
+
+
+def _beside(what: str) -> str:
+    return f"{_sentence(f'A container of podTemplate does not run, {what}')} Next: correct it in podTemplate."
 
 
 def _node_lost(pod: Pod) -> str:

@@ -278,6 +278,8 @@ def _monitoring(view: View) -> Finding:
             return Finding(names.MONITORING_READY, "False", "PodMonitorKindMissing", message, trouble=True)
         case _ if view.pod_monitors_known:
             message = f"The PodMonitor {view.server.name} selects the pods."
+            if not view.server.spec.observability.labels:
+                message += " It has no label of its own: a Prometheus that selects by one needs observability.labels."
             return Finding(names.MONITORING_READY, "True", "PodMonitor", message)
         case _ if view.unannotated:
             message = f"The pods could not be annotated for Prometheus: {view.unannotated}"

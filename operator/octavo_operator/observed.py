@@ -52,6 +52,8 @@ class Pod:
     restarts: int = 0
     terminations: tuple[Termination, ...] = ()
     """Newest first: at most the present state and the one before it, as Kubernetes keeps no more."""
+    beside: str | None = None
+    """Why a container of podTemplate does not run, beside the engine or before it."""
     annotations: Mapping[str, str] = field(default_factory=dict)
     annotated_by_us: bool = False
 
@@ -132,6 +134,7 @@ def read_pod(document: Document) -> Pod:
         running_since=read_time(state["running"]["startedAt"]) if "running" in state else None,
         restarts=container.get("restartCount", 0),
         terminations=tuple(_read_termination(end) for end in ends),
+        beside=_read_beside(status),
         annotations=metadata.get("annotations", {}),
         annotated_by_us=any(
             entry.get("manager") == names.FIELD_MANAGER
@@ -139,6 +142,21 @@ def read_pod(document: Document) -> Pod:
             for entry in metadata.get("managedFields", [])
         ),
     )
+
+
+_ON_ITS_WAY = ("ContainerCreating", "PodInitializing")
+
+
+def _read_beside(status: Document) -> str | None:
+    for container in (*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])):
+        waiting = container.get("state", {}).get("waiting") or {}
+        if container["name"] == names.ENGINE_CONTAINER or waiting.get("reason", "ContainerCreating") in _ON_ITS_WAY:
+            continue
+        end = container.get("lastState", {}).get("terminated")
+        words = (end or {}).get("message") or waiting.get("message") or ""
+        how = f"it ended with {end.get('exitCode')}" if end else str(waiting["reason"])
+        return f"{container['name']}: {how}. {words}".strip()
+    return None
 
 
 def _read_termination(document: Document) -> Termination:

@@ -229,6 +229,16 @@ def test_the_newest_failure_is_kept(pods, previous, told):
     assert (failure and failure.pod) == told
 
 
+@pytest.mark.parametrize("engine_is_up", [True, False])
+def test_a_sidecar_that_does_not_run_is_told_also_while_the_engine_does(engine_is_up):
+    sick = pod(beside="proxy: it ended with 1. no such upstream", running_since=NOW if engine_is_up else None)
+    found = cause_of(sick, (), Wanted("nvidia.com/gpu", 1, None, None), engine_is_up=engine_is_up)
+
+    assert found is not None
+    assert found.reason == "SidecarFailed"
+    assert "proxy: it ended with 1. no such upstream. Next: correct it in podTemplate." in found.message
+
+
 def test_an_image_volume_that_the_api_server_dropped_is_told_as_what_the_cluster_lacks():
     words = 'Deployment.apps "x" is invalid: spec.template.spec.volumes[2]: Required value: must specify a volume type'
 

@@ -150,3 +150,22 @@ async def test_pods_that_do_not_run_are_not_asked(serve):
 
     assert found == {}
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("state", "last", "told"),
+    [
+        ({"waiting": {"reason": "CrashLoopBackOff", "message": "back-off"}}, {"exitCode": 3, "message": "no upstream"},
+         "proxy: it ended with 3. no upstream"),
+        ({"waiting": {"reason": "ImagePullBackOff", "message": "none"}}, None, "proxy: ImagePullBackOff. none"),
+        ({"waiting": {"reason": "PodInitializing"}}, None, None),
+        ({"running": {"startedAt": "2026-01-01T00:00:00Z"}}, {"exitCode": 3}, None),
+        ({"terminated": {"exitCode": 0, "reason": "Completed"}}, None, None),
+    ],
+)  # fmt: skip
+def test_a_container_beside_the_engine_is_told_of_when_it_does_not_run(state, last, told):
+    proxy = {"name": "proxy", "state": state, "lastState": {"terminated": last} if last else {}}
+    engine_waits = {"name": "engine", "state": {"waiting": {"reason": "PodInitializing"}}}
+
+    assert read_pod(document(containerStatuses=[engine_waits, proxy])).beside == told
+    assert read_pod(document(initContainerStatuses=[proxy], containerStatuses=[engine_waits])).beside == told

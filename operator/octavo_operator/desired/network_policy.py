@@ -23,8 +23,11 @@ def network_policy(server: Server, defaults: EngineDefaults) -> dict[str, Any] |
         return None
     operator = {"namespaceSelector": {"matchLabels": {NAMESPACE_NAME: defaults.operator_namespace}}}
     metrics = _peers(asked.allow_metrics_from) if asked.allow_metrics_from else [EVERY_NAMESPACE]
+    clients = _peers(asked.allow_from) if asked.allow_from else [{"podSelector": {}}]
+    if (scaling := server.spec.autoscaling) and scaling.min_replicas == 0:
+        clients.append(operator)  # what holds requests until a pod is there passes them on
     ingress = [
-        {"ports": [_port(API_PORT)], "from": _peers(asked.allow_from) if asked.allow_from else [{"podSelector": {}}]},
+        {"ports": [_port(API_PORT)], "from": clients},
         {"ports": [_port(MANAGEMENT_PORT)], "from": [operator, *metrics]},
     ]
     everything = asked.egress == "All" or server.spec.model.is_downloaded
