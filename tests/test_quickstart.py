@@ -74,7 +74,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder / "wheels"), "PIP_NO_DEPS": "1",
     }  # fmt: skip
     command = [*apart, sys.executable, str(Path(__file__).resolve()), str(folder)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=560)
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return found
@@ -188,7 +188,7 @@ def main(folder: Path) -> None:
 
 
 def run(command: str) -> dict[str, Any]:
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=240)
     return {"status": done.returncode, "out": done.stdout, "err": done.stderr}
 
 
@@ -208,7 +208,7 @@ class Served:
 
     def wait(self) -> dict[str, Any]:
         """/statusz when it is ready."""
-        for _ in range(600):
+        for _ in range(1200):
             assert self.process.poll() is None, self.process.communicate()[1]
             try:
                 statusz: dict[str, Any] = json.loads(fetch("http://localhost:8001/statusz"))
