@@ -209,12 +209,13 @@ class EngineConfig:
         group="Memory and parallelism", low=1, high=1024,
     )  # fmt: skip
 
-    max_num_seqs: int = _setting(
-        256, "Requests computed together in one step.", group="Scheduling", low=1, high=4096, managed=True
-    )
-    max_num_batched_tokens: int = _setting(
-        2048, "Tokens computed in one step: the bound on a prompt's chunk.", group="Scheduling",
-        parse=parse_count, low=1, high=2**20, metavar="TOKENS", managed=True,
+    max_num_seqs: int | None = _setting(
+        None, "Requests computed together in one step. Default: 1024 on a GPU of 60 GiB or more, else 256.",
+        group="Scheduling", low=1, high=4096, managed=True,
+    )  # fmt: skip
+    max_num_batched_tokens: int | None = _setting(
+        None, "Tokens computed in one step: the bound on a prompt's chunk. Default: 8192 on a GPU of 60 GiB or more, "
+        "else 2048.", group="Scheduling", parse=parse_count, low=1, high=2**20, metavar="TOKENS", managed=True,
     )  # fmt: skip
     enable_prefix_caching: bool = _setting(
         True,
@@ -270,7 +271,8 @@ class EngineConfig:
                 "--max-decode-slowdown", self.max_decode_slowdown,
                 "0 or more than 1: at 1 no prompt could ever run beside a stream",
             )  # fmt: skip
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        tokens, requests = self.max_num_batched_tokens, self.max_num_seqs
+        if tokens is not None and requests is not None and tokens < requests:
             raise ConfigError(
                 "--max-num-batched-tokens", self.max_num_batched_tokens,
                 f"at least --max-num-seqs ({self.max_num_seqs}), one token for each running request",
@@ -278,7 +280,8 @@ class EngineConfig:
         if (
             not self.enable_chunked_prefill
             and self.max_model_len is not None
-            and self.max_num_batched_tokens < self.max_model_len
+            and tokens is not None
+            and tokens < self.max_model_len
         ):
             raise ConfigError(
                 "--max-num-batched-tokens", self.max_num_batched_tokens,

@@ -79,8 +79,8 @@ class LLM:
         self._defaults = generation_defaults(found.path)
         scheduler = Scheduler(
             SchedulerConfig(
-                max_num_seqs=self._config.max_num_seqs,
-                max_num_batched_tokens=self._config.max_num_batched_tokens,
+                max_num_seqs=loaded.plan.max_num_seqs,
+                max_num_batched_tokens=loaded.plan.max_num_batched_tokens,
                 max_model_len=loaded.plan.max_model_len,
                 block_size=self._config.block_size,
                 enable_prefix_caching=self._config.enable_prefix_caching,

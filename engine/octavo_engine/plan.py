@@ -18,6 +18,8 @@ GIB = 2**30
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 ATTENTION_SCRATCH_BYTES = 256 * 2**20
 """Bound on the keys and values that reference attention gathers at once."""
+LARGE_GPU_BYTES = 60 * GIB
+"""From here on a step may be four times as large by default, as in vLLM (70 there; a card of 64 has room too)."""
 CPU_KV_CACHE_LIMIT_BYTES = 4 * GIB
 """On a CPU more cache than this is rarely used and is memory that other processes want."""
 RUNTIME_BYTES = {"cpu": 0, "cuda": 800 * 2**20}
@@ -53,6 +55,8 @@ class Plan:
     block_size: int
     num_blocks: int
     max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
 
     @property
     def kv_tokens(self) -> int:
@@ -78,20 +82,33 @@ def choose_dtype(config: EngineConfig, checkpoint_dtype: str, kind: str) -> str:
     return checkpoint_dtype
 
 
+def step_size(config: EngineConfig, memory: DeviceMemory) -> tuple[int, int]:
+    """Requests and tokens of the largest step, as configured or, where that is left open, as suits the device."""
+    large = memory.kind == "cuda" and memory.total_bytes >= LARGE_GPU_BYTES
+    requests, tokens = config.max_num_seqs, config.max_num_batched_tokens
+    if requests is None:
+        requests = min(1024 if large else 256, tokens or 2**20)
+    if tokens is None:
+        whole_prompt = 0 if config.enable_chunked_prefill else config.max_model_len or 0
+        tokens = max(8192 if large else 2048, requests, whole_prompt)
+    return requests, tokens
+
+
 def make_plan(config: EngineConfig, model: DecoderConfig, dtype: str, memory: DeviceMemory) -> Plan:
     """Raises ConfigError for lengths that the model cannot have, FatalError when the memory does not suffice."""
     limit = model.max_position
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError("--max-model-len", config.max_model_len, f"at most {limit}, the model's own limit")
+    requests, tokens = step_size(config, memory)
     if not config.enable_chunked_prefill:
-        limit = min(limit, config.max_num_batched_tokens)
+        limit = min(limit, tokens)
     wanted = config.max_model_len or limit
 
     weights = model.num_parameters * DTYPE_BYTES[dtype]
     budget = memory.budget_bytes(config.gpu_memory_utilization)
     per_token = model.kv_bytes_per_token(dtype)
     block_bytes = per_token * config.block_size
-    activation = activation_bytes(config, model, dtype, wanted)
+    activation = activation_bytes(tokens, requests, config.block_size, model, dtype, wanted)
     fixed = config.kv_cache_memory_bytes is not None or config.num_gpu_blocks_override is not None
     if weights + activation > budget and not fixed:
         raise _too_large(memory, weights, activation, budget)
@@ -121,20 +138,21 @@ def make_plan(config: EngineConfig, model: DecoderConfig, dtype: str, memory: De
     return Plan(
         dtype=dtype, kv_dtype=dtype, budget_bytes=budget, weights_bytes=weights, activation_bytes=activation,
         kv_bytes_per_token=per_token, block_size=config.block_size, num_blocks=num_blocks,
-        max_model_len=max_model_len,
+        max_model_len=max_model_len, max_num_seqs=requests, max_num_batched_tokens=tokens,
     )  # fmt: skip
 
 
-def activation_bytes(config: EngineConfig, model: DecoderConfig, dtype: str, max_model_len: int) -> int:
+def activation_bytes(
+    tokens: int, requests: int, block_size: int, model: DecoderConfig, dtype: str, max_model_len: int
+) -> int:
     """Everything but weights and KV cache, for the largest step: tokens and requests at their maximum."""
     size = DTYPE_BYTES[dtype]
-    tokens, requests = config.max_num_batched_tokens, config.max_num_seqs
     # Alive together at most: residual, normed input, merged QKV, attention's output, gate-up and its product.
     per_token = 3 * model.hidden_size + model.qkv_size + model.num_heads * model.head_dim + 3 * model.intermediate_size
     step = tokens * per_token * size
     # Float32 logits and two working copies (probabilities, their order) of the rows that sample.
     sampling = 3 * requests * model.vocab_size * 4
-    state = requests * (max_model_len + -(-max_model_len // config.block_size)) * 4
+    state = requests * (max_model_len + -(-max_model_len // block_size)) * 4
     rope = max_model_len * model.head_dim * 4
     return step + sampling + state + rope + ATTENTION_SCRATCH_BYTES
 

@@ -121,13 +121,14 @@ class Engine(Part):
         None,
         ge=_low("max_num_seqs"),
         le=_high("max_num_seqs"),
-        description="Requests computed together in one step. Default: 256.",
+        description="Requests computed together in one step. Default: 1024 on a GPU of 60 GiB or more, else 256.",
     )
     max_num_batched_tokens: int | None = Field(
         None,
         ge=_low("max_num_batched_tokens"),
         le=_high("max_num_batched_tokens"),
-        description="Tokens computed in one step: the bound on a prompt's chunk. Default: 2048.",
+        description="Tokens computed in one step: the bound on a prompt's chunk. Default: 8192 on a GPU of 60 GiB or "
+        "more, else 2048.",
     )
     block_size: int | None = Field(
         None,

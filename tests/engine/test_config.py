@@ -100,9 +100,13 @@ def test_two_ports_of_one_number_are_refused_unless_both_are_chosen_for_us():
         ({"quantization": "awq"}, "--quantization", "no quantization"),
         ({"quantization": "fp8"}, "--quantization", "no quantization"),
         ({"trust_remote_code": True}, "--trust-remote-code", "runs no code from a checkpoint"),
-        ({"max_num_batched_tokens": 100}, "--max-num-batched-tokens", "at least --max-num-seqs (256)"),
         (
-            {"max_model_len": 4096, "enable_chunked_prefill": False},
+            {"max_num_batched_tokens": 100, "max_num_seqs": 256},
+            "--max-num-batched-tokens",
+            "at least --max-num-seqs (256)",
+        ),
+        (
+            {"max_model_len": 4096, "enable_chunked_prefill": False, "max_num_batched_tokens": 2048},
             "--max-num-batched-tokens",
             "at least --max-model-len (4096) when chunked prefill is off",
         ),
@@ -133,7 +137,7 @@ def test_the_defaults_are_those_of_vllm_and_pass():
     [
         (EngineConfig, "max_model_len", "4k"),
         (EngineConfig, "max_num_seqs", True),
-        (EngineConfig, "max_num_seqs", None),
+        (EngineConfig, "max_num_queued_reqs", None),
         (EngineConfig, "block_size", "64"),
         (EngineConfig, "enable_prefix_caching", "no"),
         (EngineConfig, "gpu_memory_utilization", "0.9"),

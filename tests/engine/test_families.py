@@ -82,7 +82,7 @@ def load(folder: Path, **settings: Any) -> tuple[ModelRunner, Engine]:
     runner = ModelRunner(config)
     plan = runner.load(folder, lambda stage, done, total: None).plan
     scheduler = SchedulerConfig(
-        config.max_num_seqs, config.max_num_batched_tokens, plan.max_model_len, config.block_size,
+        plan.max_num_seqs, plan.max_num_batched_tokens, plan.max_model_len, config.block_size,
         config.enable_prefix_caching, config.enable_chunked_prefill,
     )  # fmt: skip
     ticks = iter(range(10**9))

@@ -70,7 +70,7 @@ def engine_of(folder: Path, **settings: Any) -> Engine:
     loaded = runner.load(folder, lambda stage, done, total: None)
     scheduler = Scheduler(
         SchedulerConfig(
-            config.max_num_seqs, config.max_num_batched_tokens, loaded.plan.max_model_len, config.block_size,
+            loaded.plan.max_num_seqs, loaded.plan.max_num_batched_tokens, loaded.plan.max_model_len, config.block_size,
             config.enable_prefix_caching,
         ),
         loaded.plan.num_blocks,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import struct
@@ -16,7 +15,7 @@ from octavo_engine.checkpoint import find_files, read_headers
 from octavo_engine.config import ConfigError, EngineConfig
 from octavo_engine.models.config import DecoderConfig, load_config, parse_config
 from octavo_engine.models.layout import ALIGNMENT, placements, slots
-from octavo_engine.plan import GIB, DeviceMemory, Plan, activation_bytes, choose_dtype, describe, make_plan
+from octavo_engine.plan import GIB, DeviceMemory, Plan, choose_dtype, describe, make_plan
 from octavo_engine.status import FailureCode, FatalError
 
 TINY = {
@@ -270,7 +269,7 @@ def test_the_length_is_the_models_own_or_what_fits_when_none_is_given():
 
 
 def test_without_chunks_no_prompt_is_longer_than_a_step():
-    assert plan(model_of(LLAMA_8B), gpu(80), enable_chunked_prefill=False).max_model_len == 2048
+    assert plan(model_of(LLAMA_8B), gpu(80), enable_chunked_prefill=False).max_model_len == 8192
 
 
 def test_more_than_the_models_own_length_is_refused_with_it():
@@ -330,10 +329,31 @@ def test_a_cache_without_room_for_two_tokens_names_the_setting_that_made_it_so()
 
 @pytest.mark.parametrize("setting", ["max_num_seqs", "max_num_batched_tokens"])
 def test_activations_grow_with_what_a_step_may_hold(setting: str):
-    small, large = EngineConfig(model="m"), dataclasses.replace(EngineConfig(model="m"), **{setting: 4096})
-    model = model_of(LLAMA_8B)
+    sizes = {"max_num_batched_tokens": 2048, "max_num_seqs": 256}
+    small, large = (
+        plan(model_of(LLAMA_8B), gpu(80), **{**sizes, setting: size})
+        for size in (sizes[setting], sizes[setting] + 1024)
+    )
 
-    assert activation_bytes(large, model, "bfloat16", 8192) > activation_bytes(small, model, "bfloat16", 8192)
+    assert large.activation_bytes > small.activation_bytes
+
+
+@pytest.mark.parametrize(
+    ("memory", "settings", "expected"),
+    [
+        (lambda: gpu(80), {}, (1024, 8192)),
+        (lambda: gpu(24), {}, (256, 2048)),
+        (lambda: cpu(64), {}, (256, 2048)),
+        (lambda: gpu(80), {"max_num_batched_tokens": 512}, (512, 512)),
+        (lambda: gpu(48), {"max_num_seqs": 4000}, (4000, 4000)),
+        (lambda: gpu(24), {"max_num_seqs": 8}, (8, 2048)),
+        (lambda: gpu(24), {"enable_chunked_prefill": False, "max_model_len": 4000}, (256, 4000)),
+    ],
+)
+def test_a_step_is_as_large_as_suits_the_device_where_nothing_is_set(memory, settings, expected):
+    made = plan(model_of(LLAMA_8B), memory(), **settings)
+
+    assert (made.max_num_seqs, made.max_num_batched_tokens) == expected
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ def problems(**spec: Any) -> str:
     ("spec", "words"),
     [
         ({"hardware": {"gpus": 2}}, ("spec.engine.tensorParallel", "hardware.gpus", "got 2", "one device")),
-        ({"engine": {"maxNumSeqs": 4096}}, ("spec.engine.maxNumBatchedTokens", "at least --max-num-seqs (4096)")),
         ({"engine": {"noSuchField": 1}}, ("spec.engine.noSuchField",)),
         ({"engine": {"maxModelLen": "many"}}, ("spec.engine.maxModelLen", "'many'")),
     ],

@@ -86,8 +86,10 @@ class _Server:
         self._loop = asyncio.get_running_loop()
         self._names = config.served_model_name or (engine_config.model,)
         self._metrics = Metrics(board, engine_config, self._names[0], config.older_metric_names)
+        # What suits the device is known once it is loaded. Too large a number here does no harm: as soon as a request
+        # waits, the engine's own count of running ones is what counts.
         limits = QueueLimits(
-            engine_config.max_num_seqs, engine_config.max_num_queued_reqs, engine_config.max_num_queued_tokens
+            engine_config.max_num_seqs or 1024, engine_config.max_num_queued_reqs, engine_config.max_num_queued_tokens
         )
         self._client = EngineClient(board, self._metrics, limits)
         endpoint = config.otlp_traces_endpoint

@@ -84,8 +84,8 @@ def run(config: EngineConfig, channel: Channel) -> None:
     loaded = runner.load(Path(start.model_path), _Progress(channel.send), start.resolved_revision)
     scheduler = Scheduler(
         SchedulerConfig(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=loaded.plan.max_num_seqs,
+            max_num_batched_tokens=loaded.plan.max_num_batched_tokens,
             max_model_len=loaded.plan.max_model_len,
             block_size=config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,

@@ -76,7 +76,7 @@ class ModelRunner:
                 (model.num_layers, 2, plan.num_blocks + padding, model.num_kv_heads, plan.block_size, model.head_dim),
                 dtype=dtype, device=device,
             )  # fmt: skip
-            rows, columns = config.max_num_seqs + padding, -(-plan.max_model_len // plan.block_size)
+            rows, columns = plan.max_num_seqs + padding, -(-plan.max_model_len // plan.block_size)
             self._token_ids = torch.zeros((rows, plan.max_model_len), dtype=torch.int32, device=device)
             self._block_tables = torch.zeros((rows, columns), dtype=torch.int32, device=device)
         loading = None
@@ -141,14 +141,14 @@ class ModelRunner:
         from octavo_engine.runner.gpu_steps import GpuSteps
 
         compilations = prebuilt.use()
-        config, half = self._config, self._model.head_dim // 2
+        plan, half = self._plan, self._model.head_dim // 2
         dtype = self._kv_cache.dtype
         decoder = GpuDecoder(
             self._model, tensors, cos[:, :half].to(dtype).contiguous(), sin[:, half:].to(dtype).contiguous(),
-            self._kv_cache, self._token_ids, self._block_tables, config.max_num_batched_tokens, config.max_num_seqs,
+            self._kv_cache, self._token_ids, self._block_tables, plan.max_num_batched_tokens, plan.max_num_seqs,
         )  # fmt: skip
         return GpuSteps(
-            decoder, self._plan, config.max_num_batched_tokens, config.max_num_seqs, self._kv_cache, self._token_ids,
+            decoder, plan, plan.max_num_batched_tokens, plan.max_num_seqs, self._kv_cache, self._token_ids,
             self._block_tables, compilations,
         )  # fmt: skip
 
