@@ -6,19 +6,22 @@ The same scheduler, runner and text as behind the server, without the two proces
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from octavo_engine.api.chat_template import ChatTemplate
 from octavo_engine.api.detokenizer import TextStream
 from octavo_engine.api.engine_client import one_sequence
 from octavo_engine.api.find_model import ModelFolder, download, local_folder, store_of
-from octavo_engine.api.tokenizer import Tokenizer, generation_defaults
-from octavo_engine.config import ConfigError, EngineConfig
+from octavo_engine.api.tokenizer import Tokenizer, chosen_defaults
+from octavo_engine.api.tool_messages import calls_for_template
+from octavo_engine.beam_search import BeamSearchOutput, BeamSearchParams, search
+from octavo_engine.config import ConfigError, EngineConfig, ServerConfig
 from octavo_engine.core.messages import FinishReason, Grammar, Submit, TokenEvent, TokenLogprobs
 from octavo_engine.outputs import CompletionOutput, Logprob, RequestOutput
 from octavo_engine.sampling_params import SamplingParams
@@ -31,10 +34,25 @@ Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
 _Encoded: TypeAlias = tuple[str | None, list[int]]
 Message: TypeAlias = Mapping[str, Any]
+UseTqdm: TypeAlias = bool | Callable[..., Any]
+
+_POOLING = "this engine generates text; it has no pooling models"
+_NOT_HERE = {
+    **dict.fromkeys(("encode", "embed", "classify", "score", "reward"), _POOLING),
+    **dict.fromkeys(("sleep", "wake_up"), "weights stay on the device while the process lives"),
+    **dict.fromkeys(("start_profile", "stop_profile"), "profile with the tools of the device"),
+    **dict.fromkeys(("collective_rpc", "apply_model"), "no code is run in the engine on a caller's word"),
+    **dict.fromkeys(("enqueue", "enqueue_chat", "wait_for_completion"), "AsyncLLM takes requests one by one"),
+    "get_metrics": "metrics belong to `octavo serve`",
+}
+"""Methods of vLLM's LLM that are refused, with the reason."""
 
 
 class LLM:
     """A loaded model. Takes the fields of EngineConfig as keyword arguments, under vLLM's names.
+
+    generation_config: where default sampling parameters come from, as for --generation-config;
+    override_generation_config: further ones, which win. structured_outputs_config: as for the flag of that name.
 
     Raises ValueError for a setting that is outside its range, TypeError for one that does not exist, FatalError
     (octavo_engine.status) when the model cannot be loaded.
@@ -48,6 +66,8 @@ class LLM:
         chat_template: str | None = None,
         skip_tokenizer_init: bool = False,
         structured_outputs_config: str | Mapping[str, Any] | None = None,
+        generation_config: str = "auto",
+        override_generation_config: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         self._config = _config(model, tokenizer, settings)
@@ -74,9 +94,12 @@ class LLM:
         if self._tokenizer is not None:
             template = Path(chat_template) if chat_template else None
             self._template = ChatTemplate.load(texts, self._tokenizer.special_tokens, template)
+        self._special_tokens = self._tokenizer.special_tokens if self._tokenizer else {}
         self._eos = self._tokenizer.eos_token_ids if self._tokenizer else ()
         self.vocab_size: int = self._tokenizer.vocab_size if self._tokenizer else loaded.model.vocab_size
-        self._defaults = generation_defaults(found.path)
+        overridden = json.dumps(dict(override_generation_config or {}))
+        of_server = ServerConfig(generation_config=generation_config, override_generation_config=overridden)
+        self._defaults = chosen_defaults(found.path, of_server)
         scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=loaded.plan.max_num_seqs,
@@ -103,35 +126,93 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: UseTqdm = True,
+        lora_request: None = None,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """One RequestOutput for each prompt, in order; all of them are computed together.
 
-        sampling_params: one for all prompts, or one for each; None takes the model's defaults.
+        sampling_params: one for all prompts, or one for each; None takes the model's defaults. use_tqdm: whether there
+        is a progress bar, or what makes one in place of tqdm. priority: of each prompt, smaller ones go first.
         Raises ValueError for a prompt that is empty, too long or holds ids outside the vocabulary.
         """
+        _refuse_lora(lora_request)
         listed = cast(list[Prompt], [prompts] if _is_one_prompt(prompts) else list(prompts))
         encoded = [self._encode(prompt) for prompt in listed]
-        return self._run(encoded, self._sampling(sampling_params, len(encoded)), use_tqdm)
+        return self._run(encoded, self._sampling(sampling_params, len(encoded)), use_tqdm, priority)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: UseTqdm = True,
+        lora_request: None = None,
+        chat_template: str | None = None,
         *,
         add_generation_prompt: bool = True,
-        use_tqdm: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation ([{"role": …, "content": …}, …]) or a list of them."""
-        if self._template is None:
+        """Answer one conversation ([{"role": …, "content": …}, …]) or a list of them.
+
+        chat_template: a Jinja template in place of the model's. tools: functions as OpenAI writes them; what the model
+        says of them is in the text, in its own format. chat_template_kwargs: further variables of the template.
+        """
+        _refuse_lora(lora_request)
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("continue_final_message needs add_generation_prompt=False: one message or another goes on")
+        template = self._template if chat_template is None else ChatTemplate(chat_template, self._special_tokens)
+        if template is None:
             raise ValueError(f"{self._config.model} has no chat template; use generate, or give chat_template")
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Sequence[Message]] = [messages] if one else messages  # type: ignore[list-item,assignment]
-        texts = [self._template.render(c, add_generation_prompt=add_generation_prompt) for c in conversations]
+        texts = [
+            template.render(
+                [_for_template(message) for message in conversation], add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message, tools=tools, documents=documents,
+                variables=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]  # fmt: skip
         encoded: list[_Encoded] = [
             (text, self._checked(self.get_tokenizer().encode(text, add_special_tokens=False))) for text in texts
         ]
         return self._run(encoded, self._sampling(sampling_params, len(encoded)), use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The beam_width likeliest answers to each prompt. Raises ValueError as `generate` does."""
+        from tqdm import tqdm
+
+        listed = cast(list[Prompt], [prompts] if _is_one_prompt(prompts) else list(prompts))
+        encoded = [self._encode(prompt)[1] for prompt in listed]
+        room = self.effective.max_model_len - max(map(len, encoded), default=0)
+        if params.max_tokens > room:
+            raise ValueError(f"max_tokens must be at most {room}, which is the room that the longest prompt leaves")
+
+        def next_tokens(beams: Sequence[list[int]], many: int) -> list[dict[int, Logprob]]:
+            greedy = SamplingParams(temperature=0.0, max_tokens=1, logprobs=many, detokenize=False, ignore_eos=True)
+            outputs = self._run([(None, beam) for beam in beams], [greedy] * len(beams), False)
+            return [(output.outputs[0].logprobs or [{}])[0] for output in outputs]
+
+        with tqdm(total=params.max_tokens, desc="Beam search", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            found = search(encoded, params, self._eos, next_tokens, bar.update)
+        for sequence in (one for sequences in found for one in sequences):
+            sequence.text = self.get_tokenizer().decode(sequence.tokens)
+        return [BeamSearchOutput(sequences) for sequences in found]
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget the blocks of earlier prompts; True when it is done."""
+        self._engine.scheduler.pool.forget_cached()
+        return True
+
+    if not TYPE_CHECKING:  # to which a method that is not there is an error as it stands
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(f"LLM.{name}: {_NOT_HERE.get(name, 'there is no such attribute')}")
 
     def get_tokenizer(self) -> Tokenizer:
         """Raises ValueError when it was skipped."""
@@ -144,29 +225,29 @@ class LLM:
         d = self._defaults
         given = {
             "temperature": d.temperature, "top_p": d.top_p, "top_k": d.top_k, "min_p": d.min_p,
-            "repetition_penalty": d.repetition_penalty,
+            "repetition_penalty": d.repetition_penalty, "max_tokens": d.max_tokens,
         }  # fmt: skip
         known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(**known)
 
-    def _run(self, prompts: list[_Encoded], sampling: list[SamplingParams], use_tqdm: bool) -> list[RequestOutput]:
-        limit = self.effective.max_model_len
-        sampling = [self._resolved(params) for params in sampling]
-        grammars = [self._grammar(params) for params in sampling]
-        outputs, answers = [], {}
-        for (text, ids), params, grammar in zip(prompts, sampling, grammars, strict=True):
-            output = RequestOutput(str(self._num_requests), text, ids)
+    def _run(
+        self,
+        prompts: Sequence[_Encoded],
+        sampling: list[SamplingParams],
+        use_tqdm: UseTqdm,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        if priority is not None and len(priority) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and {len(priority)} priorities: give one for each prompt")
+        outputs, answers, submits = [], {}, []
+        for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+            of_prompt = self.begin(str(self._num_requests), prompt, params, 0 if priority is None else priority[index])
             self._num_requests += 1
-            outputs.append(output)
-            for index in range(params.n):
-                room = limit - len(ids)
-                each = one_sequence(params, index, min(params.max_tokens or room, room))
-                stream = None
-                if params.detokenize and self._tokenizer is not None:
-                    stream = TextStream(self._tokenizer, each)
-                answer = _Answer(output, index, stream, frozenset(params.stop_token_ids), self._tokenizer)
-                answers[f"{output.request_id}-{index}"] = answer
-                self._engine.submit(Submit(f"{output.request_id}-{index}", ids, each, self._eos, grammar=grammar))
+            outputs.append(of_prompt.output)
+            answers.update(of_prompt.answers)
+            submits += of_prompt.submits
+        for submit in submits:
+            self._engine.submit(submit)
         try:
             self._drain(answers, use_tqdm)
         finally:
@@ -175,6 +256,23 @@ class LLM:
             while self._engine.has_work:
                 self._engine.step()
         return outputs
+
+    def begin(self, request_id: str, prompt: _Encoded, params: SamplingParams, priority: int = 0) -> Begun:
+        """What is to be submitted for a prompt, and where its answers will be. Raises ValueError."""
+        text, ids = prompt
+        params = self._resolved(params)
+        grammar = self._grammar(params)
+        begun = Begun(RequestOutput(request_id, text, ids, finished=False), {}, [])
+        room = self.effective.max_model_len - len(ids)
+        for index in range(params.n):
+            each = one_sequence(params, index, min(params.max_tokens or room, room))
+            stream = None
+            if params.detokenize and self._tokenizer is not None:
+                stream = TextStream(self._tokenizer, each)
+            id = f"{request_id}-{index}"
+            begun.answers[id] = _Answer(begun.output, index, stream, frozenset(params.stop_token_ids), self._tokenizer)
+            begun.submits.append(Submit(id, ids, each, self._eos, priority=priority, grammar=grammar))
+        return begun
 
     def _resolved(self, params: SamplingParams) -> SamplingParams:
         """With bad words spelled in ids. Raises ValueError for an id outside the vocabulary."""
@@ -196,10 +294,11 @@ class LLM:
             self._grammars = {params.structured_outputs: text}
         return Grammar(text)
 
-    def _drain(self, answers: dict[str, _Answer], use_tqdm: bool) -> None:
+    def _drain(self, answers: dict[str, _Answer], use_tqdm: UseTqdm) -> None:
         from tqdm import tqdm
 
-        with tqdm(total=len(answers), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+        make = use_tqdm if callable(use_tqdm) else tqdm
+        with make(total=len(answers), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
             num_tokens, started = 0, time.monotonic()
             while self._engine.has_work:
                 for event in self._engine.step().events:
@@ -241,6 +340,15 @@ class LLM:
 
 
 @dataclass
+class Begun:
+    """One prompt on its way: its output, the answers in it by the id of their sequence, and what to submit."""
+
+    output: RequestOutput
+    answers: dict[str, _Answer]
+    submits: list[Submit]
+
+
+@dataclass
 class _Answer:
     """One sequence on its way into its RequestOutput."""
 
@@ -256,7 +364,12 @@ class _Answer:
         self._stopped = False
 
     def take(self, event: TokenEvent) -> bool:
-        """Add what an event brings; True when a stop string ended the answer and the engine should be told."""
+        """Add what an event brings; True when a stop string ended the answer and the engine should be told.
+
+        Raises ValueError when the engine found that the request itself is at fault.
+        """
+        if event.error_param is not None:
+            raise ValueError(f"{event.error_param}: {event.error}")
         if event.prompt_logprobs is not None:
             ids = self.output.prompt_token_ids[1:]
             scored = [self._logprob(*of) for of in zip(ids, event.prompt_logprobs, strict=True)]
@@ -285,12 +398,17 @@ class _Answer:
         if stop is not None:
             self._stopped = True
             done.finish_reason, done.stop_reason = FinishReason.STOP.value, stop
+            self._ended()
             return event.finish_reason is None
         if event.finish_reason is not None:
             done.finish_reason = event.finish_reason.value
             if event.stop_token_id in self.stop_token_ids:
                 done.stop_reason = event.stop_token_id
+            self._ended()
         return False
+
+    def _ended(self) -> None:
+        self.output.finished = all(one.finish_reason is not None for one in self.output.outputs)
 
     def _logprob(self, token: int, chances: TokenLogprobs) -> dict[int, Logprob]:
         def text(id: int) -> str | None:
@@ -328,3 +446,19 @@ def _is_one_prompt(prompts: Any) -> bool:
     if isinstance(prompts, (str, Mapping)):
         return True
     return bool(prompts) and isinstance(prompts[0], int)
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """As templates read it: text parts joined, arguments of earlier calls as objects."""
+    document = dict(message)
+    if isinstance(content := document.get("content"), list):
+        if any(not isinstance(part, Mapping) or not isinstance(part.get("text"), str) for part in content):
+            raise ValueError("a message's content must be text, or a list of text parts: this model reads text")
+        document["content"] = "\n".join(part["text"] for part in content)
+    calls_for_template(document)
+    return document
+
+
+def _refuse_lora(lora_request: object) -> None:
+    if lora_request is not None:
+        raise ValueError("lora_request: adapters are not supported; merge the adapter into the checkpoint")

@@ -1,4 +1,7 @@
-"""What LLM returns: vLLM's RequestOutput and CompletionOutput, with the fields that this engine fills."""
+"""What LLM returns: vLLM's RequestOutput and CompletionOutput, with the fields that this engine fills.
+
+lora_request and metrics are there for scripts that read them, and stay None.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     """Of each token, where asked for: itself and the likeliest ones, by id."""
+    lora_request: None = None
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -43,3 +47,5 @@ class RequestOutput:
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """Of each prompt token, where asked for: None for the first, then as CompletionOutput.logprobs."""
+    metrics: None = None
+    lora_request: None = None

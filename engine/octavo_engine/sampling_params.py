@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 from octavo_engine.structured.params import StructuredOutputsParams
 
@@ -24,6 +25,14 @@ MAX_BIAS = 100.0
 """Larger biases are taken as this, as OpenAI does it: it forces or forbids a token already."""
 MAX_BAD_WORDS = 256
 MAX_ALLOWED_TOKEN_IDS = 16384
+
+
+class RequestOutputKind(Enum):
+    """What the outputs of AsyncLLM hold: all of the answer so far, what is new in it, or all of it, once."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
 
 
 class SamplingError(ValueError):
@@ -73,6 +82,38 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputsParams | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    if TYPE_CHECKING:  # what callers may write; the fields say what there is then
+
+        def __init__(
+            self,
+            n: int = 1,
+            presence_penalty: float = 0.0,
+            frequency_penalty: float = 0.0,
+            repetition_penalty: float = 1.0,
+            temperature: float = 1.0,
+            top_p: float = 1.0,
+            top_k: int = 0,
+            min_p: float = 0.0,
+            seed: int | None = None,
+            stop: str | Iterable[str] | None = (),
+            stop_token_ids: Iterable[int] | None = (),
+            ignore_eos: bool = False,
+            max_tokens: int | None = 16,
+            min_tokens: int = 0,
+            include_stop_str_in_output: bool = False,
+            skip_special_tokens: bool = True,
+            detokenize: bool = True,
+            logit_bias: Mapping[int, float] | Mapping[str, float] | Iterable[tuple[int, float]] | None = (),
+            allowed_token_ids: Iterable[int] | None = None,
+            bad_words: Iterable[str] | None = (),
+            bad_words_ids: tuple[tuple[int, ...], ...] = (),
+            logprobs: int | None = None,
+            prompt_logprobs: int | None = None,
+            structured_outputs: StructuredOutputsParams | None = None,
+            output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         # Lists and single strings are what callers write; tuples keep the value hashable and immutable.
@@ -125,6 +166,8 @@ class SamplingParams:
             raise SamplingError("detokenize", False, "True with stop strings, which are looked for in the text")
         if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
             raise SamplingError("structured_outputs", self.structured_outputs, "StructuredOutputsParams(...)")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise SamplingError("output_kind", self.output_kind, "a RequestOutputKind")
         if self.n > 1 and self.temperature == 0:
             raise SamplingError("n", self.n, "1 when temperature is 0: greedy answers would all be the same")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
 
 import models
-from octavo_engine import LLM, SamplingParams
+from octavo_engine import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
+from octavo_engine.beam_search import search
+from octavo_engine.outputs import Logprob
 from octavo_engine.status import FatalError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -217,3 +220,157 @@ def test_an_id_outside_the_vocabulary_is_refused_by_the_field_that_names_it(llm,
 
     with pytest.raises(ValueError, match=field):
         llm.generate("x", SamplingParams(**{field: value}), use_tqdm=False)
+
+
+def test_a_chat_takes_tools_a_template_and_its_variables(llm):
+    template = (
+        "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}{% for m in messages %}{{ m.role }}:"
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments.x }}{% endfor %};{% endfor %}"
+        "{{ mood }}"
+    )
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"x": 7}'}}]},
+    ]
+
+    (output,) = llm.chat(
+        messages, GREEDY, use_tqdm=False, chat_template=template, tools=[{"function": {"name": "f"}}],
+        chat_template_kwargs={"mood": "kind"},
+    )  # fmt: skip
+
+    assert output.prompt == "<f>user:a\nb;assistant:7;kind"
+
+
+def test_a_last_message_can_be_continued(llm):
+    messages = [{"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": "The capital is"}]
+
+    (output,) = llm.chat(
+        messages, GREEDY, use_tqdm=False, add_generation_prompt=False, continue_final_message=True
+    )  # fmt: skip
+
+    assert output.prompt.endswith("The capital is")
+    with pytest.raises(ValueError, match="add_generation_prompt=False"):
+        llm.chat(messages, GREEDY, continue_final_message=True)
+
+
+def test_priorities_decide_who_goes_first_and_progress_can_be_shown_in_another_way(monkeypatch):
+    llm = LLM(str(models.smollm2()), kv_cache_memory_bytes=64 * 2**20, max_num_seqs=1)
+    order, bars = [], []
+
+    class Bar:
+        def __init__(self, total, **settings):
+            bars.append(total)
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *error: None  # noqa: E731
+        update = set_postfix_str = lambda self, *text: None
+
+    step = llm._engine.step
+
+    def watched():
+        output = step()
+        order.extend(event.request_id for event in output.events if event.finish_reason is not None)
+        return output
+
+    monkeypatch.setattr(llm._engine, "step", watched)
+    outputs = llm.generate(["a", "b", "c"], GREEDY, use_tqdm=Bar, priority=[2, 0, 1])
+
+    assert order == ["1-0", "2-0", "0-0"]
+    assert bars == [3]
+    assert all(output.finished for output in outputs)
+    with pytest.raises(ValueError, match="2 priorities"):
+        llm.generate(["a", "b", "c"], GREEDY, priority=[1, 2])
+
+
+@pytest.mark.parametrize("name", ["encode", "embed", "classify", "score", "sleep", "collective_rpc", "get_metrics"])
+def test_what_the_class_does_not_do_is_refused_with_a_reason(llm, name):
+    assert not hasattr(llm, name)
+    with pytest.raises(AttributeError, match=f"LLM.{name}: .*[a-z]{{4}}"):
+        getattr(llm, name)
+
+
+def test_adapters_are_refused_by_name(llm):
+    with pytest.raises(ValueError, match="lora_request"):
+        llm.generate("a", GREEDY, lora_request="adapter")
+
+
+def test_the_models_defaults_are_taken_overridden_and_left_out(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(models.smollm2(), folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0.3, "top_k": 7, "max_new_tokens": 33}')
+
+    def defaults(**settings):
+        return LLM(str(folder), kv_cache_memory_bytes=2**26, max_num_seqs=4, **settings).get_default_sampling_params()
+
+    own, overridden = defaults(), defaults(override_generation_config={"temperature": 0.7})
+    assert (own.temperature, own.top_k, own.max_tokens) == (0.3, 7, 33)
+    assert (overridden.temperature, overridden.top_k) == (0.7, 7)
+    assert defaults(generation_config="vllm") == SamplingParams()
+
+
+def test_forgetting_the_prefix_cache_makes_a_prompt_new_again(llm):
+    prompt = list(range(100, 300))
+    llm.generate(prompt, GREEDY, use_tqdm=False)
+    assert llm.generate(prompt, GREEDY, use_tqdm=False)[0].num_cached_tokens > 0
+
+    assert llm.reset_prefix_cache()
+
+    assert llm.generate(prompt, GREEDY, use_tqdm=False)[0].num_cached_tokens == 0
+    llm._engine.check_integrity()
+
+
+def test_answers_keep_to_a_form_and_a_form_that_cannot_be_is_refused(llm):
+    sampling = SamplingParams(max_tokens=20, structured_outputs=StructuredOutputsParams(regex="[0-9]{2}:[0-9]{2}"))
+
+    (output,) = llm.generate("The time is", sampling, use_tqdm=False)
+
+    assert re.fullmatch("[0-9]{2}:[0-9]{2}", output.outputs[0].text)
+    assert output.outputs[0].finish_reason == "stop"
+    with pytest.raises(ValueError, match="unclosed group"):
+        llm.generate("x", SamplingParams(structured_outputs=StructuredOutputsParams(regex="(")), use_tqdm=False)
+
+
+# ---- beam search
+
+
+def test_a_beam_search_keeps_the_likeliest_continuations_of_all():
+    llm = LLM(str(models.smollm2()), dtype="float32", kv_cache_memory_bytes=2**27, max_num_seqs=16)
+    prompt = llm.get_tokenizer().encode("The best thing about the sea is")
+    params = BeamSearchParams(beam_width=3, max_tokens=4, ignore_eos=True)
+
+    (output,) = llm.beam_search([prompt], params)
+
+    # The same search by hand, over the whole of each step's distribution.
+    beams = [(0.0, list(prompt))]
+    for _ in range(4):
+        greedy = SamplingParams(temperature=0, max_tokens=1, logprobs=20, ignore_eos=True)
+        found = llm.generate([tokens for _, tokens in beams], greedy, use_tqdm=False)
+        grown = [
+            (total + chance.logprob, [*tokens, token])
+            for (total, tokens), one in zip(beams, found, strict=True)
+            for token, chance in one.outputs[0].logprobs[0].items()
+        ]
+        beams = sorted(grown, reverse=True)[:3]
+    assert [beam.tokens for beam in output.sequences] == [tokens for _, tokens in beams]
+    assert [beam.cum_logprob for beam in output.sequences] == pytest.approx([total for total, _ in beams], abs=1e-3)
+    assert all(beam.text.startswith("The best thing about the sea is") for beam in output.sequences)
+    greedy = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=0))[0]
+    assert output.sequences[0].cum_logprob >= greedy.outputs[0].cumulative_logprob - 1e-3
+
+
+def test_a_beam_ends_with_the_end_of_text_and_its_length_counts():
+    def next_tokens(beams, many):
+        assert many == 4
+        return [
+            {9: Logprob(-0.1), 5: Logprob(-2.5)} if beam[-1] == 5 else {5: Logprob(-0.2), 9: Logprob(-1.9)}
+            for beam in beams
+        ]
+
+    ((best, second),) = search([[1, 2]], BeamSearchParams(2, 3), [9], next_tokens)
+
+    # -0.3 over three tokens, -2.8 over four, -1.9 over two.
+    assert (best.tokens, best.finish_reason, best.stop_reason) == ([1, 2, 5, 9], "stop", 9)
+    assert second.tokens == [1, 2, 5, 5, 9]
+    for wrong in ({"beam_width": 0}, {"beam_width": 11}, {"max_tokens": 0}, {"temperature": 0.5}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            BeamSearchParams(**{"beam_width": 2, "max_tokens": 3, **wrong})

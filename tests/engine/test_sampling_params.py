@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,3 +104,13 @@ def test_a_tiny_temperature_is_raised_to_what_logits_can_be_divided_by(given: fl
 
     assert params.temperature == kept
     assert params.greedy == (given == 0)
+
+
+def test_what_type_checkers_are_shown_names_every_field_in_order():
+    tree = ast.parse(Path(inspect.getfile(SamplingParams)).read_text())
+    (shown,) = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+        and any(argument.arg == "temperature" for argument in node.args.args)
+    ]  # fmt: skip
+
+    assert [argument.arg for argument in shown.args.args[1:]] == [f.name for f in dataclasses.fields(SamplingParams)]

@@ -348,7 +348,7 @@ def _generation(
             min_tokens=_or(request.min_tokens, 0),
             include_stop_str_in_output=bool(request.include_stop_str_in_output),
             skip_special_tokens=_or(request.skip_special_tokens, True),
-            logit_bias=request.logit_bias or (),  # type: ignore[arg-type]
+            logit_bias=request.logit_bias or (),
             allowed_token_ids=None if request.allowed_token_ids is None else tuple(request.allowed_token_ids),
             bad_words=tuple(request.bad_words or ()),
             logprobs=logprobs,
