@@ -42,7 +42,7 @@ from octavo_engine.api.errors import (
     without_folders,
 )
 from octavo_engine.api.metrics import CONTENT_TYPE, Metrics
-from octavo_engine.api.output.parser import OutputFormat, ToolCall
+from octavo_engine.api.output.parser import OutputFormat, ToolCall, joined
 from octavo_engine.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -561,7 +561,7 @@ async def _whole(answer: Answer, writer: sse.Writer, num_choices: int) -> web.St
             token_ids=ids[i] if i in prompt_ids else None,
             prompt_ids=prompt_ids.get(i),
             reasoning="".join(reasoning[i]),
-            calls=calls[i],
+            calls=joined(calls[i]),
         )
         for i in range(num_choices)
     ]

@@ -102,9 +102,11 @@ class ChatWriter(OpenAiWriter):
             for call in piece.calls:
                 function = {"name": call.name, "arguments": ""}
                 named = {"index": call.index, "id": call.id, "type": "function", "function": function}
-                events.append(self._delta(index, {"tool_calls": [named]}, tail))
+                if call.begins:
+                    events.append(self._delta(index, {"tool_calls": [named]}, tail))
                 arguments = {"index": call.index, "function": {"arguments": call.arguments}}
-                events.append(self._delta(index, {"tool_calls": [arguments]}, tail))
+                if call.arguments:
+                    events.append(self._delta(index, {"tool_calls": [arguments]}, tail))
             piece = replace(piece, text="")
         if piece.finish_reason is not None:
             delta = b'{"content":' + _encode(piece.text) + b"}" if piece.text else b"{}"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from octavo_engine.api.output.calls import Call
-from octavo_engine.api.output.parser import REASONING_PARSERS, TOOL_PARSERS, OutputFormat, OutputParser
+from octavo_engine.api.output.parser import REASONING_PARSERS, TOOL_PARSERS, OutputFormat, OutputParser, joined
 from octavo_engine.api.output.reasoning import begun_by
 from octavo_engine.config import ServerConfig
 
@@ -67,13 +67,16 @@ SAMPLES: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("hermes", f"a {hermes(*PARIS)} b {hermes(*NOW)} c", "a b c", [PARIS, NOW]),
     ("hermes", hermes(*PARIS).removesuffix("</tool_call>"), "", [PARIS]),
     ("hermes", hermes(*PARIS).removesuffix("\n</tool_call>") + " so", " so", [PARIS]),
-    ("hermes", hermes(*PARIS)[:-16], hermes(*PARIS)[:-16], []),
+    ("hermes", hermes(*PARIS)[:-16], "", [("weather", '{"city": "Paris')]),
+    ("hermes", hermes(*PARIS)[:30], hermes(*PARIS)[:30], []),
     ("hermes", f"a\n{hermes(*NOW)}{hermes(*PARIS)[:30]}", f"a{hermes(*PARIS)[:30]}", [NOW]),
     ("hermes", "<tool_call>{'name': 'now'}</tool_call>", "<tool_call>{'name': 'now'}</tool_call>", []),
     ("hermes", '<tool_call>{"name": 3}</tool_call>.', '<tool_call>{"name": 3}</tool_call>.', []),
     ("hermes", '<tool_call>{"name": "a", "arguments": [1]}</tool_call>', '<tool_call>{"name": "a", "arguments": [1]}</tool_call>', []),
-    ("hermes", '<tool_call>{"name": "a", "arguments": {"x": NaN}}', '<tool_call>{"name": "a", "arguments": {"x": NaN}}', []),
-    ("hermes", '<tool_call>{"name": "a", "arguments": {"x": 1e999}}', '<tool_call>{"name": "a", "arguments": {"x": 1e999}}', []),
+    ("hermes", '<tool_call>{"name": "a", "arguments": {"x": NaN}}', "", [("a", '{"x": NaN}')]),
+    ("hermes", '<tool_call>{"arguments": {"x": 1e999}, "name": "a"}', '<tool_call>{"arguments": {"x": 1e999}, "name": "a"}', []),
+    ("hermes", '<tool_call>{"arguments": {"x": 1}, "name": "a"}</tool_call>', "", [("a", {"x": 1})]),
+    ("hermes", '<tool_call>{"type": "function", "name": "a", "arguments": {}, "id": "7"}</tool_call>', "", [("a", {})]),
     ("hermes", "The tag <tool_call> opens.", "The tag <tool_call> opens.", []),
     ("hermes", f"<tool_call> no {hermes(*NOW)}", "<tool_call> no", [NOW]),
     ("hermes", '<tool_call>{"name": "other"}</tool_call>', "", [("other", {})]),
@@ -89,7 +92,8 @@ SAMPLES: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("llama3_json", f"Let me see:\n{llama(*PARIS)}", "Let me see:", [PARIS]),
     ("llama3_json", f"Say {llama(*PARIS)}", f"Say {llama(*PARIS)}", []),
     ("llama3_json", llama("unknown", {}), llama("unknown", {}), []),
-    ("llama3_json", llama(*PARIS)[:-1], llama(*PARIS)[:-1], []),
+    ("llama3_json", llama(*PARIS)[:-1], "", [PARIS]),
+    ("llama3_json", llama(*PARIS)[:-3], "", [("weather", '{"city": "Paris')]),
     ("llama3_json", f"{llama(*NOW)}; that", "; that", [NOW]),
     ("llama3_json", '{"type": "function", "function": {"name": "now", "parameters": {}}}', "", [NOW]),
     ("llama3_json", '<|python_tag|>print("x")', '<|python_tag|>print("x")', []),
@@ -101,7 +105,9 @@ SAMPLES: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("mistral", "[TOOL_CALLS]now[CALL_ID]abc123[ARGS]{}", "", [NOW]),
     ("mistral", '[TOOL_CALLS]weather{"city": "Paris"}', "", [PARIS]),
     ("mistral", '[TOOL_CALLS]{"name": "now", "arguments": {}}', "", [NOW]),
-    ("mistral", mistral(*PARIS)[:-3], mistral(*PARIS)[:-3], []),
+    ("mistral", mistral(*PARIS)[:-3], "", [("weather", '{"city": "Pari')]),
+    ("mistral", mistral_array(NOW, PARIS)[:-4], "", [NOW, ("weather", '{"city": "Paris')]),
+    ("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}}, 3] x', "3] x", [NOW]),
     ("mistral", "[TOOL_CALLS] sorry, no.", "[TOOL_CALLS] sorry, no.", []),
     ("mistral", "[TOOL_CALLS] sorry. [TOOL_CALLS]now[ARGS]{}", "[TOOL_CALLS] sorry.", [NOW]),
     ("mistral", '[TOOL_CALLS][{"name": "now"}, 3]', '[TOOL_CALLS][{"name": "now"}, 3]', []),
@@ -113,6 +119,9 @@ SAMPLES: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("qwen3_coder", CODER.removeprefix("<tool_call>\n"), "\n</tool_call>", [PARIS]),
     ("qwen3_coder", CODER.removesuffix("\n</tool_call>"), "", [PARIS]),
     ("qwen3_coder", CODER[:-30], CODER[:-30], []),
+    ("qwen3_coder", CODER[:-12].replace("</function>", "<parameter=days>\n3\n</para"), "", [("weather", '{"city": "Paris"')]),
+    ("qwen3_coder", CODER.replace("</function>", "so</function></parameter></function>"), "", [("weather", {"city": "Paris\n</parameter>\nso</function>"})]),
+    ("qwen3_coder", "<function=weather><parameter=where>1e999</parameter></function>", "", [("weather", {"where": "1e999"})]),
     ("qwen3_coder", "<tool_call> <function name>", "<tool_call> <function name>", []),
     ("qwen3_coder", "<function=a\nb>", "<function=a\nb>", []),
     ("qwen3_coder", f"<function=a\nb> {CODER_NOW}", "<function=a\nb>", [NOW]),
@@ -154,7 +163,9 @@ def parse(format: OutputFormat, pieces: list[str]) -> tuple[str, str, list[Call]
     """(reasoning, content, calls), joined."""
     parser = OutputParser(format)
     parts = [parser.push(piece) for piece in pieces[:-1]] + [parser.push(pieces[-1], last=True)]
-    calls = [call for part in parts for call in part.calls]
+    pieces_of_calls = [call for part in parts for call in part.calls]
+    assert len({call.id for call in pieces_of_calls}) == sum(call.begins for call in pieces_of_calls)
+    calls = joined(pieces_of_calls)
     assert [call.index for call in calls] == list(range(len(calls)))
     return (
         "".join(part.reasoning for part in parts),
@@ -182,7 +193,12 @@ def test_a_text_comes_to_its_content_and_calls_however_it_is_cut(
     whole = parse(format, [text])
 
     assert whole[1] == content
-    assert [(call.name, json.loads(call.arguments)) for call in whole[2]] == calls
+    # What is expected as text is a call that was cut off, or is no JSON: it comes as the model wrote it.
+    texts = [isinstance(arguments, str) for _, arguments in calls]
+    assert [
+        (call.name, call.arguments if as_text else json.loads(call.arguments))
+        for call, as_text in zip(whole[2], texts, strict=True)
+    ] == calls
     for pieces in cuts(text):
         assert parse(format, pieces) == whole, pieces
 
@@ -211,6 +227,27 @@ def test_a_long_call_is_read_in_time_that_grows_with_its_length() -> None:
         pieces = [text[at : at + 4] for at in range(0, len(text), 4)]
         _, content, calls = parse(OutputFormat(tools=TOOL_PARSERS[name]), pieces)
         assert (content, [json.loads(call.arguments) for call in calls]) == ("", [arguments])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", hermes(*ODD)),
+        ("llama3_json", llama(*ODD)),
+        ("mistral", mistral(*ODD)),
+        ("mistral", mistral_array(ODD, PARIS)),
+    ],
+)
+def test_arguments_come_as_they_are_written(name: str, text: str) -> None:
+    parser = OutputParser(OutputFormat(TOOL_PARSERS[name], SCHEMAS))
+
+    parts = [call for character in text for call in parser.push(character).calls]
+
+    assert [part.begins for part in parts if part.index == 0] == [True] + [False] * (
+        len(parts) - 1 - sum(p.index for p in parts)
+    )
+    assert all(len(part.arguments) <= 1 for part in parts)
+    assert json.loads(joined(parts)[0].arguments) == ODD[1]
 
 
 def test_without_parallel_calls_only_the_first_is_given() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 
+from octavo_engine.api.anthropic.writer import _object
 from octavo_engine.api.chat_template import ChatTemplate
 from octavo_engine.api.errors import ApiError
 from octavo_engine.api.protocol import ChatRequest
@@ -131,6 +132,25 @@ def test_nothing_is_looked_for_where_no_call_is_allowed(client) -> None:
     assert without.choices[0].message.content == CALL
     assert none.choices[0].message.content == CALL + "\n\n"
     assert none.choices[0].finish_reason == "stop"
+
+
+def test_arguments_are_streamed_as_they_are_written(client) -> None:
+    chunks = list(client.chat.completions.create(**says(CALL + CALL), tools=TOOLS, stream=True))
+
+    deltas = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or []]
+    for index in (0, 1):
+        arguments = [call.function.arguments for call in deltas if call.index == index and call.function.arguments]
+        assert len(arguments) > 5
+        assert json.loads("".join(arguments)) == {"city": "Zürich 漢"}
+    assert [call.function.name for call in deltas if call.id] == ["weather", "weather"]
+
+
+def test_a_call_that_was_cut_off_comes_as_far_as_it_came(client) -> None:
+    answer = client.chat.completions.create(**says(CALL), tools=TOOLS, max_tokens=60).choices[0]
+
+    assert answer.finish_reason == "length"
+    assert answer.message.tool_calls[0].function.arguments.startswith('{"ci')
+    assert _object(answer.message.tool_calls[0].function.arguments) == {}
 
 
 def test_each_of_several_choices_has_its_own_calls(client) -> None:

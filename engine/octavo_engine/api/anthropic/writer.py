@@ -35,7 +35,7 @@ class MessagesWriter:
 
     def __init__(self, request_id: str, model: str) -> None:
         self._id, self._model = request_id, model
-        self._open: Literal["thinking", "text"] | None = None
+        self._open: Literal["thinking", "text", "tool_use"] | None = None
         self._next_block = 0
         self._called = False
         self._stop: dict[str, Any] = {}
@@ -51,14 +51,14 @@ class MessagesWriter:
         if piece.text:
             self._grow("text", {"type": "text_delta", "text": piece.text}, events)
         for call in piece.calls:
-            self._close(events)
-            self._called = True
-            block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
-            events.append(_event("content_block_start", index=self._next_block, content_block=block))
-            delta = {"type": "input_json_delta", "partial_json": call.arguments}
-            events.append(_event("content_block_delta", index=self._next_block, delta=delta))
-            events.append(_event("content_block_stop", index=self._next_block))
-            self._next_block += 1
+            if call.begins:
+                self._close(events)
+                self._called, self._open = True, "tool_use"
+                block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
+                events.append(_event("content_block_start", index=self._next_block, content_block=block))
+            if call.arguments:
+                delta = {"type": "input_json_delta", "partial_json": call.arguments}
+                events.append(_event("content_block_delta", index=self._next_block, delta=delta))
         if piece.finish_reason is not None:
             self._close(events)
             self._stop = _stop(piece, self._called)
@@ -79,7 +79,7 @@ class MessagesWriter:
         if piece.text or not (piece.reasoning or piece.calls):
             content.append({"type": "text", "text": piece.text})
         content += [
-            {"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)}
+            {"type": "tool_use", "id": call.id, "name": call.name, "input": _object(call.arguments)}
             for call in piece.calls
         ]
         tokens = {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
@@ -120,3 +120,12 @@ def _stop(piece: Piece, called: bool) -> dict[str, Any]:
 
 def _event(kind: str, **fields: Any) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: " + _encode({"type": kind, **fields}) + b"\n\n"
+
+
+def _object(arguments: str) -> Any:
+    """What there is of arguments that were cut off, or that the model wrote wrongly, is no object: then it is empty."""
+    try:
+        value = json.loads(arguments)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,8 +1,9 @@
-"""What a tool-call parser is made of: text in pieces, content and whole calls out. One file per format beside it.
+"""What a tool-call parser is made of: text in pieces, content and calls out. One file per format beside it.
 
-Pure. A call is given out when its last character has arrived, never before: what looked like a call and is none
-must still come out as content, and what has been given out is never taken back. The result of a text does not depend
-on how it was cut, because each decision is made on the shortest text that allows it.
+Pure. What looked like a call and is none must still come out as content, and what has been given out is never taken
+back: so a call is given out from where it is certain, its arguments in pieces from there on; and where it is certain
+only at its end, whole. The result of a text does not depend on how it was cut, because each decision is made on the
+shortest text that allows it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 Schemas = Mapping[str, Mapping[str, Any]]
 """The request's functions: name → JSON schema of its parameters, {} where it gives none."""
@@ -20,10 +21,19 @@ Schemas = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Call:
-    """arguments: a JSON object, as text."""
+    """arguments: a JSON object, as text; of an answer that was cut off, its beginning."""
 
     name: str
     arguments: str
+
+
+@dataclass(frozen=True)
+class CallPart:
+    """A call or what has come of it since its last part; the arguments of its parts joined are the call's."""
+
+    name: str
+    arguments: str
+    begins: bool
 
 
 @dataclass(frozen=True)
@@ -34,11 +44,16 @@ class Found:
     calls: tuple[Call, ...] = ()
 
 
-class Candidate(Protocol):
+class Candidate(ABC):
     """What may become calls. Made where an opening was found, asked again as text arrives."""
 
+    @abstractmethod
     def resolve(self, text: str, last: bool) -> Found | None:
         """text: from the opening on, longer each time. None: more is needed; never None when last."""
+
+    def so_far(self, text: str) -> tuple[Call, ...]:
+        """After `resolve` gave None: the calls that it will give for certain, with arguments that only grow."""
+        return ()
 
 
 class ToolParser(ABC):
@@ -56,6 +71,8 @@ class ToolParser(ABC):
         self._line_start = True
         self._after_call = False
         self._candidate: Candidate | None = None
+        self._given: list[int] = []
+        """Characters of arguments that were given out, of each of the candidate's calls."""
 
     @abstractmethod
     def opening(self, text: str, line_start: bool, after_call: bool, last: bool) -> tuple[int, bool]:
@@ -65,11 +82,11 @@ class ToolParser(ABC):
     def candidate(self) -> Candidate:
         """What reads the call that may begin there."""
 
-    def push(self, text: str, *, last: bool = False) -> tuple[str, list[Call]]:
-        """The content and the calls that this text completes. last: nothing follows."""
+    def push(self, text: str, *, last: bool = False) -> tuple[str, list[CallPart]]:
+        """The content, and what is new of calls. last: nothing follows."""
         self._held += text
         content: list[str] = []
-        calls: list[Call] = []
+        calls: list[CallPart] = []
         while self._held:
             if self._candidate is None:
                 end, found = self.opening(self._held, self._line_start, self._after_call, last)
@@ -79,19 +96,34 @@ class ToolParser(ABC):
                 self._candidate = self.candidate()
             result = self._candidate.resolve(self._held, last)
             if result is None:
+                calls += self._give(self._candidate.so_far(self._held))
                 break
             assert 0 < result.length <= len(self._held), result
             self._candidate = None
             if result.calls:
-                calls += result.calls
+                calls += self._give(result.calls)
+                self._given = []
                 self._held = self._held[result.length :]
                 self._blank, self._line_start, self._after_call = "", True, True
             else:
+                assert not self._given, "a call was taken back"
                 content.append(self._emit(result.length))
         if last and not self._after_call:
             content.append(self._blank)
             self._blank = ""
         return "".join(content), calls
+
+    def _give(self, calls: Sequence[Call]) -> list[CallPart]:
+        """What of these was not given out yet."""
+        parts = []
+        for index, call in enumerate(calls):
+            begins = index == len(self._given)
+            if begins:
+                self._given.append(0)
+            if (new := call.arguments[self._given[index] :]) or begins:
+                parts.append(CallPart(call.name, new, begins))
+                self._given[index] += len(new)
+        return parts
 
     def _emit(self, length: int) -> str:
         """Take this much from what is held as content; the white space at its end waits for what follows."""
@@ -213,17 +245,18 @@ def make_call(name: object, arguments: object) -> Call | None:
         return None
     try:
         name.encode()
-        return Call(name, _written(arguments))
+        return Call(name, written(arguments))
     except (ValueError, RecursionError):  # among them half a surrogate pair, which no answer can carry
         return None
 
 
-def _written(arguments: dict[str, Any]) -> str:
-    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+def written(value: Any) -> str:
+    """As JSON. Raises ValueError for what JSON cannot say, RecursionError."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()
     except UnicodeEncodeError:
-        return json.dumps(arguments, allow_nan=False)
+        return json.dumps(value, allow_nan=False)
     return text
 
 
@@ -252,3 +285,59 @@ def skip_blank(text: str, start: int) -> int:
 
 
 _BLANK = re.compile(r"\s*")
+
+
+class GrowingCall:
+    """{"name": …, "arguments": {…}} from its brace on. Where the name comes first, as models are taught, the call is
+    certain once its arguments open, and these are the text as it stands; else it is read when it is whole.
+    """
+
+    def __init__(self, names: Iterable[str] | None = None) -> None:
+        """names: of the functions that there are, where nothing else marks a call; None: any."""
+        self._names = None if names is None else frozenset(names)
+        self._name: str | None = None
+        self._start = 0
+        self._arguments, self._whole = Balance(), Balance()
+        self._arguments_end: int | None = None
+        self._end: int | None = None
+        self._call: Call | None = None
+
+    @property
+    def certain(self) -> bool:
+        """Whether it is a call, whatever follows."""
+        return self._name is not None
+
+    def read(self, text: str, start: int) -> int | None:
+        """Past its closing brace; None when text ends before. The same start each time."""
+        if self._end is not None:
+            return self._end
+        if self._name is None and (head := _HEAD.match(text, start)) is not None:
+            self._name, self._start = self._known(head[1]), head.end()
+        if self._name is not None and self._arguments_end is None:
+            self._arguments_end = self._arguments.end(text, self._start)
+        self._end = self._whole.end(text, start)
+        if self._end is not None and self._name is None:
+            call = call_in(text[start : self._end])
+            if call is not None and (self._names is None or call.name in self._names):
+                self._call = call
+        return self._end
+
+    def so_far(self, text: str) -> tuple[Call, ...]:
+        if self._name is not None:
+            return (Call(self._name, text[self._start : self._arguments_end]),)
+        return () if self._call is None else (self._call,)
+
+    def _known(self, written: str) -> str | None:
+        try:
+            name = json.loads(written)
+            name.encode()
+        except ValueError:
+            return None
+        known = name.strip() and (self._names is None or name in self._names)
+        return name if known else None
+
+
+_HEAD = re.compile(
+    r'\{\s{0,16}(?:"(?:type|id)"\s{0,4}:\s{0,4}"[^"\\]{0,64}"\s{0,4},\s{0,16}){0,2}"name"\s{0,4}:\s{0,4}'
+    r'("(?:[^"\\]|\\.){0,256}")\s{0,16},\s{0,16}"(?:arguments|parameters)"\s{0,4}:\s{0,16}(?=\{)'
+)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from octavo_engine.api.output.calls import (
-    Balance,
     Call,
     Candidate,
     Found,
+    GrowingCall,
     ToolParser,
-    call_in,
     marker_opening,
     may_begin,
     skip_blank,
@@ -25,11 +24,9 @@ class HermesParser(ToolParser):
         return _Block()
 
 
-class _Block:
+class _Block(Candidate):
     def __init__(self) -> None:
-        self._balance = Balance()
-        self._call: Call | None = None
-        self._end: int | None = None
+        self._call = GrowingCall()
 
     def resolve(self, text: str, last: bool) -> Found | None:
         start = skip_blank(text, len(OPEN))
@@ -37,18 +34,20 @@ class _Block:
             return Found(len(text)) if last else None
         if text[start] != "{":
             return Found(len(OPEN))
-        if self._end is None:
-            # By brackets, not by the closing tag: an argument may contain one.
-            self._end = self._balance.end(text, start)
-            if self._end is None:
-                return Found(len(text)) if last else None
-            self._call = call_in(text[start : self._end])
-        if self._call is None:
-            return Found(self._end)
-        tag = skip_blank(text, self._end)
+        # By brackets, not by the closing tag: an argument may contain one.
+        end = self._call.read(text, start)
+        calls = self._call.so_far(text)
+        if end is None:
+            return Found(len(text), calls) if last else None
+        if not calls:
+            return Found(end)
+        tag = skip_blank(text, end)
         if text.startswith(CLOSE, tag):
-            return Found(tag + len(CLOSE), (self._call,))
+            return Found(tag + len(CLOSE), calls)
         # The closing tag is forgotten often enough, above all where the answer ends.
         if last or not may_begin(text[tag:], (CLOSE,)):
-            return Found(self._end, (self._call,))
+            return Found(end, calls)
         return None
+
+    def so_far(self, text: str) -> tuple[Call, ...]:
+        return self._call.so_far(text)

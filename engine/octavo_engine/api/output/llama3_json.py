@@ -6,12 +6,12 @@ Nothing marks a call, so only objects that name one of the request's functions a
 from __future__ import annotations
 
 from octavo_engine.api.output.calls import (
-    Balance,
+    Call,
     Candidate,
     Found,
+    GrowingCall,
     Schemas,
     ToolParser,
-    call_in,
     line_opening,
     marker_opening,
     may_begin,
@@ -36,10 +36,9 @@ class Llama3JsonParser(ToolParser):
         return _Object(self.schemas)
 
 
-class _Object:
+class _Object(Candidate):
     def __init__(self, schemas: Schemas) -> None:
-        self._schemas = schemas
-        self._balance = Balance()
+        self._call = GrowingCall(schemas)
 
     def resolve(self, text: str, last: bool) -> Found | None:
         prefix = len(TAG) if text.startswith(TAG) else 1 if text.startswith(";") else 0
@@ -50,10 +49,11 @@ class _Object:
         if key < len(text) and not may_begin(text[key:], _FIRST_KEYS):
             # Other JSON is content, and streams as such.
             return Found(start + 1)
-        end = self._balance.end(text, start) if start < len(text) else None
+        end = self._call.read(text, start) if start < len(text) else None
+        calls = self._call.so_far(text)
         if end is None:
-            return Found(len(text)) if last else None
-        call = call_in(text[start:end])
-        if call is None or call.name not in self._schemas:
-            return Found(end)
-        return Found(end, (call,))
+            return Found(len(text), calls) if last else None
+        return Found(end, calls)
+
+    def so_far(self, text: str) -> tuple[Call, ...]:
+        return self._call.so_far(text)

@@ -10,9 +10,9 @@ from octavo_engine.api.output.calls import (
     Call,
     Candidate,
     Found,
+    GrowingCall,
     ToolParser,
     call_of,
-    make_call,
     marker_opening,
     read_json,
     skip_blank,
@@ -34,9 +34,15 @@ class MistralParser(ToolParser):
         return _Calls()
 
 
-class _Calls:
+class _Calls(Candidate):
     def __init__(self) -> None:
         self._balance = Balance()
+        self._end: int | None = None
+        self._at: int | None = None
+        self._between = False
+        self._done: list[Call] = []
+        self._growing = GrowingCall()
+        self._name: tuple[str, int] | None = None
 
     def resolve(self, text: str, last: bool) -> Found | None:
         start = skip_blank(text, len(OPEN))
@@ -44,18 +50,62 @@ class _Calls:
             return Found(len(text)) if last else None
         if text[start] in "[{":
             return self._array(text, start, last)
-        head = _HEAD.match(text, start)
-        if head is None:
-            if not _HEAD_SO_FAR.fullmatch(text, start):
-                return Found(len(OPEN))
-            return Found(len(text)) if last else None
-        end = self._balance.end(text, head.end())
-        if end is None:
-            return Found(len(text)) if last else None
-        call = make_call(head[1], text[head.end() : end])
-        return Found(end) if call is None else Found(end, (call,))
+        if self._name is None:
+            head = _HEAD.match(text, start)
+            if head is None:
+                if not _HEAD_SO_FAR.fullmatch(text, start):
+                    return Found(len(OPEN))
+                return Found(len(text)) if last else None
+            self._name = head[1], head.end()
+        self._end = self._balance.end(text, self._name[1])
+        if self._end is None and not last:
+            return None
+        return Found(len(text) if self._end is None else self._end, self.so_far(text))
+
+    def so_far(self, text: str) -> tuple[Call, ...]:
+        if self._name is not None:
+            return (Call(self._name[0], text[self._name[1] : self._end]),)
+        if self._at is None:
+            return ()
+        return (*self._done, *self._growing.so_far(text))
 
     def _array(self, text: str, start: int, last: bool) -> Found | None:
+        if self._at is None:
+            first = skip_blank(text, start + 1) if text[start] == "[" else start
+            if first < len(text) and text[first] == "{":
+                self._growing.read(text, first)
+                if self._growing.so_far(text) and self._growing.certain:
+                    self._at = first
+        if self._at is None:
+            return self._whole(text, start, last)
+        end = self._objects(text, text[start] == "[")
+        if end is None and not last:
+            return None
+        return Found(len(text) if end is None else end, self.so_far(text))
+
+    def _objects(self, text: str, many: bool) -> int | None:
+        """Read on from the first object, which is a call for certain; the end of them all."""
+        assert self._at is not None
+        while True:
+            if self._between:
+                at = skip_blank(text, self._at)
+                if text.startswith(",", at):
+                    at = skip_blank(text, at + 1)
+                if at == len(text):
+                    return None
+                if text[at] != "{":
+                    return at + (text[at] == "]")
+                self._at, self._between, self._growing = at, False, GrowingCall()
+            end = self._growing.read(text, self._at)
+            if end is None:
+                return None
+            self._done += self._growing.so_far(text)
+            self._at, self._between, self._growing = end, True, GrowingCall()
+            if not many:
+                return end
+
+    def _whole(self, text: str, start: int, last: bool) -> Found | None:
+        """A list whose first object does not begin like a call is read when it is whole."""
         end = self._balance.end(text, start)
         if end is None:
             return Found(len(text)) if last else None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import secrets
 import string
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
-from octavo_engine.api.output.calls import Call, Schemas, ToolParser
+from octavo_engine.api.output.calls import CallPart, Schemas, ToolParser
 from octavo_engine.api.output.forms import FORMS, CallForm
 from octavo_engine.api.output.hermes import HermesParser
 from octavo_engine.api.output.llama3_json import Llama3JsonParser
@@ -33,12 +33,25 @@ _ID_CHARACTERS = string.ascii_letters + string.digits
 
 @dataclass(frozen=True)
 class ToolCall:
-    """index: its place among the calls of its choice. arguments: a JSON object, as text."""
+    """index: its place among the calls of its choice. arguments: a JSON object, as text.
+
+    While an answer is streamed, a call or a part of one; only the first part begins it.
+    """
 
     index: int
     id: str
     name: str
     arguments: str
+    begins: bool = True
+
+
+def joined(parts: Iterable[ToolCall]) -> list[ToolCall]:
+    """Whole calls from their parts."""
+    calls: dict[int, ToolCall] = {}
+    for part in parts:
+        call = calls.get(part.index)
+        calls[part.index] = part if call is None else replace(call, arguments=call.arguments + part.arguments)
+    return list(calls.values())
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,8 @@ class OutputParser:
         self._format = format
         self._tools = None if format.tools is None else format.tools(format.schemas)
         self._thinking = None if format.reasoning is None else format.reasoning(format.begun)
-        self._num_calls = 0
+        self._num_calls = self._num_begun = 0
+        self._id = ""
 
     @property
     def named(self) -> bool:
@@ -102,14 +116,17 @@ class OutputParser:
         content, calls = self._tools.push(text, last=last)
         return Parsed(content, reasoning, self._numbered(calls) if calls else [])
 
-    def _numbered(self, calls: list[Call]) -> list[ToolCall]:
+    def _numbered(self, parts: list[CallPart]) -> list[ToolCall]:
         assert self._tools is not None
         numbered = []
-        for call in calls:
-            if self._num_calls and not self._format.parallel:
-                break
-            numbered.append(ToolCall(self._num_calls, _new_id(self._tools.short_ids), call.name, call.arguments))
-            self._num_calls += 1
+        for part in parts:
+            if part.begins:
+                self._num_begun += 1
+                self._id = _new_id(self._tools.short_ids)
+            if self._num_begun > 1 and not self._format.parallel:
+                continue
+            self._num_calls = self._num_begun
+            numbered.append(ToolCall(self._num_calls - 1, self._id, part.name, part.arguments, part.begins))
         return numbered
 
 

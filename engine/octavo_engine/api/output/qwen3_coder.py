@@ -15,18 +15,18 @@ from octavo_engine.api.output.calls import (
     Found,
     Schemas,
     ToolParser,
-    make_call,
     marker_opening,
     may_begin,
     read_json,
     skip_blank,
+    written,
 )
 
 OPEN, FUNCTION, END, CLOSE = "<tool_call>", "<function=", "</function>", "</tool_call>"
 _HEAD = re.compile(r"<function=([^<>\n]{1,256})>")
 _HEAD_SO_FAR = re.compile(r"<function=[^<>\n]{0,256}")
 _PARAMETER = re.compile(r"\s*<parameter=([^<>\n]{1,256})>")
-_VALUE_END = re.compile(r"</parameter>(?=\s*(?:<parameter=|$))")
+PARAMETER, VALUE_END = "<parameter=", "</parameter>"
 
 
 class Qwen3CoderParser(ToolParser):
@@ -38,11 +38,20 @@ class Qwen3CoderParser(ToolParser):
         return _Block(self.schemas)
 
 
-class _Block:
+class _Block(Candidate):
+    """A call is certain with its first whole parameter, and grows by one after the other."""
+
     def __init__(self, schemas: Schemas) -> None:
         self._schemas = schemas
+        self._name: str | None = None
+        self._properties: Mapping[str, Any] = {}
+        self._body = 0
+        self._at = 0
+        """Past the last whole parameter."""
+        self._searched = 0
         self._seen = 0
         self._end: int | None = None
+        self._written: dict[str, str] = {}
         self._call: Call | None = None
 
     def resolve(self, text: str, last: bool) -> Found | None:
@@ -50,17 +59,24 @@ class _Block:
         start = skip_blank(text, prefix)
         if not may_begin(text[start : start + len(FUNCTION)], (FUNCTION,)):
             return Found(prefix)
-        head = _HEAD.match(text, start)
-        if head is None:
-            if len(text) >= start + len(FUNCTION) and not _HEAD_SO_FAR.fullmatch(text, start):
-                return Found(start + len(FUNCTION))
-            return Found(len(text)) if last else None
-        if self._end is None:
-            self._end = self._find_end(text, head.end())
-            if self._end is None:
+        if self._name is None:
+            head = _HEAD.match(text, start)
+            if head is None:
+                if len(text) >= start + len(FUNCTION) and not _HEAD_SO_FAR.fullmatch(text, start):
+                    return Found(start + len(FUNCTION))
                 return Found(len(text)) if last else None
-            values = _values(text[head.end() : self._end - len(END)], self._schemas.get(head[1], {}))
-            self._call = None if values is None else make_call(head[1], values)
+            self._name, self._body, self._at = head[1], head.end(), head.end()
+            properties = self._schemas.get(head[1], {}).get("properties")
+            self._properties = properties if isinstance(properties, dict) else {}
+        if self._end is None:
+            self._read(text)
+            self._end = self._find_end(text, self._body)
+            if self._end is None:
+                return Found(len(text), self.so_far(text)) if last else None
+            # Anything else that stands between the parameters ends a call that is certain, and makes another none.
+            whole = skip_blank(text, self._at) >= self._end - len(END)
+            if (whole or self._written) and self._name.strip():
+                self._call = Call(self._name, self._arguments() + "}")
         if self._call is None:
             return Found(self._end)
         tag = skip_blank(text, self._end)
@@ -69,6 +85,39 @@ class _Block:
         if prefix and not last and may_begin(text[tag:], (CLOSE,)):
             return None
         return Found(self._end, (self._call,))
+
+    def so_far(self, text: str) -> tuple[Call, ...]:
+        if self._call is not None:
+            return (self._call,)
+        if self._name is None or not self._name.strip() or not self._written:
+            return ()
+        return (Call(self._name, self._arguments()),)
+
+    def _arguments(self) -> str:
+        return "{" + ", ".join(f"{written(name)}: {value}" for name, value in self._written.items())
+
+    def _read(self, text: str) -> None:
+        """Take the parameters that are whole."""
+        while (head := _PARAMETER.match(text, self._at)) is not None:
+            end = self._value_end(text, head.end())
+            if end is None:
+                break
+            value = text[head.end() : end].removeprefix("\n").removesuffix("\n")
+            self._written.setdefault(head[1], _written(value, self._properties.get(head[1])))
+            self._at, self._searched = end + len(VALUE_END), 0
+
+    def _value_end(self, text: str, start: int) -> int | None:
+        """Where the tag is that ends a value: the first that another parameter or the function's end follows."""
+        at = max(start, self._searched)
+        while (at := text.find(VALUE_END, at)) >= 0:
+            following = text[skip_blank(text, at + len(VALUE_END)) :][: len(PARAMETER)]
+            if following.startswith((PARAMETER, END)):
+                return at
+            if may_begin(following, (PARAMETER, END)):
+                break
+            at += len(VALUE_END)
+        self._searched = max(start, len(text) - len(VALUE_END) if at < 0 else at)
+        return None
 
     def _find_end(self, text: str, body: int) -> int | None:
         """Past the </function> that follows the last parameter: a value may contain the tag."""
@@ -84,21 +133,12 @@ class _Block:
         return None
 
 
-def _values(body: str, schema: Mapping[str, Any]) -> dict[str, Any] | None:
-    """None when something stands between the parameters that is none."""
-    properties = schema.get("properties")
-    properties = properties if isinstance(properties, dict) else {}
-    values: dict[str, Any] = {}
-    at = 0
-    while skip_blank(body, at) < len(body):
-        head = _PARAMETER.match(body, at)
-        end = None if head is None else _VALUE_END.search(body, head.end())
-        if head is None or end is None:
-            return None
-        text = body[head.end() : end.start()].removeprefix("\n").removesuffix("\n")
-        values[head[1]] = _value(text, properties.get(head[1]))
-        at = end.end()
-    return values
+def _written(text: str, schema: object) -> str:
+    """A parameter's value as JSON; its text where JSON cannot say what it says."""
+    try:
+        return written(_value(text, schema))
+    except (ValueError, RecursionError):
+        return written(text)
 
 
 def _value(text: str, schema: object) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import msgspec
@@ -44,6 +44,8 @@ class ResponsesWriter:
         self._sequence = 0
         self._output: list[dict[str, Any]] = []
         self._open: _Item | None = None
+        self._call: dict[str, Any] | None = None
+        """The function call that is being written."""
         self._finish_reason: str | None = None
         self._reasoning_tokens = 0
 
@@ -61,8 +63,7 @@ class ResponsesWriter:
         if piece.text or (piece.tokens and not piece.reasoning and not piece.calls):
             self._grow("message", piece.text, piece.tokens, events)
         for call in piece.calls:
-            self._close(events)
-            self._call(call, events)
+            self._grow_call(call, events)
         if piece.finish_reason is not None:
             self._close(events)
             self._finish_reason = piece.finish_reason
@@ -96,6 +97,8 @@ class ResponsesWriter:
         events.append(self._event(f"response.{_TEXT[kind]}.delta", **self._place(), delta=text, **extra))
 
     def _close(self, events: list[bytes]) -> None:
+        if self._call is not None:
+            self._close_call(self._call, events)
         if (item := self._open) is None:
             return
         text, place = "".join(item.texts), self._place()
@@ -107,17 +110,25 @@ class ResponsesWriter:
         self._output.append(whole)
         self._open = None
 
-    def _call(self, call: ToolCall, events: list[bytes]) -> None:
-        whole = self._call_item(call)
+    def _grow_call(self, call: ToolCall, events: list[bytes]) -> None:
+        if call.begins:
+            self._close(events)
+            self._call = self._call_item(replace(call, arguments=""))
+            shell = {**self._call, "status": "in_progress"}
+            events.append(self._event("response.output_item.added", output_index=len(self._output), item=shell))
+        assert self._call is not None
+        if call.arguments:
+            self._call["arguments"] += call.arguments
+            place = {"output_index": len(self._output), "item_id": self._call["id"]}
+            events.append(self._event("response.function_call_arguments.delta", **place, delta=call.arguments))
+
+    def _close_call(self, call: dict[str, Any], events: list[bytes]) -> None:
         index = {"output_index": len(self._output)}
-        place = {**index, "item_id": whole["id"]}
-        shell = {**whole, "arguments": "", "status": "in_progress"}
-        events.append(self._event("response.output_item.added", **index, item=shell))
-        events.append(self._event("response.function_call_arguments.delta", **place, delta=call.arguments))
-        done = {"name": call.name, "arguments": call.arguments}
-        events.append(self._event("response.function_call_arguments.done", **place, **done))
-        events.append(self._event("response.output_item.done", **index, item=whole))
-        self._output.append(whole)
+        done = {"item_id": call["id"], "name": call["name"], "arguments": call["arguments"]}
+        events.append(self._event("response.function_call_arguments.done", **index, **done))
+        events.append(self._event("response.output_item.done", **index, item=call))
+        self._output.append(call)
+        self._call = None
 
     def _place(self) -> dict[str, Any]:
         assert self._open is not None
