@@ -1,7 +1,7 @@
 """Llama 3.2 and 4, ToolACE and others: [get_weather(city="Paris", days=3), now()], a Python list of calls.
 
-The text is parsed and never evaluated: only literals count as arguments. Nothing marks a call, so only lists of calls of
-the request's functions are taken for one; and as its last member may yet say otherwise, a list is given out whole.
+The text is parsed and never evaluated: only literals count as arguments. Nothing marks a call, so only lists of calls
+of the request's functions are taken for one; and as its last member may yet say otherwise, a list is given out whole.
 """
 
 from __future__ import annotations
