@@ -82,6 +82,7 @@ def chances(token: int, count: int) -> TokenLogprobs:
 class ScriptedEngine:
     def __init__(self, channel: Channel, config: EngineConfig) -> None:
         self.channel, self.config = channel, config
+        self.max_num_seqs = config.max_num_seqs or 256
         self.inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.running: dict[str, Sequence] = {}
         self.waiting: dict[str, Sequence] = {}
@@ -139,7 +140,7 @@ class ScriptedEngine:
 
     def step(self) -> None:
         time.sleep(SCRIPT["step_s"])
-        while self.waiting and len(self.running) < self.config.max_num_seqs:
+        while self.waiting and len(self.running) < self.max_num_seqs:
             id = next(iter(self.waiting))
             self.running[id] = self.waiting.pop(id)
         events, self.events = self.events, []
@@ -153,7 +154,7 @@ class ScriptedEngine:
         load = Load(
             running=len(self.running), waiting=len(self.waiting),
             waiting_prefill_tokens=sum(len(s.submit.prompt_token_ids) for s in self.waiting.values()),
-            kv_usage=len(self.running) / self.config.max_num_seqs, predicted_queue_s=queue_s,
+            kv_usage=len(self.running) / self.max_num_seqs, predicted_queue_s=queue_s,
         )  # fmt: skip
         self.channel.send(StepOutput(events, load, StepStats(step_s=0.001, step_tokens=1, num_steps=self.steps)))
 
