@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import images
 import pytest
 
 import models
@@ -175,6 +176,34 @@ def test_another_server_on_the_claim_downloads_nothing(world):
 
     assert world.weights_asked_for() == before
     world.cluster.kubectl("delete", "llm", "second", "-n", TEAM, "--timeout=60s")
+
+
+def test_its_pods_speak_https_and_ask_for_a_key_from_mounted_secrets(world):
+    cluster, folder = world.cluster, world.cluster.state
+    subject = ["-subj", "/CN=sealed", "-addext", f"subjectAltName=DNS:sealed.{TEAM}.svc"]
+    files = ["-keyout", str(folder / "tls.key"), "-out", str(folder / "tls.crt")]
+    cluster.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject, *files])
+    pair = [f"--cert={folder}/tls.crt", f"--key={folder}/tls.key"]
+    cluster.kubectl("create", "secret", "tls", "sealed", "-n", TEAM, *pair)
+    cluster.kubectl("create", "secret", "generic", "keys", "-n", TEAM, "--from-literal=keys=sesame")
+    sidecar = {"name": "beside", "image": images.name_of("operator"), "command": ["python3", "-c"]}
+    sidecar |= {"args": ["import time; time.sleep(1e6)"], "imagePullPolicy": "IfNotPresent"}
+    world.serve(
+        "sealed",
+        cache={"mode": "Shared", "claimName": CLAIM},
+        expose={"tls": {"secretName": "sealed"}, "apiKeysSecretRef": {"name": "keys"}, "service": {"port": 443}},
+        podTemplate={"spec": {"containers": [sidecar]}},
+    )
+    world.wait_ready("sealed")
+    address = cluster.kubectl("get", "service", "sealed", "-n", TEAM, "-o", "jsonpath={.spec.clusterIP}")
+    name = f"sealed.{TEAM}.svc"
+    curl = ["curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", "--resolve", f"{name}:443:{address}"]
+    curl += ["--cacert", str(folder / "tls.crt"), f"https://{name}/v1/models"]
+
+    assert cluster.run(curl).stdout == "401"
+    assert cluster.run([*curl, "-H", "Authorization: Bearer sesame"]).stdout == "200"
+    assert world.get("sealed")["status"]["url"] == f"https://{name}/v1"
+    cluster.kubectl("delete", "llm", "sealed", "-n", TEAM, "--timeout=60s")
 
 
 def test_of_two_pods_one_downloads_and_when_it_is_killed_the_other_goes_on(world):
