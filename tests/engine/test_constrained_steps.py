@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from octavo_engine.core.constraint import Constraint
-from octavo_engine.core.engine import COMPILE_LIMIT_S, Engine
+from octavo_engine.core.engine import COMPILE_LIMIT_S, IDLE_WAIT_S, MASK_GRACE_S, Engine
 from octavo_engine.core.messages import FinishReason, Grammar, Submit, TokenEvent
 from octavo_engine.core.scheduler import Scheduler, SchedulerConfig
 from octavo_engine.core.step import Sampled, StepPlan
@@ -40,6 +40,7 @@ class Slow:
 
     def __init__(self, patient: bool = True) -> None:
         self.patient = patient
+        self.waits: list[float] = []
         self.due: list[tuple[Counting, int | None]] = []
 
     def start(self, grammar: Grammar, end_token_ids: frozenset[int]) -> Constraint:
@@ -58,6 +59,7 @@ class Slow:
             self.due.append((constraint, token))
 
     def settle(self, timeout_s: float, *, grammars: bool = False) -> None:
+        self.waits.append(timeout_s)
         if self.patient:
             self.finish()
 
@@ -162,6 +164,22 @@ def test_a_mask_that_takes_long_holds_up_its_own_request_alone() -> None:
         constraints.finish()
         events += run(engine, steps=3)
         assert tokens(events, "a") == [10, 11]
+
+
+def test_a_step_waits_longer_for_masks_when_there_is_nothing_else_to_do() -> None:
+    constraints = Slow()
+    engine = make_engine(0, constraints)
+    submit(engine, "a", "15")
+    run(engine, steps=3)
+    alone = list(constraints.waits)
+    submit(engine, "b", max_tokens=20)
+    engine.step()
+    constraints.waits.clear()
+
+    run(engine, steps=2)
+
+    assert set(alone) == {IDLE_WAIT_S}
+    assert set(constraints.waits) == {MASK_GRACE_S}
 
 
 def test_others_go_on_while_a_grammar_is_compiled() -> None:

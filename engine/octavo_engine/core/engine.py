@@ -46,7 +46,7 @@ class Clock(Protocol):
 MASK_GRACE_S = 0.001
 """A step waits so long for masks, which take some 0.05 ms each; a row whose mask takes longer sits the step out."""
 IDLE_WAIT_S = 0.02
-"""What a step waits for grammars when nothing else is to be done; a new request may come meanwhile."""
+"""What a step waits for masks and grammars when nothing else is to be done; a new request may come meanwhile."""
 COMPILE_LIMIT_S = 10.0
 """A request whose grammar is not compiled by then ends with an error."""
 
@@ -144,9 +144,11 @@ class Engine:
 
     def _settle(self, constraints: Constraints) -> None:
         """Take in what became of grammars: requests that may begin, that are complete, and that cannot go on."""
-        idle = not (self.scheduler.has_work or self._launched or self._pending)
-        constraints.settle(IDLE_WAIT_S if idle else MASK_GRACE_S, grammars=idle)
         self._constrained = [request for request in self._constrained if request.finish_reason is None]
+        alive = len(self.scheduler.running) + len(self.scheduler.waiting)
+        # Whatever runs has a grammar: without their masks there is nothing to do.
+        idle = alive == len(self._constrained) and not (self._launched or self._pending)
+        constraints.settle(IDLE_WAIT_S if idle else MASK_GRACE_S, grammars=not alive)
         for request in self._constrained:
             constraint = request.constraint
             assert constraint is not None
