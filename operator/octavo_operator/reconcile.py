@@ -64,6 +64,8 @@ class _Known:
     """Of which polled kinds it had children at the last look; None before the first, when all are asked for."""
     answered: dict[str, datetime] = field(default_factory=dict)
     """By pod, when its engine last answered."""
+    silent: frozenset[str] = frozenset()
+    """Pods that run and whose engine did not answer at the last look."""
     scaling: History | None = None
     """What was recommended lately, where the operator itself scales the server."""
     settled_with: dict[str, object] | None = None
@@ -185,8 +187,8 @@ class Reconciler:
         now = self._clock()
         late = [p for p in world.pods if p.node and not (p.running or p.terminating or p.over or p.terminations)]
         late = [p for p in late if now - p.created_at > EVENTS_AFTER]
-        answered = self._known[key].answered
-        silent = [p for p in world.pods if p.running and now - answered.get(p.name, now) > EVENTS_AFTER]
+        # An engine that did not answer at the last look: the event may say that its node is lost.
+        silent = [p for p in world.pods if p.running and p.name in self._known[key].silent]
         late = [*late, *silent][:PODS_WITH_EVENTS]
         fields = "involvedObject.kind=Pod,type=Warning,involvedObject.name="
         engines, events = await asyncio.gather(
@@ -197,6 +199,7 @@ class Reconciler:
         known = self._known.setdefault(key, _Known())
         before = {pod.name: known.answered.get(pod.name, now) for pod in world.pods if pod.running}
         known.answered = before | dict.fromkeys(engines, now)
+        known.silent = frozenset(before) - frozenset(engines)
         return replace(world, engines=engines, events=read, answered=known.answered)
 
     async def _scale(self, key: Key, server: Server, seen: Seen, found: Sequence[Replica], now: datetime) -> None:
