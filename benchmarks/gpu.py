@@ -22,7 +22,7 @@ import torch
 from octavo_engine.config import EngineConfig
 from octavo_engine.core.engine import Engine
 from octavo_engine.core.messages import Submit
-from octavo_engine.core.scheduler import Scheduler, SchedulerConfig
+from octavo_engine.core.scheduler import Scheduler
 from octavo_engine.models import gpu_decoder
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.sampling_params import SamplingParams
@@ -66,10 +66,7 @@ def main() -> None:
     start_s = time.monotonic() - began
     firsts = dict(reversed(stages))
     print(f"loaded in {start_s:.1f} s", {k: round(v, 2) for k, v in reversed(firsts.items())}, flush=True)
-    scheduler = Scheduler(
-        SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens, 17000, config.block_size, False),
-        loaded.plan.num_blocks,
-    )
+    scheduler = Scheduler.of(config, loaded.plan)
     engine = Engine(scheduler, runner, time.monotonic)
     prepared = 0
     while engine.prepare():

@@ -75,7 +75,7 @@ class LLM:
         # As in the engine process: waiting threads must not starve each other. Too late once torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from octavo_engine.core.engine import Engine
-        from octavo_engine.core.scheduler import Scheduler, SchedulerConfig
+        from octavo_engine.core.scheduler import Scheduler
         from octavo_engine.runner.model_runner import ModelRunner
         from octavo_engine.structured.matcher import Matchers
 
@@ -100,17 +100,7 @@ class LLM:
         overridden = json.dumps(dict(override_generation_config or {}))
         of_server = ServerConfig(generation_config=generation_config, override_generation_config=overridden)
         self._defaults = chosen_defaults(found.path, of_server)
-        scheduler = Scheduler(
-            SchedulerConfig(
-                max_num_seqs=loaded.plan.max_num_seqs,
-                max_num_batched_tokens=loaded.plan.max_num_batched_tokens,
-                max_model_len=loaded.plan.max_model_len,
-                block_size=self._config.block_size,
-                enable_prefix_caching=self._config.enable_prefix_caching,
-                enable_chunked_prefill=self._config.enable_chunked_prefill,
-            ),
-            loaded.plan.num_blocks,
-        )
+        scheduler = Scheduler.of(self._config, loaded.plan)
         constraints = None
         if self._tokenizer is not None:
             constraints = Matchers(texts / "tokenizer.json", loaded.model.vocab_size)

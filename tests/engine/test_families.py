@@ -14,7 +14,7 @@ from torch import Tensor
 from octavo_engine.config import EngineConfig
 from octavo_engine.core.engine import Engine
 from octavo_engine.core.messages import Submit
-from octavo_engine.core.scheduler import Scheduler, SchedulerConfig
+from octavo_engine.core.scheduler import Scheduler
 from octavo_engine.core.step import Admission, StepItem, StepPlan
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.sampling_params import SamplingParams
@@ -81,12 +81,8 @@ def load(folder: Path, **settings: Any) -> tuple[ModelRunner, Engine]:
     )  # fmt: skip
     runner = ModelRunner(config)
     plan = runner.load(folder, lambda stage, done, total: None).plan
-    scheduler = SchedulerConfig(
-        plan.max_num_seqs, plan.max_num_batched_tokens, plan.max_model_len, config.block_size,
-        config.enable_prefix_caching, config.enable_chunked_prefill,
-    )  # fmt: skip
     ticks = iter(range(10**9))
-    return runner, Engine(Scheduler(scheduler, plan.num_blocks), runner, lambda: float(next(ticks)))
+    return runner, Engine(Scheduler.of(config, plan), runner, lambda: float(next(ticks)))
 
 
 def logits_of(runner: ModelRunner, tokens: list[int], cuts: list[int]) -> Tensor:

@@ -68,13 +68,7 @@ def engine_of(folder: Path, **settings: Any) -> Engine:
     config = EngineConfig(model=str(folder), device="cuda", dtype="bfloat16", kv_cache_memory_bytes=2**28, **settings)
     runner = ModelRunner(config)
     loaded = runner.load(folder, lambda stage, done, total: None)
-    scheduler = Scheduler(
-        SchedulerConfig(
-            loaded.plan.max_num_seqs, loaded.plan.max_num_batched_tokens, loaded.plan.max_model_len, config.block_size,
-            config.enable_prefix_caching,
-        ),
-        loaded.plan.num_blocks,
-    )  # fmt: skip
+    scheduler = Scheduler.of(config, loaded.plan)
     return Engine(scheduler, runner, time.monotonic)
 
 

@@ -30,7 +30,7 @@ from octavo_engine.core.channel import Channel, ChannelClosedError
 from octavo_engine.core.constraint import Constraints
 from octavo_engine.core.engine import Engine
 from octavo_engine.core.messages import Abort, Fatal, FromEngine, Ready, Shutdown, StageChanged, Start, Submit, ToEngine
-from octavo_engine.core.scheduler import Scheduler, SchedulerConfig
+from octavo_engine.core.scheduler import Scheduler
 from octavo_engine.status import ExitStatus, Failure, FailureCode, FatalError, Stage
 
 log = logging.getLogger("octavo.engine")
@@ -82,17 +82,7 @@ def run(config: EngineConfig, channel: Channel) -> None:
     # Its threads read the vocabulary while the weights are loaded.
     constraints = _constraints(Path(start.tokenizer_path or start.model_path), Path(start.model_path))
     loaded = runner.load(Path(start.model_path), _Progress(channel.send), start.resolved_revision)
-    scheduler = Scheduler(
-        SchedulerConfig(
-            max_num_seqs=loaded.plan.max_num_seqs,
-            max_num_batched_tokens=loaded.plan.max_num_batched_tokens,
-            max_model_len=loaded.plan.max_model_len,
-            block_size=config.block_size,
-            enable_prefix_caching=config.enable_prefix_caching,
-            enable_chunked_prefill=config.enable_chunked_prefill,
-        ),
-        loaded.plan.num_blocks,
-    )
+    scheduler = Scheduler.of(config, loaded.plan)
     engine = Engine(
         scheduler,
         runner,

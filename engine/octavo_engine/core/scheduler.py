@@ -17,10 +17,12 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from octavo_engine.config import EngineConfig
 from octavo_engine.core.blocks import BlockId, BlockPool, extend_hashes
 from octavo_engine.core.messages import FinishReason, TokenLogprobs
 from octavo_engine.core.request import Request
 from octavo_engine.core.step import Admission, StepItem, StepPlan
+from octavo_engine.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,15 @@ class Scheduler:
         self._rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._planned: deque[tuple[StepPlan, list[Request]]] = deque()
         """Plans whose results are outstanding, oldest first, with the request of each item."""
+
+    @classmethod
+    def of(cls, config: EngineConfig, plan: Plan) -> Scheduler:
+        """For a model that is loaded as planned."""
+        settings = SchedulerConfig(
+            plan.max_num_seqs, plan.max_num_batched_tokens, plan.max_model_len, plan.block_size,
+            config.enable_prefix_caching, config.enable_chunked_prefill,
+        )  # fmt: skip
+        return cls(settings, plan.num_blocks)
 
     def add(self, request: Request) -> None:
         assert 0 < request.num_tokens < self.config.max_model_len
