@@ -106,6 +106,7 @@ class GpuSteps:
         """Rows whose sampling needs their history: those go through the reference sampler after the fast one."""
         self._graphs: dict[Layout, torch.cuda.CUDAGraph] = {}
         self._uncaptured: list[Layout] = []
+        self._eager = False
         self._pool = torch.cuda.graph_pool_handle()
 
     @property
@@ -282,11 +283,12 @@ class GpuSteps:
 
     # ---- graphs
 
-    def capture(self, between: Callable[[], None]) -> None:
+    def capture(self, between: Callable[[], None], eager: bool = False) -> None:
         """Capture the first graphs, the largest first, so that their pool is sized once. Calls `between` them.
 
-        The weights need not be there yet: a graph holds their addresses.
+        The weights need not be there yet: a graph holds their addresses. eager: compile and load the kernels only.
         """
+        self._eager = eager
         sizes = {*(size for size in GRAPH_SIZES if size < self._max_seqs), min(self._max_seqs, GRAPH_SIZES[-1])}
         first = {size for size in sizes if size in FIRST_GRAPH_SIZES} | {max(sizes)}
         mixed = [Layout.mixed(decodes, tokens) for decodes in MIXED_DECODES for tokens in MIXED_TOKENS]
@@ -300,6 +302,8 @@ class GpuSteps:
         for size in sorted(first, reverse=True):
             between()
             self._capture(Layout(size))
+        if eager:
+            self._uncaptured = []
 
     def prepare(self) -> bool:
         """Capture one more graph, while no step is under way; whether there was one left."""
@@ -316,6 +320,8 @@ class GpuSteps:
         step = self._step(layout)
         self._run(step)  # compiles what is not in the cache yet, which a capture could not
         torch.cuda.synchronize()
+        if self._eager:
+            return
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._run(step)

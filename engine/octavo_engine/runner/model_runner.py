@@ -94,7 +94,8 @@ class ModelRunner:
         if device.type == "cuda" and dtype != torch.float32:
             self._gpu = self._gpu_steps(tensors, cos, sin)
             # Graphs hold addresses, so they are captured while the weights still come.
-            self._gpu.capture(lambda: loading.poll(progress) if loading else on_stage(Stage.CAPTURING, 0, 0))
+            between = functools.partial(loading.poll, progress) if loading else lambda: on_stage(Stage.CAPTURING, 0, 0)
+            self._gpu.capture(between, config.enforce_eager)
         if loading:
             loading.wait(progress)
         on_stage(Stage.WARMING_UP, 0, 0)
