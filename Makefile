@@ -28,7 +28,7 @@ demo-down:  ## remove everything that `make demo` started
 	@$(BASE_PYTHON) tests/cluster/demo.py down
 
 test: venv model test-cluster-ready  ## every test that this machine can run
-	$(PYTEST) --cov --cov-report=term:skip-covered --durations=15 $(ARGS)
+	@tests/run $(PYTHON) $(ARGS)
 	@$(MAKE) --no-print-directory test-other-pythons
 
 check: venv  ## style, types, import contracts
@@ -41,6 +41,9 @@ check: venv  ## style, types, import contracts
 
 test-engine: venv model  ## only the engine's tests
 	$(PYTEST) tests/engine $(ARGS)
+
+coverage: venv model  ## which lines the tests without a cluster reach
+	$(PYTEST) -m "not cluster and not e2e and not gpu" --cov --cov-report=term:skip-covered $(ARGS)
 
 test-fast: venv model  ## everything that needs neither a cluster nor minutes
 	$(PYTEST) -m "not cluster and not e2e and not slow and not gpu" $(ARGS)

@@ -86,10 +86,11 @@ def test_the_operator_image_is_small_and_holds_no_torch(loaded_images):
 
 @pytest.mark.parametrize("target", ["engine", "operator"])
 def test_a_change_of_our_source_makes_one_small_layer(loaded_images, target):
-    top = sizes.layers(loaded_images[target])[-1]
+    layers = sizes.layers(loaded_images[target])
+    ours = next(i for i, layer in enumerate(layers) if any(part.startswith("octavo_") for part in layer.parts))
 
-    assert any(part.startswith("octavo_") for part in top.parts)
-    assert top.size_bytes < 5e6
+    # What lies above is made anew with it: nothing here, and compiled kernels where they are asked for.
+    assert sum(layer.size_bytes for layer in layers[ours:]) < 5e6
 
 
 def test_a_build_leaves_no_mount(loaded_images):

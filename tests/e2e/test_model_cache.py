@@ -122,6 +122,8 @@ def world(cluster: Cluster, loaded_images: dict[str, str]) -> Iterator[World]:
     yield World(cluster, hub, disk)
     cluster.run(["kubectl", "delete", "llm", "--all", "-n", TEAM, "--timeout=60s"], check=False)
     cluster.run(["helm", "uninstall", "octavo", "-n", SYSTEM, "--wait"], check=False)
+    # The chart leaves its definition, which says which release it is of: another one would not take it over.
+    cluster.run(["kubectl", "delete", "crd", "llmservers.octavo.dev", "--timeout=60s"], check=False)
     cluster.run(["kubectl", "delete", "namespace", SYSTEM, TEAM, "--timeout=60s"], check=False)
     cluster.run(["kubectl", "delete", "pv", "cache", "--timeout=30s"], check=False)
 

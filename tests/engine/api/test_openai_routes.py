@@ -450,7 +450,7 @@ async def test_an_unknown_model_and_an_unknown_route_are_told_apart(server, http
 
 
 async def test_more_sequences_than_could_ever_be_queued_are_refused(server, http) -> None:
-    status, body = await complete(http, server, ["a"] * 1281)
+    status, body = await complete(http, server, ["a"] * 2049)
 
     assert (status, body["error"]["param"]) == (400, "prompt")
 
