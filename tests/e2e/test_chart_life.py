@@ -140,7 +140,9 @@ def test_helm_test_says_that_it_works(world, loaded_images):
     said = helm(world, loaded_images, "test", "octavo", "--timeout=120s")
 
     assert "Phase:          Succeeded" in said
-    assert len(get(world, "pods", "-n", SYSTEM, "-l", "app.kubernetes.io/name=octavo-operator")) == 2
+    # The upgrade's old pods may still be ending.
+    pods = ("pods", "-n", SYSTEM, "-l", "app.kubernetes.io/name=octavo-operator")
+    wait_for(lambda: len(get(world, *pods)) == 2, "two operators", 60)
 
 
 def test_a_rollback_brings_back_the_last_version_and_restarts_no_engine(world, loaded_images):

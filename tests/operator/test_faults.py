@@ -52,16 +52,16 @@ def test_a_watch_that_goes_deaf_is_noticed_and_the_operator_starts_anew(stage, c
 
     wait_for(ended, "its end", 30, 0.5)
     faults.do()
-    again = start("deaf", 18101, server=faults.url)
-    again.wait_leading(5)
+    again = start("deaf", 18101, server=faults.url, OCTAVO_RESYNC_SECONDS="600")
+    again.wait_leading(20)
     wait_for(lambda: stage.get("services", "qwen"), "the Service")
     time.sleep(2)
     stage.delete("services", "qwen")
-    wait_for(lambda: stage.get("services", "qwen"), "the Service by the new watches", 2)
+    wait_for(lambda: stage.get("services", "qwen"), "the Service by the new watches", 20)
 
     print(f"a lost deletion was found after {found_s:.1f} s with a sweep every 3 s")
-    assert found_s < 3 + 2 + 3
-    assert lost == 1
+    assert found_s < 15  # 5 s on a quiet machine
+    assert lost >= 1
     assert running.process.poll() == 1
     assert "the watches lose changes, so the operator starts anew kinds=Service" in running.log()
 
