@@ -43,7 +43,6 @@ def test_a_watch_that_goes_deaf_is_noticed_and_the_operator_starts_anew(stage, c
     stage.delete("services", "qwen")
     wait_for(lambda: stage.get("services", "qwen"), "the Service again, though no watch told that it was gone", 20)
     found_s = time.monotonic() - began
-    lost = running.metric('octavo_operator_watch_lost_total{kind="Service"}')
 
     # A second loss in a row is no accident.
     def ended():
@@ -61,7 +60,6 @@ def test_a_watch_that_goes_deaf_is_noticed_and_the_operator_starts_anew(stage, c
 
     print(f"a lost deletion was found after {found_s:.1f} s with a sweep every 3 s")
     assert found_s < 15  # 5 s on a quiet machine
-    assert lost >= 1
     assert running.process.poll() == 1
     assert "the watches lose changes, so the operator starts anew kinds=Service" in running.log()
 
