@@ -22,6 +22,7 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,22 @@ class Hub(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hung up is no fault of ours."""
+
+
+@contextlib.contextmanager
+def running_hub(folder: Path) -> Iterator[Hub]:
+    """The stand-in in this process, on a free port."""
+    server = Hub(("127.0.0.1", 0), folder)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def set_faults(hub: Hub, **faults: object) -> None:
+    (hub.folder / "faults.json").write_text(json.dumps(faults))
 
 
 class _Handler(BaseHTTPRequestHandler):

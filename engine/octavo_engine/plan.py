@@ -20,6 +20,8 @@ ATTENTION_SCRATCH_BYTES = 256 * 2**20
 """Bound on the keys and values that reference attention gathers at once."""
 LARGE_GPU_BYTES = 60 * GIB
 """From here on a step may be four times as large by default, as in vLLM (70 there; a card of 64 has room too)."""
+LARGE_STEP, SMALL_STEP = (1024, 8192), (256, 2048)
+"""Requests and tokens of the largest step on such a GPU and elsewhere, where nothing is set."""
 CPU_KV_CACHE_LIMIT_BYTES = 4 * GIB
 """On a CPU more cache than this is rarely used and is memory that other processes want."""
 RUNTIME_BYTES = {"cpu": 0, "cuda": 800 * 2**20}
@@ -85,12 +87,13 @@ def choose_dtype(config: EngineConfig, checkpoint_dtype: str, kind: str) -> str:
 def step_size(config: EngineConfig, memory: DeviceMemory) -> tuple[int, int]:
     """Requests and tokens of the largest step, as configured or, where that is left open, as suits the device."""
     large = memory.kind == "cuda" and memory.total_bytes >= LARGE_GPU_BYTES
+    usual_requests, usual_tokens = LARGE_STEP if large else SMALL_STEP
     requests, tokens = config.max_num_seqs, config.max_num_batched_tokens
     if requests is None:
-        requests = min(1024 if large else 256, tokens or 2**20)
+        requests = min(usual_requests, tokens or usual_requests)
     if tokens is None:
         whole_prompt = 0 if config.enable_chunked_prefill else config.max_model_len or 0
-        tokens = max(8192 if large else 2048, requests, whole_prompt)
+        tokens = max(usual_tokens, requests, whole_prompt)
     return requests, tokens
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import demo
 import pytest
@@ -18,6 +18,7 @@ import yaml
 
 import models
 from cluster import Cluster
+from waiting import wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -28,7 +29,6 @@ RESTRICTED = {
     "pod-security.kubernetes.io/enforce": "restricted",
     "pod-security.kubernetes.io/enforce-version": "latest",
 }
-T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +80,6 @@ def install(world: Cluster, images: dict[str, str], chart: Path) -> None:
 def get(world: Cluster, kind: str, *arguments: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(world.kubectl("get", kind, *arguments, "-o", "json"))["items"]
     return found
-
-
-def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 120, every_s: float = 0.3) -> T:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if found := look():
-            return found
-        time.sleep(every_s)
-    raise AssertionError(f"not within {timeout_s:g} s: {what}")
 
 
 def serve(world: Cluster, namespace: str, name: str = SERVER) -> None:

@@ -10,16 +10,16 @@ import contextlib
 import json
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import images
 import pytest
 
 import models
 from cluster import Cluster
+from waiting import wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SYSTEM, TEAM, CLAIM = "octavo-cache", "readers", "qwen"
 HUB = "10.250.0.1"
 PORT = "8088"
-T = TypeVar("T")
 
 
 class World:
@@ -74,15 +73,6 @@ class World:
 
     def kill(self, pattern: str) -> bool:
         return self.cluster.run(["pkill", "-9", "-f", pattern], check=False).returncode == 0
-
-
-def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 120, every_s: float = 0.2) -> T:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if found := look():
-            return found
-        time.sleep(every_s)
-    raise AssertionError(f"not within {timeout_s:g} s: {what}")
 
 
 @pytest.fixture(scope="module")

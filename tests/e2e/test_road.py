@@ -11,9 +11,9 @@ import shlex
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import demo
 import programs
@@ -22,13 +22,13 @@ import yaml
 
 import models
 from cluster import Cluster
+from waiting import wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = "smollm2"
 URL = f"http://{SERVER}.default.svc.cluster.local"
-T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +72,6 @@ def pods(cluster: Cluster, name: str = SERVER) -> list[dict[str, Any]]:
 def staying(cluster: Cluster) -> list[str]:
     """Names of the pods that are not on their way out."""
     return [pod["metadata"]["name"] for pod in pods(cluster) if not pod["metadata"].get("deletionTimestamp")]
-
-
-def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 120, every_s: float = 0.2) -> T:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if found := look():
-            return found
-        time.sleep(every_s)
-    raise AssertionError(f"not within {timeout_s:g} s: {what}")
 
 
 def ready_with(cluster: Cluster, replicas: int) -> dict[str, Any] | None:

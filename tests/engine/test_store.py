@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from hub import COMMIT, Hub
+from hub import COMMIT, Hub, running_hub, set_faults
 from octavo_engine.status import FailureCode
 from octavo_engine.store import disk, transfer
 from octavo_engine.store.disk import NoRoomError, Store
@@ -43,17 +43,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     (folder / "org/name").mkdir(parents=True)
     for name, content in FILES.items():
         (folder / "org/name" / name).write_bytes(content)
-    server = Hub(("127.0.0.1", 0), folder)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def set_faults(hub: Hub, **faults: object) -> None:
-    (hub.folder / "faults.json").write_text(json.dumps(faults))
+    with running_hub(folder) as server:
+        yield server
 
 
 def start(hub: Hub, store: Path, *flags: str, model: str = "org/name", **more: str) -> subprocess.Popen[str]:

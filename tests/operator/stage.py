@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import pytest
 import yaml
 
+import waiting
 from octavo_engine.status import Effective, Failure, Load, Progress, Statusz
 from octavo_engine.status import Stage as EngineStage
 
@@ -63,12 +64,7 @@ class ApiError(Exception):
 
 
 def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 15, every_s: float = 0.02) -> T:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if found := look():
-            return found
-        time.sleep(every_s)
-    raise AssertionError(f"not within {timeout_s:g} s: {what}")
+    return waiting.wait_for(look, what, timeout_s, every_s)
 
 
 class Api:

@@ -37,6 +37,7 @@ from octavo_engine.api.tokenizer import GenerationDefaults, Tokenizer, chosen_de
 from octavo_engine.api.tracing import Tracer
 from octavo_engine.config import EngineConfig, ServerConfig
 from octavo_engine.core.messages import Shutdown, Start
+from octavo_engine.plan import LARGE_STEP
 from octavo_engine.status import Failure, FatalError, Stage
 
 log = logging.getLogger("octavo")
@@ -89,7 +90,9 @@ class _Server:
         # What suits the device is known once it is loaded. Too large a number here does no harm: as soon as a request
         # waits, the engine's own count of running ones is what counts.
         limits = QueueLimits(
-            engine_config.max_num_seqs or 1024, engine_config.max_num_queued_reqs, engine_config.max_num_queued_tokens
+            engine_config.max_num_seqs or LARGE_STEP[0],
+            engine_config.max_num_queued_reqs,
+            engine_config.max_num_queued_tokens,
         )
         self._client = EngineClient(board, self._metrics, limits)
         endpoint = config.otlp_traces_endpoint

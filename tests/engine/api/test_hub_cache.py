@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import models
-from hub import COMMIT, Hub
+from hub import COMMIT, Hub, running_hub, set_faults
 from octavo_engine.status import FailureCode
 
 HERE = Path(__file__).parent
@@ -38,17 +37,8 @@ def hub(tmp_path: Path, model_folder: Path) -> Iterator[Hub]:
         (folder / name / "model-2.safetensors").write_bytes(WEIGHTS[::-1])
         (folder / name / "README.md").write_text("never asked for")
     (folder / "org/gated/gated").touch()
-    server = Hub(("127.0.0.1", 0), folder)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def set_faults(hub: Hub, **faults: object) -> None:
-    (hub.folder / "faults.json").write_text(json.dumps(faults))
+    with running_hub(folder) as server:
+        yield server
 
 
 def free_port() -> int:
