@@ -191,7 +191,8 @@ def with_definition(api, plural: str, kind: str, group: str) -> None:
     api.request("POST", path, body)
 
     def established() -> bool:
-        conditions = api.request("GET", f"{path}/{plural}.{group}").get("status", {}).get("conditions", [])
+        # Until the controller has looked, the conditions are there and null.
+        conditions = api.request("GET", f"{path}/{plural}.{group}").get("status", {}).get("conditions") or []
         return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
 
     wait_for(established, "the kind to be served")

@@ -78,7 +78,7 @@ def test_doctor_says_that_the_definition_is_of_another_version(stage, cluster, a
     finally:
         api.merge(path, {"spec": before})
         # The API server takes a moment over a changed definition, and refuses its kind meanwhile.
-        wait_for(lambda: _lists(stage), "the kind to be served", 20)
+        wait_for(lambda: _lists(stage), "the kind to be served")
 
     assert "fields that it lacks are dropped in silence" in found.stdout
     assert found.returncode == 1

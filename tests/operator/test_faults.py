@@ -41,7 +41,7 @@ def test_a_watch_that_goes_deaf_is_noticed_and_the_operator_starts_anew(stage, c
     faults.do(deaf=["services"])
     began = time.monotonic()
     stage.delete("services", "qwen")
-    wait_for(lambda: stage.get("services", "qwen"), "the Service again, though no watch told that it was gone", 20)
+    wait_for(lambda: stage.get("services", "qwen"), "the Service again, though no watch told that it was gone")
     found_s = time.monotonic() - began
 
     # A second loss in a row is no accident.

@@ -34,7 +34,7 @@ def test_the_operator_is_granted_what_it_calls_and_nothing_more(stage, cluster, 
         (pod,) = stage.pods("slow")
         stage.api.merge(stage.path("pods", pod["metadata"]["name"]), {"metadata": {"labels": {"x": "y"}}})
         stage.patch("slow", {"engine": {"maxModelLen": 1024}})
-        wait_for(lambda: running.log().count("a watch did not tell of changes") >= 2, "a sweep", 20)
+        wait_for(lambda: running.log().count("a watch did not tell of changes") >= 2, "a sweep")
         log = running.log()
     finally:
         running.stop()
