@@ -53,9 +53,9 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         ),
         (
             "prefill_attention", prefill_attention._prefill,
-            [HALF, "i32", TILE, TILE, INT, "i32", INT, HALF, "i32", "fp32", "fp32"],
+            [HALF, "i32", TILE, TILE, INT, "i32", INT, HALF, "i32", "fp32", "fp32", "fp32"],
             {**HEADS, "DIM": 128, "DIM_BLOCK": 128, "BLOCK_SIZE": 64, "TILE": 64, "WINDOW": 0, "SOFTCAP": False,
-             "STAGES": 3}, 4,
+             "STAGES": 3, "OVERLAP": False, "QUERY_IN_REGISTERS": False}, 4,
         ),
         (
             "cutoff", sample._cutoff, [HALF, INT, INT, INT, FLOAT, INT, FLOAT, FLOAT, FLOAT],

@@ -21,7 +21,7 @@ from octavo_engine.kernels import silu_mul as reference_silu_mul
 from octavo_engine.kernels.gpu import apply_mask, norm, rope_kv, sample, silu_mul, small_linear, state
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, Scratch, decode_attention, max_parts, plan_parts
 from octavo_engine.kernels.gpu.decode_attention import reference as reference_decode
-from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, plan_tiles, prefill_attention
+from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, How, plan_tiles, prefill_attention
 from octavo_engine.kernels.gpu.prefill_attention import reference as reference_prefill
 
 # The interpreter is numpy: it warns where the hardware would not.
@@ -171,15 +171,17 @@ def test_parts_cover_each_sequence_once_and_never_outnumber_their_bound():
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size", "window", "softcap"), HEADS)
-def test_prefill_attention_sees_what_it_should(heads, kv_heads, dim, block_size, window, softcap):
+@pytest.mark.parametrize("how", [How(), How(rows=128, warps=8, overlap=True, query_in_registers=True)], ids=str)
+def test_prefill_attention_sees_what_it_should(how, heads, kv_heads, dim, block_size, window, softcap):
     cache = random(2, 30, kv_heads, block_size, dim)
     tables = torch.randint(0, 30, (3, 24), dtype=torch.int32, device=DEVICE)
     chunks = [Chunk(0, 0, 0, 70), Chunk(70, 1, 33, 5), Chunk(75, 2, 64, 129)]
     qkv = random(204, (heads + 2 * kv_heads) * dim)
-    tiles = ints(plan_tiles(chunks)).view(-1, 4)
+    tiles = ints(plan_tiles(chunks, how.rows)).view(-1, 4)
     out = torch.full((204, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE)
 
-    prefill_attention(qkv, CacheLoads.of(cache), tables, tiles, out, kv_heads, block_size, dim**-0.5, window, softcap)
+    loads = CacheLoads.of(cache)
+    prefill_attention(qkv, loads, tables, tiles, out, kv_heads, block_size, dim**-0.5, window, softcap, how)
 
     assert_close(out, reference_prefill(qkv, cache, tables, chunks, heads, dim**-0.5, window, softcap))
 

@@ -24,6 +24,19 @@ TILE_ROWS = 64
 
 
 @dataclass(frozen=True)
+class How:
+    """How a program computes its tile. `benchmarks/tune_prefill_attention.py` measures the choices."""
+
+    rows: int = TILE_ROWS
+    warps: int = 4
+    stages: int = 3
+    overlap: bool = False
+    """One block's product with its values runs beside the next block's softmax, as in FlashAttention-3."""
+    query_in_registers: bool = False
+    """Shared memory of a third program on a multiprocessor, for 32 registers of a thread more."""
+
+
+@dataclass(frozen=True)
 class Chunk:
     """`count` tokens from index `token` of the batch, of the sequence in `row`, from `position` on."""
 
@@ -33,12 +46,12 @@ class Chunk:
     count: int
 
 
-def plan_tiles(chunks: Sequence[Chunk]) -> list[int]:
+def plan_tiles(chunks: Sequence[Chunk], rows: int = TILE_ROWS) -> list[int]:
     """[4 * tiles]: token, rows, state row and position of each tile; the tile with most keys first."""
     tiles = [
-        (c.token + at, min(TILE_ROWS, c.count - at), c.row, c.position + at)
+        (c.token + at, min(rows, c.count - at), c.row, c.position + at)
         for c in chunks
-        for at in range(0, c.count, TILE_ROWS)
+        for at in range(0, c.count, rows)
     ]
     tiles.sort(key=lambda tile: -tile[3])
     return [value for tile in tiles for value in tile]
@@ -69,7 +82,7 @@ class CacheLoads:
 
 def prefill_attention(
     qkv: Tensor, loads: CacheLoads, block_tables: Tensor, tiles: Tensor, out: Tensor, kv_heads: int, block_size: int,
-    scale: float, window: int | None = None, softcap: float = 0.0, num_warps: int = 4, num_stages: int = 3,
+    scale: float, window: int | None = None, softcap: float = 0.0, how: How = How(),
 ) -> None:  # fmt: skip
     """softmax(q·k * scale, over each token's own and earlier keys) · v.
 
@@ -81,44 +94,54 @@ def prefill_attention(
     heads = out.shape[1] // dim
     _prefill[(heads, tiles.shape[0])](
         qkv, qkv.stride(0), loads.keys, loads.values, block_tables, block_tables.stride(0), tiles, out, out.stride(0),
-        scale * LOG2_E, softcap, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim,
-        DIM_BLOCK=triton.next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=TILE_ROWS, WINDOW=window or 0,
-        SOFTCAP=softcap > 0, STAGES=num_stages, num_warps=num_warps,
+        scale * LOG2_E, softcap, 1.0, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim,
+        DIM_BLOCK=triton.next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=how.rows, WINDOW=window or 0,
+        SOFTCAP=softcap > 0, STAGES=how.stages, OVERLAP=how.overlap,
+        QUERY_IN_REGISTERS=how.query_in_registers, num_warps=how.warps,
     )  # fmt: skip
 
 
 @triton.jit
-def _attend(
-    query, keys, values, cache_row, at, position, best, total, sums, scale, softcap,
+def _scores(
+    query, keys, cache_row, at, position, scale, softcap,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys. at: [BLOCK_SIZE] their positions; position: [TILE] of the queries."""
-    k = keys.load([cache_row, 0])
-    scores = tl.dot(query, k.T) * scale
+    """Of one block of keys, still to be multiplied with `scale`, without SOFTCAP; -inf for what a row does not see.
+
+    at: [BLOCK_SIZE] the keys' positions; position: [TILE] of the queries.
+    """
+    scores = tl.dot(query, keys.load([cache_row, 0]).T)
     if SOFTCAP:
-        x = scores * (0.6931471805599453 / softcap)
+        x = scores * (scale * (0.6931471805599453 / softcap))
         scores = (2.0 / (1.0 + tl.exp2(-2.8853900817779268 * x)) - 1.0) * (softcap * 1.4426950408889634)
     if MASKED:
         seen = at[None, :] <= position[:, None]
         if WINDOW > 0:
             seen = seen & (at[None, :] > position[:, None] - WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
-    new_best = tl.maximum(best, tl.max(scores, 1))
+    return scores
+
+
+@triton.jit
+def _weights(scores, best, total, scale, SAFE: tl.constexpr):
+    """Fold a block's scores into the softmax so far → its best, its total, what to shrink by, and weights.
+
+    The scale is applied with the subtraction, as one multiply-add for each score.
+    """
+    new_best = tl.maximum(best, tl.max(scores, 1) * scale)
     # A row of a window may see nothing of this block: -inf minus -inf would be NaN.
-    safe = tl.where(new_best == float("-inf"), 0.0, new_best) if MASKED and WINDOW > 0 else new_best
+    safe = new_best if SAFE else tl.where(new_best == float("-inf"), 0.0, new_best)
     shrink = tl.exp2(best - safe)
-    weights = tl.exp2(scores - safe[:, None])
-    total = total * shrink + tl.sum(weights, 1)
-    v = values.load([cache_row, 0])
-    sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None])
-    return new_best, total, sums
+    weights = tl.exp2(scores * scale - safe[:, None])
+    return new_best, total * shrink + tl.sum(weights, 1), shrink, weights
 
 
 @triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["tiles"])
 def _prefill(
-    qkv, stride_token, keys, values, block_tables, stride_table, tiles, out, stride_out, scale, softcap,
+    qkv, stride_token, keys, values, block_tables, stride_table, tiles, out, stride_out, scale, softcap, one,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr, QUERY_IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     tile = tiles + tl.program_id(1) * 4
@@ -138,9 +161,13 @@ def _prefill(
     query = tl.load(
         qkv + (token + row)[:, None] * stride_token + head * DIM + column[None, :], mask=inside, other=0.0
     )  # [TILE, DIM]
+    if QUERY_IN_REGISTERS:
+        # The compiler keeps in registers what it sees computed, and in shared memory what it sees loaded.
+        query = (query.to(tl.float32) * one).to(query.dtype)
     best = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     sums = tl.zeros([TILE, DIM_BLOCK], tl.float32)
+    factor = 1.0 if SOFTCAP else scale
 
     first = 0
     full = (start + 1) // BLOCK_SIZE  # blocks that the first row sees whole, and with it every row
@@ -148,18 +175,37 @@ def _prefill(
         first = tl.maximum(start - WINDOW + 1, 0) // BLOCK_SIZE
         full = first  # the window's edge runs through the blocks: mask them all
     end = tl.cdiv(start + num_rows, BLOCK_SIZE)
+    # With OVERLAP a block's weights meet its values while the next block's softmax is computed. They are kept as
+    # integers, as what is a number across the loop's end would travel through shared memory.
+    held_row = (tl.load(table + first) * KV_HEADS + kv_head) * BLOCK_SIZE
+    held = tl.zeros([TILE, BLOCK_SIZE], tl.int16)
+    shrink = tl.full([TILE], 1.0, tl.float32)
     for index in tl.range(first, full, num_stages=STAGES):
         cache_row = (tl.load(table + index) * KV_HEADS + kv_head) * BLOCK_SIZE
-        best, total, sums = _attend(
-            query, keys, values, cache_row, index * BLOCK_SIZE + key, position, best, total, sums, scale, softcap,
-            False, WINDOW, SOFTCAP,
-        )  # fmt: skip
+        scores = _scores(
+            query, keys, cache_row, index * BLOCK_SIZE + key, position, scale, softcap, False, WINDOW, SOFTCAP
+        )
+        if OVERLAP:
+            v = values.load([held_row, 0])
+            sums = tl.dot(held.to(v.dtype, bitcast=True), v, sums * shrink[:, None])
+        best, total, shrink, weights = _weights(scores, best, total, factor, True)
+        if OVERLAP:
+            held = weights.to(query.dtype).to(tl.int16, bitcast=True)
+            held_row = cache_row
+        else:
+            v = values.load([cache_row, 0])
+            sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None])
+    if OVERLAP:
+        v = values.load([held_row, 0])
+        sums = tl.dot(held.to(v.dtype, bitcast=True), v, sums * shrink[:, None])
     for index in tl.range(full, end, num_stages=STAGES if WINDOW > 0 else 1):
         cache_row = (tl.load(table + index) * KV_HEADS + kv_head) * BLOCK_SIZE
-        best, total, sums = _attend(
-            query, keys, values, cache_row, index * BLOCK_SIZE + key, position, best, total, sums, scale, softcap,
-            True, WINDOW, SOFTCAP,
-        )  # fmt: skip
+        scores = _scores(
+            query, keys, cache_row, index * BLOCK_SIZE + key, position, scale, softcap, True, WINDOW, SOFTCAP
+        )
+        best, total, shrink, weights = _weights(scores, best, total, factor, WINDOW == 0)
+        v = values.load([cache_row, 0])
+        sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None])
     to = out + (token + row)[:, None] * stride_out + head * DIM + column[None, :]
     tl.store(to, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
 

@@ -1,0 +1,109 @@
+"""Find how a tile of prefill attention is best computed, for 32 query and 8 KV heads of 128, beside cuDNN.
+
+    PYTHONPATH=engine python benchmarks/tune_prefill_attention.py [--tokens 2048 8192 16384]
+
+Causal attention of one prompt, its keys and values in blocks of 64 or 128 tokens. Prints TFLOP/s, only what causality
+leaves counted, and the share of cuDNN's attention over contiguous tensors, measured in turns with it, since the clock
+falls while the chip is busy. Each variant is first compared with cuDNN's result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.errors import TritonError
+
+from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, How, plan_tiles, prefill_attention
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+
+
+def variants() -> list[tuple[int, How]]:
+    """(block size, how) of everything that compiles for an H100 without spilling registers."""
+    shapes = ((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 4, 2), (128, 128, 8, 2))
+    return [
+        (block_size, How(rows, warps, stages, overlap, registers))
+        for (block_size, rows, warps, stages), overlap, registers in itertools.product(
+            shapes, (False, True), (False, True)
+        )
+    ]
+
+
+def milliseconds(runs: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
+    """Median of one call each, the candidates in turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            run()
+            begin.record()
+            for _ in range(3):
+                run()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end) / 3)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def measure(tokens: int) -> dict[str, float]:
+    """→ name: TFLOP/s"""
+    torch.manual_seed(0)
+    qkv = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * DIM, device="cuda", dtype=torch.bfloat16)
+    query, key, value = (
+        part.view(1, tokens, -1, DIM).transpose(1, 2).contiguous()
+        for part in qkv.split([HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], dim=1)
+    )
+
+    def peer() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    expected = peer()[0].transpose(0, 1).reshape(tokens, HEADS * DIM)
+    runs: dict[str, Callable[[], object]] = {"cuDNN": peer}
+    for block_size, how in variants():
+        blocks = tokens // block_size
+        table = torch.randperm(blocks, device="cuda").int()
+        cache = torch.empty(2, blocks, KV_HEADS, block_size, DIM, device="cuda", dtype=torch.bfloat16)
+        for part, given in zip(cache, (key, value), strict=True):
+            part[table.long()] = given[0].view(KV_HEADS, blocks, block_size, DIM).transpose(0, 1)
+        loads, out = CacheLoads.of(cache), torch.empty_like(expected)
+        tiles = torch.tensor(plan_tiles([Chunk(0, 0, 0, tokens)], how.rows), device="cuda").int().view(-1, 4)
+        name = f"blocks of {block_size}, {how}"
+
+        def run(
+            loads: CacheLoads = loads, table: torch.Tensor = table, tiles: torch.Tensor = tiles,
+            out: torch.Tensor = out, block_size: int = block_size, how: How = how,
+        ) -> None:  # fmt: skip
+            prefill_attention(qkv, loads, table[None], tiles, out, KV_HEADS, block_size, DIM**-0.5, how=how)
+
+        try:
+            run()
+        except (TritonError, RuntimeError) as error:  # a variant that does not run on this device is a result, too
+            print(f"{name}: {type(error).__name__}: {str(error)[:150]}", flush=True)
+            continue
+        difference = (out.float() - expected.float()).abs().max().item()
+        if difference > 0.05:
+            print(f"{name}: differs from cuDNN by {difference:.3f}", flush=True)
+            continue
+        runs[name] = run
+    operations = 4 * HEADS * DIM * tokens * (tokens + 1) / 2
+    return {name: operations / ms / 1e9 for name, ms in milliseconds(runs).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384])
+    for tokens in parser.parse_args().tokens:
+        rates = measure(tokens)
+        print(f"{tokens} tokens", flush=True)
+        for name, rate in sorted(rates.items(), key=lambda item: -item[1]):
+            print(f"  {rate:6.1f} TFLOP/s  {rate / rates['cuDNN']:6.1%}  {name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
