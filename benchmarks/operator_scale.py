@@ -1,57 +1,84 @@
-"""Many LLMServers applied at once, beside the same child objects applied directly: where the operator's time goes.
+"""What the operator costs and how fast it is, on a real API server with the real controllers and scheduler.
 
-    python benchmarks/operator_scale.py --servers 1000        # writes benchmarks/results/operator-DATE.json
+    python benchmarks/operator_scale.py                    # all turns; writes benchmarks/results/operator-DATE.json
+    python benchmarks/operator_scale.py --turns latency    # one of them
 
-On a real API server with the real controllers and scheduler; KWOK plays the kubelets, and one process answers for all
-engines. Both turns end when every pod is ready; the operator's, when every server says that it is. The load generator
-has the same number of connections in both.
+KWOK plays the kubelets, and one process answers for all engines. The turns:
+
+direct    Deployments, Services and disruption budgets of --servers LLMServers, applied by as many clients as below
+operator  the LLMServers themselves, all at once; ends when every one says that it is ready
+latency   from the API server's answer to a client's POST to the pod, in that client's watch: one server after the
+          other, then at a rate, whether or not the one before is done
+idle      nothing happens, and every request of the operator is counted in front of the API server, kopf's too
+
+Seconds depend on what else wants the machine. CPU seconds, requests and looks do not, and are told beside them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / name) for name in ("engine", "operator", "tests/operator", "tests/cluster")]
+from operator_world import (
+    CLIENTS,
+    NAMESPACE,
+    NODES,
+    ROOT,
+    Cpu,
+    PodWatch,
+    add_node,
+    apply,
+    create,
+    drop_namespace,
+    in_parallel,
+    manifest,
+    new_namespace,
+    numbered,
+    percentiles,
+    ready_pods,
+    requests_of,
+    told_ready,
+    wait,
+)
+from stage import Api, Engines, Faults, Operator, chart
 
-import stage as acting  # noqa: E402 - found through the path above
-from stage import Api, ApiError, Engines, Operator, chart  # noqa: E402
+from cluster import Cluster
+from octavo_operator.desired import objects
+from octavo_operator.settings import EngineDefaults
+from octavo_operator.spec import Server, parse
 
-from cluster import Cluster  # noqa: E402
-from octavo_operator.desired import objects  # noqa: E402
-from octavo_operator.settings import EngineDefaults  # noqa: E402
-from octavo_operator.spec import Server, parse  # noqa: E402
-
-NAMESPACE = "scale"
-NODES = 16
-CLIENTS = 16
+TURNS = ("direct", "operator", "latency", "idle")
+WRITES = ("POST", "PUT", "PATCH", "DELETE")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--turns", default=",".join(TURNS), help=f"which, by commas (default: {','.join(TURNS)})")
     parser.add_argument("--servers", type=int, default=1000, help="LLMServers of one replica (default: 1000)")
+    parser.add_argument("--samples", type=int, default=200, help="servers of each half of latency (default: 200)")
+    parser.add_argument("--rate", type=float, default=4, help="servers a second of its second half (default: 4)")
+    parser.add_argument("--idle", type=float, default=600, help="seconds of rest in which writes are counted")
     parser.add_argument("--name", default="octavo-scale", help="which cluster (default: octavo-scale)")
-    parser.add_argument("--idle", type=float, default=60, help="seconds of rest in which writes are counted")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/operator-DATE.json")
     parser.add_argument("--profile", help="file for the operator's cProfile; slows it down")
-    parser.add_argument("--only", choices=["direct", "operator"], help="one of the two turns")
     parsed = parser.parse_args()
+    turns = parsed.turns.split(",")
+    if unknown := set(turns) - set(TURNS):
+        parser.error(f"--turns: got {', '.join(sorted(unknown))}, expected some of {', '.join(TURNS)}")
     cluster = Cluster(parsed.name)
     cluster.down()
     cluster.up(kwok=True)
     try:
-        found = measure(cluster, parsed.servers, parsed.idle, parsed.only, parsed.profile)
+        found = measure(cluster, turns, parsed)
     finally:
         cluster.down()
     text = json.dumps(found, indent=1)
@@ -62,180 +89,170 @@ def main() -> int:
     return 0
 
 
-def measure(cluster: Cluster, count: int, idle_s: float, only: str | None, profile: str | None) -> dict[str, Any]:
+def measure(cluster: Cluster, turns: Sequence[str], asked: argparse.Namespace) -> dict[str, Any]:
     api = Api(cluster)
     cluster.kubectl("create", "namespace", "octavo-system")
     cluster.kubectl("apply", "--server-side", "-f", "-", stdin=chart("octavo", "crd", "rbac", "serviceaccount"))
     cluster.kubectl("wait", "--for=condition=Established", "crd/llmservers.octavo.dev", "--timeout=30s")
     Engines(cluster).answer_for_kwok()
     for number in range(NODES):
-        add_node(api, f"kwok-{number}", count)
+        add_node(api, f"kwok-{number}", asked.servers)
+    names = list(numbered(asked.servers))
+    doing: dict[str, Callable[[], dict[str, Any]]] = {
+        "direct": lambda: direct(cluster, api, names),
+        "operator": lambda: by_operator(cluster, api, names, asked.profile),
+        "latency": lambda: latency(cluster, api, asked.samples, asked.rate),
+        "idle": lambda: idle(cluster, api, names, asked.idle),
+    }
     found: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "machine": f"{platform.machine()}, {len(__import__('os').sched_getaffinity(0))} cores for all of it",
-        "servers": count,
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores for all of it",
+        "servers": asked.servers,
         "clients": CLIENTS,
     }
-    names = [f"llm-{number:04}" for number in range(count)]
-    if only != "operator":
-        new_namespace(api)
-        found["direct"] = direct(api, names)
-        drop_namespace(api)
-    if only != "direct":
-        new_namespace(api)
-        found["operator"] = by_operator(cluster, api, names, idle_s, profile)
-    if only is None:
+    for turn in TURNS:
+        if turn in turns:
+            new_namespace(api)
+            found[turn] = {**doing[turn](), "load_after": round(os.getloadavg()[0], 1)}
+            print(turn, json.dumps(found[turn]), file=sys.stderr)
+            drop_namespace(api)
+    if "direct" in found and "operator" in found:
         found["ratio"] = round(found["operator"]["settled_s"] / found["direct"]["settled_s"], 2)
+        found["cpu_ratio"] = round(total(found["operator"]) / total(found["direct"]), 2)
     return found
 
 
-def direct(api: Api, names: Iterable[str]) -> dict[str, Any]:
-    names = list(names)
+def total(turn: dict[str, Any]) -> float:
+    return float(sum(turn["cpu_s"].values()))
+
+
+def direct(cluster: Cluster, api: Api, names: Sequence[str]) -> dict[str, Any]:
     bodies = [body for name in names for body in objects(server(name), EngineDefaults(), pod_monitors_known=False)]
-    started = time.monotonic()
+    cpu, started = Cpu(cluster), time.monotonic()
     in_parallel(lambda body: apply(api, body), bodies)
     applied = time.monotonic() - started
-    settle(api, len(names), lambda: False)
-    return {"objects": len(bodies), "applied_s": round(applied, 1), "settled_s": round(time.monotonic() - started, 1)}
+    wait(lambda: ready_pods(api) == len(names), 900)
+    settled = time.monotonic() - started
+    return {
+        "objects": len(bodies),
+        "applied_s": round(applied, 1),
+        "settled_s": round(settled, 1),
+        "cpu_s": cpu.since(),
+    }
 
 
-def by_operator(cluster: Cluster, api: Api, names: Iterable[str], idle_s: float, profile: str | None) -> dict[str, Any]:
-    names = list(names)
-    python = (sys.executable, *(("-m", "cProfile", "-o", profile) if profile else ()))
-    operator = Operator(cluster, "operator", port=18080, python=python)
+def by_operator(cluster: Cluster, api: Api, names: Sequence[str], profile: str | None) -> dict[str, Any]:
+    operator = start(cluster, python=(sys.executable, *(("-m", "cProfile", "-o", profile) if profile else ())))
     try:
-        operator.wait_leading()
-        time.sleep(3)
-        cpu_before = operator.metric("process_cpu_seconds_total")
-        started = time.monotonic()
+        requests, looks = requests_of(operator), operator.metric("octavo_operator_look_seconds_count")
+        cpu, started = Cpu(cluster, operator), time.monotonic()
         in_parallel(lambda name: create(api, name), names)
-        applied = time.monotonic() - started
-        pods_s = settle(api, len(names), lambda: False)
-        pods_s = time.monotonic() - started
-        wait(lambda: told_ready(api) == len(names), 600)
-        settled = time.monotonic() - started
-        cpu = operator.metric("process_cpu_seconds_total") - cpu_before
-        requests = counts(operator)
-        time.sleep(10)  # the last events and resyncs of the burst
-        before, cpu_idle = counts(operator), operator.metric("process_cpu_seconds_total")
-        time.sleep(idle_s)
-        after = counts(operator)
-        idle = {key: after[key] - before[key] for key in after if after[key] != before[key]}
+        created = time.monotonic() - started
+        wait(lambda: ready_pods(api) == len(names), 900)
+        pods = time.monotonic() - started
+        wait(lambda: told_ready(api) == len(names), 900)
+        settled, spent = time.monotonic() - started, cpu.since()
+        requests = requests_of(operator) - requests
+        writes = {key: count for key, count in requests.items() if key.split()[0] in ("apply", "create", "scale")}
         return {
-            "created_s": round(applied, 1),
-            "pods_ready_s": round(pods_s, 1),
+            "created_s": round(created, 1),
+            "pods_ready_s": round(pods, 1),
             "settled_s": round(settled, 1),
-            "cpu_s": round(cpu, 1),
-            "looks": int(operator.metric("octavo_operator_look_seconds_count")),
-            "look_errors": int(operator.metric("octavo_operator_look_errors_total")),
+            "cpu_s": spent,
+            "operator_cpu_ms_per_server": round(1000 * spent["operator"] / len(names), 1),
+            "operator_cores": round(spent["operator"] / settled, 2),
             "rss_mb": round(operator.metric("process_resident_memory_bytes") / 1e6),
-            "requests": dict(requests),
-            "requests_per_server": round(sum(requests.values()) / len(names), 1),
-            "idle": {
-                "seconds": idle_s,
-                "cpu_share": round((operator.metric("process_cpu_seconds_total") - cpu_idle) / idle_s, 3),
-                "requests": idle,
-            },
+            "looks_per_server": round((operator.metric("octavo_operator_look_seconds_count") - looks) / len(names), 2),
+            "look_errors": int(operator.metric("octavo_operator_look_errors_total")),
+            "requests_per_server": round(sum(requests.values()) / len(names), 2),
+            "writes_per_server": {key: round(count / len(names), 2) for key, count in sorted(writes.items())},
+            "other_requests": {key: count for key, count in sorted(requests.items()) if key not in writes},
         }
     finally:
-        operator.stop()
-        print(operator.log()[-3000:], file=sys.stderr)
+        end(operator)
 
 
-def counts(operator: Operator) -> Counter[str]:
-    found: Counter[str] = Counter()
-    for line in operator.get("/metrics").splitlines():
-        if line.startswith("octavo_operator_api_requests_total{"):
-            labels = dict(part.split("=") for part in line[line.index("{") + 1 : line.index("}")].split(","))
-            words = [labels[name].strip('"') for name in ("verb", "kind", "code")]
-            found[" ".join(words)] += int(float(line.split()[-1]))
-    return found
+def latency(cluster: Cluster, api: Api, samples: int, rate: float) -> dict[str, Any]:
+    operator = start(cluster)
+    watch = PodWatch(api)
+    try:
+        answered: dict[str, float] = {}
+        one_by_one = [f"calm-{number:04}" for number in range(samples)]
+        for name in one_by_one:
+            answered[name] = create(api, name)
+            watch.wait([name], 60)
+        at_a_rate = [f"rate-{number:04}" for number in range(samples)]
+        started = time.monotonic()
+        for number, name in enumerate(at_a_rate):
+            time.sleep(max(0.0, started + number / rate - time.monotonic()))
+            answered[name] = create(api, name)
+        watch.wait(at_a_rate, 60)
+        took = {name: max(0.0, watch.seen[name] - at) for name, at in answered.items()}
+        return {
+            "samples": samples,
+            "one_after_another_ms": percentiles(took[name] for name in one_by_one),
+            "rate_per_s": rate,
+            "at_the_rate_ms": percentiles(took[name] for name in at_a_rate),
+        }
+    finally:
+        watch.close()
+        end(operator)
 
 
-def settle(api: Api, count: int, stop: Callable[[], bool]) -> float:
-    started = time.monotonic()
-    wait(lambda: ready_pods(api) == count, 900)
-    return time.monotonic() - started
+def idle(cluster: Cluster, api: Api, names: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Counts by a proxy that writes each request down, so that nothing is missed that the operator does not count."""
+    record = cluster.state / "idle-requests"
+    proxy = Faults(cluster, 18400)
+    operator = start(cluster, server=proxy.url)
+    try:
+        in_parallel(lambda name: create(api, name), names)
+        wait(lambda: told_ready(api) == len(names), 1800)
+        time.sleep(15)  # the last events of that
+        before = operator.metric("process_cpu_seconds_total")
+        proxy.do(record=str(record))
+        time.sleep(seconds)
+        proxy.do()
+        spent = operator.metric("process_cpu_seconds_total") - before
+        lines = [line.split() for line in record.read_text().splitlines()]
+        writes = Counter(f"{method} {resource(path)}" for method, path in lines if method in WRITES)
+        reads = Counter(f"{method} {resource(path)}" for method, path in lines if method not in WRITES)
+        return {
+            "seconds": seconds,
+            "writes": writes,
+            "writes_but_leases": sum(count for key, count in writes.items() if not key.endswith(" leases")),
+            "reads": reads,
+            "operator_cores": round(spent / seconds, 4),
+            "rss_mb": round(operator.metric("process_resident_memory_bytes") / 1e6),
+        }
+    finally:
+        end(operator)
 
 
-def wait(done: Callable[[], bool], limit_s: float) -> None:
-    deadline = time.monotonic() + limit_s
-    while not done():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not settled within {limit_s:g} s")
-        time.sleep(0.5)
+def resource(path: str) -> str:
+    """The plural of it: /apis/apps/v1/namespaces/NS/deployments/NAME?x is about deployments."""
+    words = [word for word in path.partition("?")[0].split("/") if word]
+    words = words[2:] if words[0] == "api" else words[3:]
+    words = words[2:] if words[:1] == ["namespaces"] and len(words) > 2 else words
+    return "/".join([words[0], *words[2:]]) if words else "discovery"
 
 
-def ready_pods(api: Api) -> int:
-    # A table with the pods' columns costs the API server a tenth of the objects themselves.
-    pods = table(api, f"/api/v1/namespaces/{NAMESPACE}/pods?resourceVersion=0")
-    return sum(row["cells"][1] == "1/1" for row in pods)
+def start(cluster: Cluster, **more: Any) -> Operator:
+    # Leases as installed, so that what idling costs is what it costs there.
+    operator = Operator(cluster, "operator", port=18080, OCTAVO_LEASE_SECONDS="15", **more)
+    operator.wait_leading(120)
+    time.sleep(3)  # until its watches run
+    return operator
 
 
-def told_ready(api: Api) -> int:
-    return sum(row["cells"][1] == "True" for row in table(api, f"{acting.SERVERS}/namespaces/{NAMESPACE}/llmservers"))
-
-
-_local = threading.local()
-
-
-def table(api: Api, path: str) -> list[dict[str, Any]]:
-    separator = "&" if "?" in path else "?"
-    accept = "application/json;as=Table;v=v1;g=meta.k8s.io"
-    rows: list[dict[str, Any]] = api.request("GET", f"{path}{separator}includeObject=None", accept=accept)["rows"]
-    return rows
+def end(operator: Operator) -> None:
+    operator.stop()
+    print(operator.log()[-2000:], file=sys.stderr)
 
 
 def server(name: str) -> Server:
     parsed = parse({**manifest(name), "metadata": {"name": name, "namespace": NAMESPACE, "uid": "", "generation": 1}})
     assert isinstance(parsed, Server), parsed
     return parsed
-
-
-def manifest(name: str) -> dict[str, Any]:
-    hardware = {"gpus": 1, "nodeSelector": {"octavo.dev/scale": "yes"}}
-    spec = {"model": {"source": "hf://org/name"}, "hardware": hardware}
-    return {"apiVersion": "octavo.dev/v1alpha1", "kind": "LLMServer", "metadata": {"name": name}, "spec": spec}
-
-
-def create(api: Api, name: str) -> None:
-    api.request("POST", f"{acting.SERVERS}/namespaces/{NAMESPACE}/llmservers", manifest(name))
-
-
-def apply(api: Api, body: dict[str, Any]) -> None:
-    body["metadata"].pop("ownerReferences", None)
-    plural = {"Deployment": "deployments", "Service": "services", "PodDisruptionBudget": "poddisruptionbudgets"}
-    kind = plural[body["kind"]]
-    path = f"{acting.KINDS[kind]}/namespaces/{NAMESPACE}/{kind}/{body['metadata']['name']}"
-    api.request("PATCH", f"{path}?fieldManager=bench&force=true", body, "application/apply-patch+yaml")
-
-
-def in_parallel(do: Callable[[Any], None], items: Iterable[Any]) -> None:
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        list(pool.map(do, items))
-
-
-def add_node(api: Api, name: str, pods: int) -> None:
-    labels = {"octavo.dev/scale": "yes", "kubernetes.io/hostname": name}
-    metadata = {"name": name, "labels": labels, "annotations": {"kwok.x-k8s.io/node": "fake"}}
-    api.request("POST", "/api/v1/nodes", {"metadata": metadata})
-    amounts = {"cpu": "640", "memory": "5Ti", "pods": str(pods), "nvidia.com/gpu": str(pods)}
-    api.merge(f"/api/v1/nodes/{name}/status", {"status": {"capacity": amounts, "allocatable": amounts}})
-    acting.wait_for(lambda: not (api.get(f"/api/v1/nodes/{name}") or {})["spec"].get("taints"), "a clean node", 60)
-
-
-def new_namespace(api: Api) -> None:
-    api.request("POST", "/api/v1/namespaces", {"metadata": {"name": NAMESPACE}})
-    acting.wait_for(lambda: api.get(f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/default"), "an account")
-
-
-def drop_namespace(api: Api) -> None:
-    try:
-        api.request("DELETE", f"/api/v1/namespaces/{NAMESPACE}")
-    except ApiError as error:
-        if error.status != 404:
-            raise
-    acting.wait_for(lambda: api.get(f"/api/v1/namespaces/{NAMESPACE}") is None, "the namespace to be gone", 600, 1)
 
 
 if __name__ == "__main__":

@@ -112,8 +112,7 @@ class Api:
         for attempt in (1, 2):
             connection = getattr(self._local, "connection", None)
             if connection is None:
-                connection = http.client.HTTPSConnection(self._host, context=self._tls, timeout=30)
-                self._local.connection = connection
+                connection = self._local.connection = self.connect()
             try:
                 headers = {"Content-Type": content_type, "Accept": accept}
                 connection.request(method, path, None if body is None else json.dumps(body), headers)
@@ -131,6 +130,10 @@ class Api:
                 raise ApiError(answer.status, document.get("message", ""))
             return document
         raise AssertionError("unreachable")
+
+    def connect(self) -> http.client.HTTPSConnection:
+        """A connection of the caller's own, as a watch occupies one."""
+        return http.client.HTTPSConnection(self._host, context=self._tls, timeout=30)
 
     def close(self) -> None:
         """Of this thread; every thread has a connection of its own."""
