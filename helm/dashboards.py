@@ -156,6 +156,12 @@ OPERATOR: dict[str, list[Panel]] = {
         ("Who leads", "short", "One of them, always.", [("octavo_operator_leader", "{{pod}}")]),
         ("Servers", "short", "That are looked after.", [("sum(octavo_operator_servers)", "servers")]),
         (
+            "Waiting for a look",
+            "short",
+            "Servers that are due while as many as may be are looked at. A moment's number after a start is usual.",
+            [("octavo_operator_queue_length", "{{pod}}")],
+        ),
+        (
             "Looks",
             "ops",
             "Each is one round of observe, decide, apply, report.",
@@ -204,6 +210,12 @@ OPERATOR: dict[str, list[Panel]] = {
                     "{{verb}} {{kind}} {{code}}",
                 )
             ],
+        ),
+        (
+            "Lost by watches",
+            "short",
+            "Changes that only a list showed, in an hour. An operator that goes on losing starts anew.",
+            [("sum by (kind) (increase(octavo_operator_watch_lost_total[1h]))", "{{kind}}")],
         ),
     ],
     "Process": [

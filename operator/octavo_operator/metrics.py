@@ -17,6 +17,11 @@ PlatformCollector(registry=REGISTRY)
 
 LEADER = Gauge("octavo_operator_leader", "1 while this operator holds the lease.", registry=REGISTRY)
 SERVERS = Gauge("octavo_operator_servers", "LLMServers that are looked after.", registry=REGISTRY)
+QUEUE = Gauge(
+    "octavo_operator_queue_length",
+    "LLMServers that are due for a look and wait for their turn, as so many are looked at already.",
+    registry=REGISTRY,
+)
 LOOKS = Histogram(
     "octavo_operator_look_seconds",
     "Time of one look at a server: observe, decide, apply, report.",

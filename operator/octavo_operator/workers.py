@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from octavo_operator.logs import SERVER
@@ -54,6 +54,7 @@ class Workers:
         self._look = look
         self._on_error = on_error
         self._slots: dict[Key, _Slot] = {}
+        self._waiting = 0
         self._turns = asyncio.Semaphore(concurrency)
 
     def wake(self, key: Key) -> None:
@@ -67,6 +68,11 @@ class Workers:
     @property
     def keys(self) -> frozenset[Key]:
         return frozenset(self._slots)
+
+    @property
+    def waiting(self) -> int:
+        """Keys that are due and wait for their turn, as there are `concurrency` looks already."""
+        return self._waiting
 
     async def close(self) -> None:
         tasks = [slot.task for slot in self._slots.values() if slot.task is not None]
@@ -82,7 +88,7 @@ class Workers:
             changed = slot.wake.is_set() or failures > 0
             slot.wake.clear()
             try:
-                async with self._turns:
+                async with self._turn():
                     outcome = await self._look(key, changed)
             except Exception as error:  # noqa: BLE001 -- whatever one server's look does must not stop the others'
                 failures += 1
@@ -97,6 +103,18 @@ class Workers:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(outcome.seconds):
                     await slot.wake.wait()
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        self._waiting += 1
+        try:
+            await self._turns.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._turns.release()
 
 
 def retry_delay(failures: int) -> float:

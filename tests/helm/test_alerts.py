@@ -126,6 +126,12 @@ STORIES = {
         grows("octavo_operator_api_requests_total", 6, 'verb="apply", kind="Service", code="409"'),
         {"verb": "apply", "kind": "Service"},
     ),
+    "OctavoOperatorBehind": Story(
+        gauge("octavo_operator_queue_length", 3, 'pod="a"') | gauge("octavo_operator_queue_length", 0, 'pod="b"'),
+        # As many are due in a burst, and are looked at before the next minute.
+        {'octavo_operator_queue_length{pod="a"}': "500 0 0 500 0 0" + " 0 0 500" * (FOR_LONG // 3)},
+        {},
+    ),
     "OctavoOperatorSlow": Story(
         slow("octavo_operator_look_seconds", "", {"5": 60, "15": 100, "+Inf": 100}),
         slow("octavo_operator_look_seconds", "", {"5": 100, "15": 100, "+Inf": 100}),
@@ -226,6 +232,15 @@ def test_alerts_and_boards_name_metrics_that_there_are():
     used = set(NAME.findall(RULES.read_text())) | set(NAME.findall(json.dumps(boards().BOARDS)))
 
     assert used - known == set()
+
+
+def test_the_operators_board_shows_everything_that_it_measures():
+    source = (ROOT / "operator/octavo_operator/metrics.py").read_text()
+    measured = set(re.findall(r'"(octavo_operator_[a-z_]+)"', source))
+    shown = json.dumps(boards().BOARDS["operator"])
+
+    assert len(measured) == 7
+    assert [name for name in measured if name not in shown] == []
 
 
 @pytest.mark.parametrize("name", ["servers", "operator"])

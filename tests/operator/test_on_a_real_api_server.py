@@ -482,4 +482,7 @@ def test_the_operators_port_answers_health_readiness_and_metrics(operator):
     assert operator.get("/readyz") == "ok\n200"
     assert operator.metric("octavo_operator_leader") == 1
     assert operator.metric("octavo_operator_look_errors_total") == 0
+    assert operator.metric("octavo_operator_look_seconds_count") > 0
+    assert operator.metric("octavo_operator_api_requests_total") > 0
+    assert "\noctavo_operator_queue_length " in operator.get("/metrics")
     assert operator.metric("process_resident_memory_bytes") < 100 * 2**20

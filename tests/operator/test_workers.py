@@ -151,6 +151,23 @@ async def test_no_more_looks_at_once_than_allowed():
     assert looks.most == 3
 
 
+async def test_keys_that_wait_for_their_turn_are_counted():
+    looks = Looks(takes_s=0.02)
+    workers = Workers(looks, looks.on_error, concurrency=2)
+    for number in range(5):
+        workers.wake(("ns", f"s{number}"))
+    await until(lambda: looks.running == 2)
+    waiting = workers.waiting
+    await until(lambda: len(looks.seen) == 5)
+    after = workers.waiting
+    for number in range(5):
+        workers.wake(("ns", f"s{number}"))
+    await until(lambda: workers.waiting == 3)
+    await workers.close()
+
+    assert (waiting, after, workers.waiting) == (3, 0, 0)
+
+
 async def test_random_wakes_never_run_two_looks_of_a_key_and_the_last_wake_is_answered():
     rng = random.Random(3)
     looks = Looks(takes_s=0.001)
