@@ -77,7 +77,7 @@ def _diff(text: str, namespace: str) -> int:
     settings = from_environment()
 
     async def work(cluster: Cluster) -> int:
-        found = await diff(cluster, text, settings.engine, namespace)
+        found = await diff(cluster, text, settings.engine, namespace, datetime.now(UTC))
         sys.stdout.write(found)
         return 1 if found else 0
 

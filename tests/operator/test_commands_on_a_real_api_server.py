@@ -10,12 +10,14 @@ import sys
 import pytest
 import yaml
 from stage import ROOT, ApiError, Operator, wait_for
+from test_cache_and_routes import volume_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("operator")]
 
 
-def command(cluster, *words, stdin=""):
+def command(cluster, *words, stdin="", **settings):
     environment = os.environ | {"KUBECONFIG": str(cluster.kubeconfig), "PYTHONPATH": f"{ROOT}/engine:{ROOT}/operator"}
+    environment |= settings
     whole = [sys.executable, "-m", "octavo_operator.cli", *words]
     return subprocess.run(whole, input=stdin, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -41,6 +43,33 @@ def test_diff_is_silent_where_nothing_would_change_and_writes_nothing(stage, clu
     assert "the engine pods of qwen are replaced" in other.stdout
     assert "live/Service" not in other.stdout
     assert stage.get("deployments", "qwen")["metadata"]["resourceVersion"] == version
+
+
+def test_diff_leaves_alone_what_the_operator_would_leave_alone(stage, cluster):
+    """An autoscaler's replicas, a claim that nobody owns, and pods that only another operator makes differently."""
+    cached = {"cache": {"mode": "Shared", "size": "1Gi", "storageClassName": "", "deletionPolicy": "Retain"}}
+    stage.serve(**cached)
+    volume_for(stage)
+    (pod,) = stage.wait_pods(1)
+    stage.up(pod)
+    stage.patch("qwen", {"replicas": 2})
+    wait_for(lambda: (stage.get("deployments", "qwen") or {})["spec"]["replicas"] == 2, "the second replica")
+    same = command(cluster, "diff", "-f", "-", stdin=manifest(stage, **cached))
+    other = command(cluster, "diff", "-f", "-", stdin=manifest(stage, **cached), OCTAVO_ENGINE_IMAGE="other:2")
+
+    assert (same.returncode, same.stdout) == (0, ""), same.stdout + same.stderr
+    assert other.stdout.startswith("# qwen: This operator would make the pods differently")
+    assert "image: other:2" not in other.stdout
+
+
+def test_what_render_prints_can_be_applied(stage, cluster):
+    """By whoever runs without the operator, or wants the API server to look at it first."""
+    cached = {"cache": {"mode": "Shared", "size": "1Gi", "prefetch": True}, "expose": {"networkPolicy": {}}}
+    rendered = command(cluster, "render", "-f", "-", stdin=manifest(stage, **cached))
+    told = cluster.kubectl("apply", "--server-side", "--dry-run=server", "-f", "-", stdin=rendered.stdout)
+
+    for kind in ("deployment.apps", "service", "job.batch", "persistentvolumeclaim", "networkpolicy.networking.k8s.io"):
+        assert f"{kind}/qwen serverside-applied (server dry run)" in told
 
 
 def test_diff_of_a_new_server_shows_all_of_it(stage, cluster):

@@ -44,7 +44,7 @@ def claim(server: Server) -> dict[str, Any] | None:
         return None
     metadata = common.metadata(server)
     if cache.deletion_policy == "Retain":
-        del metadata["ownerReferences"]
+        metadata.pop("ownerReferences", None)
     spec = _claim_spec(server, "ReadWriteMany")
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
 

@@ -24,7 +24,7 @@ def labels(server: Server) -> dict[str, str]:
 
 
 def metadata(server: Server) -> dict[str, Any]:
-    """Name, labels and owner of a child.
+    """Name, labels and owner of a child. A server that is only a manifest (no uid) owns nothing yet.
 
     blockOwnerDeletion is left out: it needs rights on the owner's finalizers, and nothing here waits for children.
     """
@@ -35,9 +35,5 @@ def metadata(server: Server) -> dict[str, Any]:
         "uid": server.uid,
         "controller": True,
     }
-    return {
-        "name": server.name,
-        "namespace": server.namespace,
-        "labels": labels(server),
-        "ownerReferences": [owner],
-    }
+    made: dict[str, Any] = {"name": server.name, "namespace": server.namespace, "labels": labels(server)}
+    return made | ({"ownerReferences": [owner]} if server.uid else {})
