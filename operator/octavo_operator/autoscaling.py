@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from octavo_operator.fields import Part, config, rule
 
+HPA_LONGEST = 3600
+"""Seconds of an HPA's stabilization, bounded by its API."""
+
 
 class Target(Part):
     """How busy a replica should be. The busiest of these counts."""
@@ -39,6 +42,13 @@ class Autoscaling(Part):
             "(has(self.mode) && self.mode == 'KEDA') == has(self.prometheusAddress)",
             "'autoscaling.prometheusAddress belongs to mode KEDA, which needs it: set it there, and nowhere else'",
             field_path=".prometheusAddress",
+        ),
+        rule(
+            f"!has(self.mode) || self.mode == 'BuiltIn' || !has(self.scaleDownDelaySeconds) || "
+            f"self.scaleDownDelaySeconds <= {HPA_LONGEST}",
+            f"'autoscaling.scaleDownDelaySeconds is above {HPA_LONGEST}, the most that an HPA takes, and KEDA makes "
+            "one: lower it, or set mode BuiltIn'",
+            field_path=".scaleDownDelaySeconds",
         ),
     )
 
@@ -80,5 +90,10 @@ class Autoscaling(Part):
         if (self.mode == "KEDA") != (self.prometheus_address is not None):
             raise ValueError(
                 "autoscaling.prometheusAddress belongs to mode KEDA, which needs it: set it there, and nowhere else"
+            )
+        if self.mode != "BuiltIn" and self.scale_down_delay_seconds > HPA_LONGEST:
+            raise ValueError(
+                f"autoscaling.scaleDownDelaySeconds is above {HPA_LONGEST}, the most that an HPA takes, and KEDA makes "
+                "one: lower it, or set mode BuiltIn"
             )
         return self

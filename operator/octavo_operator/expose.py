@@ -68,6 +68,12 @@ class Gateway(Part):
     hostnames: list[Hostname] | None = Field(
         None, max_length=16, description="Names by which clients ask. Default: the Gateway's."
     )
+    request_timeout: Literal["None", "Gateway"] = Field(
+        "None",
+        description="None: the route says that a request may take as long as it takes, as gateways cut long answers "
+        "off (those made of Envoy after 15 s). Gateway: the route says nothing, for a gateway that takes no timeouts "
+        "in routes, such as GKE's. Default: None.",
+    )
 
 
 class EndpointPicker(Part):
@@ -127,7 +133,8 @@ class Tls(Part):
         pattern=DNS_SUBDOMAIN,
         max_length=253,
         description="Secret of type kubernetes.io/tls in this namespace. It is mounted; a renewed one is taken at "
-        "once.",
+        "once. An ingress controller or gateway in front must be told to speak HTTPS to the pods: by the Helm value "
+        "engine.ingressAnnotations, or by a BackendTLSPolicy of the Service.",
     )
 
 

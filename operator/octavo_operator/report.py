@@ -50,6 +50,12 @@ class EngineStatus(_Model):
     tensor_parallel: int | None = Field(None, description="GPUs that share each layer.")
 
 
+class RestartStatus(_Model):
+    """Up to where restarts were carried out."""
+
+    id: str = Field(description="The spec.restart.id that all pods were started with, and are ready.")
+
+
 class Plan(_Model):
     """Where the memory goes, as the engine computed it."""
 
@@ -119,6 +125,9 @@ class Status(_Model):
     )
     revision: RevisionStatus | None = Field(
         None, description="Which pod template is in use, and how the last change of it goes out."
+    )
+    restart: RestartStatus | None = Field(
+        None, description="The last restart that was asked for by spec.restart.id and is done."
     )
     last_failure: LastFailure | None = Field(
         None, description="The newest end of an engine that nobody asked for. It stays after recovery."

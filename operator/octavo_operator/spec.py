@@ -337,7 +337,8 @@ class Restart(Part):
         None,
         max_length=64,
         pattern=r"^[A-Za-z0-9]([A-Za-z0-9._:-]*[A-Za-z0-9])?$",
-        description="Any text, such as a date. A new one restarts the pods once, as a rollout of nothing else.",
+        description="Any text, such as a date. A new one restarts the pods once, as a rollout of nothing else; "
+        "status.restart.id is the same when that is done.",
     )
 
 

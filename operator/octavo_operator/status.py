@@ -28,6 +28,7 @@ from octavo_operator.report import (
     LastFailure,
     Plan,
     PodStatus,
+    RestartStatus,
     RevisionStatus,
     Status,
 )
@@ -59,6 +60,7 @@ def status_of(
         plan=plan,
         pods=_pods(view.replicas),
         revision=view.rollout.report if view.rollout else None,
+        restart=_restart(view, read_part(RestartStatus, previous.get("restart"))),
         last_failure=last_failure(pods, read_part(LastFailure, previous.get("lastFailure")), memory_limit),
         conditions=_timed(findings, previous, view.server.generation, now),
     )
@@ -88,9 +90,17 @@ def status_of_invalid(
         plan=read_part(Plan, previous.get("plan")),
         pods=_pods(replicas),
         revision=read_part(RevisionStatus, previous.get("revision")),
+        restart=read_part(RestartStatus, previous.get("restart")),
         last_failure=read_part(LastFailure, previous.get("lastFailure")),
         conditions=_timed(findings, previous, generation, now),
     )
+
+
+def _restart(view: View, before: RestartStatus | None) -> RestartStatus | None:
+    """Done when every pod is of the template that has the id, and ready; a rollback has taken it back."""
+    asked = view.server.spec.restart.id
+    done = view.settled and not (view.rollout and view.rollout.held == "failed")
+    return RestartStatus(id=asked) if asked is not None and done else before
 
 
 def _pods(replicas: Sequence[Replica]) -> list[PodStatus] | None:
@@ -192,7 +202,7 @@ def _plan(effective: Effective) -> Plan:
     )
 
 
-T = TypeVar("T", EngineStatus, Plan, LastFailure, RevisionStatus)
+T = TypeVar("T", EngineStatus, Plan, LastFailure, RestartStatus, RevisionStatus)
 
 
 def read_part(kind: type[T], document: Any) -> T | None:

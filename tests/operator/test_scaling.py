@@ -121,6 +121,8 @@ def test_keda_asks_prometheus_for_the_servers_own_pods():
     assert found["spec"]["minReplicaCount"] == 0
     assert trigger["query"] == 'sum(octavo:predicted_queue_seconds{namespace="default",octavo_dev_server="qwen"})'
     assert trigger["threshold"] == "2"
+    behavior = found["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert behavior == {"scaleDown": {"stabilizationWindowSeconds": 300}}
 
 
 def test_the_built_in_mode_and_a_suspended_server_have_no_autoscaler():

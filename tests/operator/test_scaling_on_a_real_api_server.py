@@ -74,6 +74,7 @@ def test_an_hpa_is_made_and_goes_with_the_wish_for_it(stage):
         ({"minReplicas": 3, "maxReplicas": 2}, "must not be above autoscaling.maxReplicas"),
         ({"mode": "HPA", "minReplicas": 0, "maxReplicas": 2}, "which an HPA cannot do"),
         ({"mode": "KEDA", "maxReplicas": 2}, "belongs to mode KEDA"),
+        ({"mode": "HPA", "maxReplicas": 2, "scaleDownDelaySeconds": 3601}, "the most that an HPA takes"),
         ({"maxReplicas": 2, "prometheusAddress": "http://p"}, "belongs to mode KEDA"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +16,8 @@ from octavo_operator.changes import Changes
 from octavo_operator.conditions import View, conditions, conditions_of_invalid
 from octavo_operator.observed import World
 from octavo_operator.replicas import replicas
-from octavo_operator.report import MAX_PODS
+from octavo_operator.report import MAX_PODS, RevisionStatus
+from octavo_operator.rollout import Decision
 from octavo_operator.spec import Problem
 from octavo_operator.status import as_document, same, status_of, status_of_invalid
 
@@ -249,6 +251,24 @@ def test_configuration_stays_while_an_engine_starts_again_and_goes_with_a_new_sp
     assert again["engine"] == before["engine"]
     assert "engine" not in other_spec
     assert "engine" not in suspended
+
+
+def test_a_restart_is_told_when_it_is_done_and_the_one_before_stays_until_then():
+    asked = {"restart": {"id": "tuesday"}}
+    before = {"restart": {"id": "monday"}}
+    old, new = ready(revision="r0"), ready("qwen-2")
+
+    assert told(view([old], SERVING, **asked), before)["restart"] == {"id": "monday"}
+    assert told(view([new], {"qwen-2": engine(Stage.READY)}, **asked), before)["restart"] == {"id": "tuesday"}
+    assert told(view([new]), before)["restart"] == {"id": "monday"}
+    assert "restart" not in told(view([new]))
+
+
+def test_a_restart_that_was_rolled_back_is_not_done():
+    seen = view([ready()], SERVING, restart={"id": "tuesday"})
+    failed = Decision({}, "r1", RevisionStatus(current="r1", failed="r2", reason="It does not come up."), "failed")
+
+    assert "restart" not in told(replace(seen, rollout=failed))
 
 
 def test_a_condition_keeps_its_time_until_its_status_changes():

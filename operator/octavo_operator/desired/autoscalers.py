@@ -21,6 +21,7 @@ def autoscaler(server: Server) -> dict[str, Any] | None:
     wanted = [(QUEUE_METRIC, spec.target.queue_seconds * 1000), (KV_METRIC, spec.target.kv_usage_percent * 10)]
     if spec.target.running is not None:
         wanted.append((RUNNING_METRIC, spec.target.running * 1000))
+    behavior = {"scaleDown": {"stabilizationWindowSeconds": spec.scale_down_delay_seconds}}
     if spec.mode == "HPA":
         return {
             "apiVersion": "autoscaling/v2",
@@ -40,7 +41,7 @@ def autoscaler(server: Server) -> dict[str, Any] | None:
                     }
                     for metric, milli in wanted
                 ],
-                "behavior": {"scaleDown": {"stabilizationWindowSeconds": min(spec.scale_down_delay_seconds, 3600)}},
+                "behavior": behavior,
             },
         }
     selector = f'namespace="{server.namespace}",octavo_dev_server="{server.name}"'
@@ -53,6 +54,7 @@ def autoscaler(server: Server) -> dict[str, Any] | None:
             "minReplicaCount": spec.min_replicas,
             "maxReplicaCount": spec.max_replicas,
             "cooldownPeriod": spec.idle_seconds,
+            "advanced": {"horizontalPodAutoscalerConfig": {"behavior": behavior}},
             "triggers": [
                 {
                     "type": "prometheus",

@@ -51,9 +51,12 @@ def _http_route(server: Server) -> dict[str, Any]:
     if server.spec.expose.inference_pool:
         group = INFERENCE_API.partition("/")[0]
         backend = {"group": group, "kind": "InferencePool", "name": server.name}
+    rule: dict[str, Any] = {"matches": [{"path": {"type": "PathPrefix", "value": "/"}}], "backendRefs": [backend]}
+    if asked.request_timeout == "None":
+        rule["timeouts"] = {"request": "0s", "backendRequest": "0s"}
     spec: dict[str, Any] = {
         "parentRefs": [parent.model_dump(by_alias=True, exclude_none=True) for parent in asked.parent_refs],
-        "rules": [{"matches": [{"path": {"type": "PathPrefix", "value": "/"}}], "backendRefs": [backend]}],
+        "rules": [rule],
     }
     if asked.hostnames:
         spec["hostnames"] = list(asked.hostnames)
