@@ -12,7 +12,7 @@ BASE_PYTHON ?= $(shell tests/find-python)
 VENV   ?= $(OCTAVO_CACHE)/venv-$(shell $(BASE_PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 PYTHON  = $(VENV)/bin/python
 CLUSTER = $(BASE_PYTHON) tests/cluster/cluster.py
-TEST_PROGRAMS = k8s etcd coredns helm prometheus promtool kwok
+TEST_PROGRAMS = k8s etcd coredns helm prometheus promtool kwok definitions
 PYTEST ?= $(PYTHON) -m pytest
 export PYTHONPATH = $(CURDIR)/engine:$(CURDIR)/operator
 

@@ -55,6 +55,9 @@ KINDS = {
     "Service": Kind("v1", "services"),
     "PodDisruptionBudget": Kind("policy/v1", "poddisruptionbudgets"),
     "PodMonitor": Kind("monitoring.coreos.com/v1", "podmonitors"),
+    "PrometheusRule": Kind("monitoring.coreos.com/v1", "prometheusrules"),
+    "Prometheus": Kind("monitoring.coreos.com/v1", "prometheuses"),
+    "PrometheusAgent": Kind("monitoring.coreos.com/v1alpha1", "prometheusagents"),
     "Job": Kind("batch/v1", "jobs"),
     "PersistentVolumeClaim": Kind("v1", "persistentvolumeclaims"),
     "Ingress": Kind("networking.k8s.io/v1", "ingresses"),
@@ -76,6 +79,11 @@ KINDS = {
 
 class UnavailableError(Exception):
     """The API server did not do what was asked, for a reason that time or an administrator mends."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+        """Of its answer; 0 where none came."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +241,7 @@ class Cluster:
             reads = method == "get"
             if error.status in (404, 409, 422) or (error.status in (400, 403, 405, 413) and not reads):
                 return Refusal(error.status, message)
-            raise UnavailableError(f"{verb} {KINDS[kind].plural}: {message}") from error
+            raise UnavailableError(f"{verb} {KINDS[kind].plural}: {message}", error.status or 0) from error
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             self._observer(verb, kind, 0)
             raise UnavailableError(f"{verb} {KINDS[kind].plural}: {type(error).__name__} {error}".rstrip()) from error

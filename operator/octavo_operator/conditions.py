@@ -1,4 +1,4 @@
-"""The six conditions of a server, each a pure function of what was seen. Called by status.py.
+"""The conditions of a server, each a pure function of what was seen. Called by status.py.
 
 Unknown is an honest value: it is given wherever nobody has looked yet.
 """
@@ -6,7 +6,7 @@ Unknown is an honest value: it is given wherever nobody has looked yet.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from octavo_engine.status import Effective, FailureCode, Stage
@@ -15,6 +15,7 @@ from octavo_operator.causes import About, Cause
 from octavo_operator.desired.cache import store_claim
 from octavo_operator.desired.service import url
 from octavo_operator.failures import OOM_KILLED
+from octavo_operator.monitoring import Monitoring, judge
 from octavo_operator.quantity import gib
 from octavo_operator.replicas import Replica, headline
 from octavo_operator.rollout import Decision
@@ -37,6 +38,10 @@ MODEL_CODES = {
     FailureCode.DOWNLOAD_STALLED.value,
 }
 INVALID_SPEC = "InvalidSpec"
+OPERATOR_CHANGED = (
+    "This operator would make the pods differently (its version, or its default image). Running ones are left alone: "
+    "change restart.id for a rollout, or set rollout.updatePolicy to Always."
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class View:
     causes: tuple[Cause, ...] = ()
     """Beside those of single pods: objects that could not be applied, pods that may not be made."""
     rollout: Decision | None = None
+    monitoring: Monitoring = field(default_factory=Monitoring)
     prefetch: tuple[Replica, ...] | None = None
     """The pods that download the model, while the present spec's pods wait for it; None when nothing waits."""
 
@@ -257,36 +263,14 @@ def _verified(view: View) -> Finding:
 
 def _update_available(view: View) -> Finding:
     if view.rollout and view.rollout.held == "update":
-        message = (
-            "This operator would make the pods differently (its version, or its default image). Running ones are left "
-            "alone: change restart.id for a rollout, or set rollout.updatePolicy to Always."
-        )
-        return Finding(names.UPDATE_AVAILABLE, "True", "OperatorChanged", message)
+        return Finding(names.UPDATE_AVAILABLE, "True", "OperatorChanged", OPERATOR_CHANGED)
     return Finding(names.UPDATE_AVAILABLE, "False", "UpToDate", "The pods are made as this operator would make them.")
 
 
 def _monitoring(view: View) -> Finding:
-    match view.server.spec.observability.pod_monitor:
-        case "Disabled":
-            message = "observability.podMonitor is Disabled: Prometheus is not told of the pods."
-            return Finding(names.MONITORING_READY, "False", "Disabled", message)
-        case "Enabled" if not view.pod_monitors_known:
-            message = (
-                "observability.podMonitor is Enabled, but the cluster has no PodMonitor kind: install the Prometheus "
-                "operator, or set Auto for scrape annotations."
-            )
-            return Finding(names.MONITORING_READY, "False", "PodMonitorKindMissing", message, trouble=True)
-        case _ if view.pod_monitors_known:
-            message = f"The PodMonitor {view.server.name} selects the pods."
-            if not view.server.spec.observability.labels:
-                message += " It has no label of its own: a Prometheus that selects by one needs observability.labels."
-            return Finding(names.MONITORING_READY, "True", "PodMonitor", message)
-        case _ if view.unannotated:
-            message = f"The pods could not be annotated for Prometheus: {view.unannotated}"
-            return Finding(names.MONITORING_READY, "False", "AnnotationRefused", message, trouble=True)
-        case _:
-            message = "The pods carry prometheus.io/scrape annotations, as the cluster has no PodMonitor kind."
-            return Finding(names.MONITORING_READY, "True", "ScrapeAnnotations", message)
+    told = judge(view.server, view.monitoring, pod_monitors_known=view.pod_monitors_known, unannotated=view.unannotated)
+    truth: Truth = "True" if told.holds else "False"
+    return Finding(names.MONITORING_READY, truth, told.reason, told.message, trouble=told.trouble)
 
 
 def _pods(count: int) -> str:

@@ -14,12 +14,19 @@ from typing import Any, Literal
 from octavo_operator import names
 from octavo_operator.cluster import Cluster, UnavailableError
 from octavo_operator.crd import custom_resource_definition
+from octavo_operator.monitoring import What, called, selecting, why_none
+from octavo_operator.neighbours import Neighbours
 from octavo_operator.observed import read_time
+from octavo_operator.settings import Settings
 
 OLDEST = (1, 30)
 """CEL with messageExpression and the fields that pods use are there since."""
+MONITORED: dict[What, str] = {"podMonitor": "PodMonitor", "rule": "PrometheusRule"}
+OPERATORS = "app.kubernetes.io/name=octavo-operator"
+"""On what the chart makes."""
 INSTALL = "octavo-operator crd | kubectl apply --server-side -f -"
 OPTIONAL = {
+    "PrometheusRule": "there are no alerts",
     "PodMonitor": "servers are found by Prometheus through scrape annotations instead",
     "HTTPRoute": "expose.gateway cannot be used",
     "InferencePool": "expose.gateway cannot route by load",
@@ -36,7 +43,7 @@ class Verdict:
 async def examine(cluster: Cluster, namespace: str, now: datetime) -> list[Verdict]:
     """namespace: where the operator is installed."""
     found: list[Verdict] = []
-    for check in (_version, _definition, _leader, _gpus, _storage, _kinds, _servers):
+    for check in (_version, _definition, _leader, _gpus, _storage, _kinds, _monitoring, _servers):
         try:
             found += await check(cluster, namespace, now)
         except UnavailableError as error:
@@ -117,6 +124,26 @@ async def _kinds(cluster: Cluster, namespace: str, now: datetime) -> list[Verdic
     for kind, without in OPTIONAL.items():
         known = await cluster.knows(kind)
         found.append(Verdict("ok", f"{kind} is known") if known else Verdict("note", f"no {kind} kind: {without}"))
+    return found
+
+
+async def _monitoring(cluster: Cluster, namespace: str, now: datetime) -> list[Verdict]:
+    """What no Prometheus takes. The labels are those that are there; who made them is all the same."""
+    seen = await Neighbours(cluster, Settings()).monitoring()
+    found = []
+    for what, kind in MONITORED.items():
+        takers = [one for one in seen.prometheuses if what == "podMonitor" or one["kind"] == "Prometheus"]
+        ours = f"{names.MANAGED_BY_LABEL}={names.MANAGED_BY}" if what == "podMonitor" else OPERATORS
+        if not takers or not await cluster.knows(kind):
+            continue
+        for document in await cluster.list(kind, labels=ours):
+            labels, place = document["metadata"].get("labels") or {}, document["metadata"]["namespace"]
+            name = f"the {kind} {place}/{document['metadata']['name']}"
+            if taking := selecting(takers, what, labels, place):
+                found.append(Verdict("ok", f"{name} is selected by {called(taking[0])}"))
+            else:
+                why = why_none(takers, what, labels, place)
+                found.append(Verdict("note", f"no Prometheus selects {name}: {why}"))
     return found
 
 

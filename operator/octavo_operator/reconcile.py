@@ -25,7 +25,9 @@ from octavo_operator.conditions import Finding, View, conditions, conditions_of_
 from octavo_operator.desired import objects
 from octavo_operator.desired.cache import store_claim
 from octavo_operator.desired.monitoring import pod_annotations
+from octavo_operator.monitoring import Monitoring
 from octavo_operator.names import Key
+from octavo_operator.neighbours import Neighbours
 from octavo_operator.observed import Pod, World
 from octavo_operator.prefetch import waits
 from octavo_operator.replicas import Replica, replicas
@@ -79,17 +81,20 @@ class Reconciler:
         self._cluster, self._cache, self._engines = cluster, cache, engines
         self._settings, self._clock = settings, clock
         self._known: dict[Key, _Known] = {}
+        self._neighbours = Neighbours(cluster, settings)
         self._kinds: frozenset[str] = frozenset()
+        self._monitoring = Monitoring()
 
-    async def learn_kinds(self) -> bool:
-        """Asks which polled kinds the cluster has. True when that changed: every server is to be looked at then."""
-        before = self._kinds
-        known = await asyncio.gather(*(self._cluster.knows(kind) for kind in POLLED))
-        self._kinds = frozenset(kind for kind, is_known in zip(POLLED, known, strict=True) if is_known)
-        if self._kinds != before:
+    async def learn(self) -> bool:
+        """Asks what of other projects the cluster has. True when that changed: every server is to be looked at then."""
+        monitoring = await self._neighbours.monitoring()
+        kinds = await self._neighbours.kinds(POLLED)
+        if changed := kinds != self._kinds:
             for remembered in self._known.values():
                 remembered.polled = remembered.polled_before = None
-        return self._kinds != before
+        changed = changed or monitoring != self._monitoring
+        self._kinds, self._monitoring = kinds, monitoring
+        return changed
 
     async def look(self, key: Key, changed: bool) -> Next:
         seen = self._cache.seen(key)
@@ -129,6 +134,7 @@ class Reconciler:
             revision=rollout.revision,
             rollout=rollout,
             pod_monitors_known=world.pod_monitors_known,
+            monitoring=self._monitoring,
             unannotated=unannotated,
             causes=causes,
             prefetch=await self._look_at_prefetch(key, server) if waiting else None,

@@ -30,7 +30,7 @@ from octavo_operator.workers import Next, Workers
 log = logging.getLogger(__name__)
 
 KINDS_POLL_S = 10.0
-"""Between looks at whether the cluster has PodMonitors."""
+"""Between looks at what of other projects the cluster has: kinds, Prometheus, alerts."""
 
 
 async def run(settings: Settings) -> int:
@@ -74,6 +74,7 @@ async def _lead(settings: Settings, cluster: Cluster, leader: Leader, stop: asyn
 
     workers = Workers(look, _on_error)
     metrics.SERVERS.set_function(lambda: len(workers.keys))
+    metrics.QUEUE.set_function(lambda: workers.waiting)
     sweep = Sweep(cluster, cache, workers.wake, settings.watch_namespaces)
     try:
         if not await _before(stop, _begin(reconciler, sweep)):
@@ -92,7 +93,7 @@ async def _begin(reconciler: Reconciler, sweep: Sweep) -> None:
     """Reads all that there is, as often as that takes."""
     while True:
         try:
-            await reconciler.learn_kinds()
+            await reconciler.learn()
             return await sweep.fill()
         except UnavailableError as error:
             log.warning("the servers could not be read yet: %s", error)
@@ -129,7 +130,7 @@ async def _tend(settings: Settings, reconciler: Reconciler, workers: Workers, sw
     while True:
         await asyncio.sleep(min(KINDS_POLL_S, settings.resync_s))
         try:
-            if await reconciler.learn_kinds():
+            if await reconciler.learn():
                 for key in workers.keys:
                     workers.wake(key)
             if time.monotonic() >= sweep_at:

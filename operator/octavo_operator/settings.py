@@ -33,6 +33,8 @@ class EngineDefaults:
     """Variables of every engine, such as a mirror's address."""
     ingress_annotations: Mapping[str, str] = field(default_factory=dict)
     """On every Ingress: timeouts and buffering of the cluster's controller. Not in pod templates."""
+    pod_monitor_labels: Mapping[str, str] = field(default_factory=dict)
+    """On every PodMonitor, by which the cluster's Prometheus selects it. Not in pod templates."""
     operator_namespace: str = "default"
     """Where the operator is, for network policies to let it in. Not in pod templates either."""
     profiles: Mapping[str, Profile] = field(default_factory=dict)
@@ -52,6 +54,11 @@ class Settings:
     listen_port: int = 8080
     log_level: str = "info"
     log_format: str = "text"
+    alerts_rule: str | None = None
+    """Name of the PrometheusRule that the chart made beside the operator; "" where it was told to make none, None where
+    there is no chart."""
+    boards_namespace: str | None = None
+    """Where the chart put Grafana's boards; "" and None as above."""
     lease_seconds: int = 15
     """How long a dead operator's Lease keeps the others waiting."""
     loading_poll_s: float = 1.0
@@ -74,6 +81,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
             pull_secrets=_words(environ, "OCTAVO_ENGINE_IMAGE_PULL_SECRETS"),
             env=_variables(environ, "OCTAVO_ENGINE_ENV"),
             ingress_annotations=_texts(environ, "OCTAVO_INGRESS_ANNOTATIONS"),
+            pod_monitor_labels=_texts(environ, "OCTAVO_POD_MONITOR_LABELS"),
             operator_namespace=environ.get("OCTAVO_NAMESPACE") or _own_namespace(),
             profiles=_profiles(environ, "OCTAVO_ENGINE_PROFILES"),
         ),
@@ -84,6 +92,8 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         listen_port=int(_number(environ, "OCTAVO_LISTEN_PORT", default.listen_port, 0, 65535)),
         log_level=_choice(environ, "OCTAVO_LOG_LEVEL", LOG_LEVELS, default.log_level),
         log_format=_choice(environ, "OCTAVO_LOG_FORMAT", FORMATS, default.log_format),
+        alerts_rule=environ.get("OCTAVO_ALERTS_RULE"),
+        boards_namespace=environ.get("OCTAVO_BOARDS_NAMESPACE"),
         lease_seconds=int(_number(environ, "OCTAVO_LEASE_SECONDS", default.lease_seconds, 3, 3600)),
         loading_poll_s=_number(environ, "OCTAVO_LOADING_POLL_SECONDS", default.loading_poll_s, 0.1, 60),
         settled_poll_s=_number(environ, "OCTAVO_SETTLED_POLL_SECONDS", default.settled_poll_s, 1, 3600),

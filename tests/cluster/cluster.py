@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+import definitions
 import images
 import machine
 import programs
@@ -382,7 +383,7 @@ def main() -> int:
     add("check", "say what keeps a cluster from running here").add_argument("--json", action="store_true")
     add("install", "install the Debian packages that are missing")
     build = add("build", "build the cluster's programs into the cache")
-    choice = f"of {' '.join(programs.COMPONENTS)} (default: {' '.join(programs.FOR_DEMO)})"
+    choice = f"of {' '.join(programs.COMPONENTS)} {definitions.NAME} (default: {' '.join(programs.FOR_DEMO)})"
     build.add_argument("components", nargs="*", metavar="component", help=choice)
     add("base", "make or pull the images' base, python:3.12-slim-bookworm")
     image = add("image", "build the project's images")
@@ -429,7 +430,11 @@ def _command(cluster: Cluster, arguments: argparse.Namespace) -> int:
                 say(f"These packages are missing: {' '.join(missing)}")
                 return 1
         case "build":
-            components = tuple(arguments.components) or programs.FOR_DEMO
+            components = tuple(name for name in arguments.components if name != definitions.NAME)
+            if definitions.NAME in arguments.components:
+                definitions.fetch(say)
+            else:
+                components = components or programs.FOR_DEMO
             if unknown := set(components) - set(programs.COMPONENTS):
                 there_are = " ".join(programs.COMPONENTS)
                 raise ClusterError(f"no such component: {' '.join(sorted(unknown))}; there are {there_are}")

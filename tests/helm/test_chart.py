@@ -122,12 +122,8 @@ def named(documents: list[dict[str, Any]], kind: str) -> list[str]:
         (["metrics.podMonitor.enabled=true"], "PodMonitor", ["octavo-operator"]),
         ([], "PrometheusRule", []),
         (["alerts.enabled=true"], "PrometheusRule", ["octavo-operator"]),
-        ([], "ConfigMap", []),
-        (
-            ["dashboards.enabled=true"],
-            "ConfigMap",
-            ["octavo-operator-dashboard-operator", "octavo-operator-dashboard-servers"],
-        ),
+        (["dashboards.enabled=false"], "ConfigMap", []),
+        ([], "ConfigMap", ["octavo-operator-dashboard-operator", "octavo-operator-dashboard-servers"]),
         ([], "NetworkPolicy", []),
         (["networkPolicy.enabled=true"], "NetworkPolicy", ["octavo-operator"]),
         ([], "Service", ["octavo-operator"]),
@@ -144,6 +140,33 @@ def named(documents: list[dict[str, Any]], kind: str) -> list[str]:
 )  # fmt: skip
 def test_each_branch_makes_what_it_is_for(helm, flags, kind, names):
     assert named(render(helm, *(f"--set={flag}" for flag in flags)), kind) == names
+
+
+MONITORS = ("PodMonitor", "PrometheusRule")
+
+
+@pytest.mark.parametrize(
+    ("flags", "made"),
+    [
+        ([], []),
+        ([f"--api-versions=monitoring.coreos.com/v1/{kind}" for kind in MONITORS], ["PodMonitor", "PrometheusRule"]),
+        (
+            [f"--api-versions=monitoring.coreos.com/v1/{kind}" for kind in MONITORS]
+            + ["--set=alerts.enabled=false,metrics.podMonitor.enabled=false"],
+            [],
+        ),
+    ],
+)
+def test_what_the_prometheus_operator_takes_is_made_where_the_cluster_has_it(helm, flags, made):
+    documents = render(helm, *flags)
+    pod = only(documents, "Deployment")["spec"]["template"]
+    environment = {one["name"]: one.get("value") for one in pod["spec"]["containers"][0]["env"]}
+    off = "alerts.enabled=false" in str(flags)
+
+    assert sorted(d["kind"] for d in documents if d["kind"] in MONITORS) == made
+    # One that is off is told of as off; one whose kind may come yet is looked for.
+    assert environment["OCTAVO_ALERTS_RULE"] == ("" if off else "octavo-operator")
+    assert ("prometheus.io/scrape" in pod["metadata"]["annotations"]) is ("PodMonitor" not in made)
 
 
 def test_a_pod_monitor_takes_the_place_of_the_annotation(helm):
@@ -186,7 +209,7 @@ def test_boards_are_json_in_a_config_map_where_the_sidecar_looks(helm):
         d
         for d in render(
             helm,
-            *("--set=dashboards.enabled=true", "--set=dashboards.namespace=grafana"),
+            "--set=dashboards.namespace=grafana",
             "--set=dashboards.annotations.grafana_folder=Octavo",
         )
         if d["kind"] == "ConfigMap"
@@ -203,7 +226,7 @@ def test_boards_are_json_in_a_config_map_where_the_sidecar_looks(helm):
 def test_common_labels_and_annotations_are_on_everything_but_the_hook(helm):
     values = (
         *("commonLabels.team=ml", "commonAnnotations.note=x", "networkPolicy.enabled=true", "alerts.enabled=true"),
-        *("metrics.podMonitor.enabled=true", "dashboards.enabled=true", "servers[0].name=a", "servers[0].spec.x=1"),
+        *("metrics.podMonitor.enabled=true", "servers[0].name=a", "servers[0].spec.x=1"),
     )
     flags = [f"--set={value}" for value in values]
     for document in render(helm, *flags):
@@ -232,6 +255,8 @@ def test_what_the_operator_is_told_of_engines_is_what_it_reads(helm):
     values = {"engine": {"env": [{"name": "HF_ENDPOINT", "value": "https://hub"}], "profiles": {"l4": profile}}}
     values["operator"] = {"loadingPollSeconds": 2, "settledPollSeconds": 30, "resyncSeconds": 600, "leaseSeconds": 20}
     values["operator"]["logLevel"] = "debug"
+    values["engine"]["podMonitorLabels"] = {"release": "kps"}
+    values["dashboards"] = {"namespace": "grafana"}
     environment = only(render(helm, f"--set-json={_joined(values)}"), "Deployment")["spec"]["template"]["spec"][
         "containers"
     ][0]["env"]
@@ -239,6 +264,8 @@ def test_what_the_operator_is_told_of_engines_is_what_it_reads(helm):
 
     assert settings.engine.env == (("HF_ENDPOINT", "https://hub"),)
     assert settings.engine.profiles == {"l4": profile}
+    assert settings.engine.pod_monitor_labels == {"release": "kps"}
+    assert (settings.alerts_rule, settings.boards_namespace) == ("octavo-operator", "grafana")
     assert (settings.loading_poll_s, settings.settled_poll_s, settings.resync_s) == (2, 30, 600)
     assert (settings.lease_seconds, settings.log_level) == (20, "debug")
 
@@ -281,7 +308,7 @@ def test_each_value_stands_in_the_schema_and_has_a_line_of_why():
     "flags",
     [
         [],
-        ["networkPolicy.enabled=true,dashboards.enabled=true,commonLabels.a=b,commonAnnotations.c=d"],
+        ["networkPolicy.enabled=true,commonLabels.a=b,commonAnnotations.c=d"],
         ["watchNamespaces={default,kube-system}"],
         ["operator.replicas=1,tests.enabled=false,serviceAccount.create=false,serviceAccount.name=default"],
         ["networkPolicy.enabled=true,networkPolicy.metricsFrom[0].ipBlock.cidr=10.0.0.0/8"],
@@ -351,6 +378,7 @@ def test_every_value_of_the_operator_reaches_its_pod(helm):
         ("metrics.podMonitor.interval=often", "interval"),
         ("servers[0].name=Qwen", "name"),
         ("networkPolicy.apiServerPorts={}", "apiServerPorts"),
+        ("alerts.enabled=Auto", "enabled"),
     ],
 )
 def test_a_value_outside_its_range_is_refused_by_name(helm, flag, word):

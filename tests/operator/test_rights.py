@@ -17,7 +17,8 @@ from octavo_engine.status import Failure, FailureCode, Load, Stage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
 
-NOT_HERE = {"podmonitors", "scaledobjects", "httproutes", "inferencepools"}
+PROMETHEUS_OPERATOR = {"podmonitors", "prometheusrules", "prometheuses", "prometheusagents"}
+NOT_HERE = {"scaledobjects", "httproutes", "inferencepools"} | PROMETHEUS_OPERATOR
 """Kinds whose CRDs this cluster does not have; what is done with them is done by the code for the others."""
 
 

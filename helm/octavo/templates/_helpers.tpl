@@ -36,6 +36,15 @@ annotations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
+{{/* Whether a part that needs a kind of the Prometheus operator is to be made: (list root value kind). */}}
+{{- define "octavo.monitors" -}}
+{{- $root := index . 0 -}}
+{{- $asked := index . 1 | toString -}}
+{{- if or (eq $asked "true") (and (eq $asked "auto") ($root.Capabilities.APIVersions.Has (printf "monitoring.coreos.com/v1/%s" (index . 2)))) -}}
+true
+{{- end -}}
+{{- end }}
+
 {{/* What every container of the chart's own pods may do: nothing beside its work. */}}
 {{- define "octavo.confined" -}}
 allowPrivilegeEscalation: false

@@ -38,5 +38,5 @@ def objects(server: Server, defaults: EngineDefaults, *, pod_monitors_known: boo
     )
     children += [child for child in optional if child is not None]
     if wants_pod_monitor(server, pod_monitors_known=pod_monitors_known):
-        children.append(pod_monitor(server))
+        children.append(pod_monitor(server, defaults))
     return children

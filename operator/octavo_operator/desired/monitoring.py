@@ -6,11 +6,13 @@ cluster, and installing the Prometheus operator must not restart engines. They a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from octavo_engine.status import MANAGEMENT_PORT
 from octavo_operator import names
 from octavo_operator.desired import common
+from octavo_operator.settings import EngineDefaults
 from octavo_operator.spec import Server
 
 POD_MONITOR_API = "monitoring.coreos.com/v1"
@@ -34,9 +36,14 @@ def pod_annotations(server: Server, *, pod_monitors_known: bool) -> dict[str, st
     return {name: value for name, value in SCRAPE_ANNOTATIONS.items() if name not in given}
 
 
-def pod_monitor(server: Server) -> dict[str, Any]:
+def pod_monitor_labels(server: Server, common_ones: Mapping[str, str]) -> dict[str, str]:
+    """common_ones: of the operator's settings, for every PodMonitor; the server's own come before them."""
+    return {**common_ones, **(server.spec.observability.labels or {}), **common.labels(server)}
+
+
+def pod_monitor(server: Server, defaults: EngineDefaults) -> dict[str, Any]:
     metadata = common.metadata(server)
-    metadata["labels"] = {**(server.spec.observability.labels or {}), **metadata["labels"]}
+    metadata["labels"] = pod_monitor_labels(server, defaults.pod_monitor_labels)
     return {
         "apiVersion": POD_MONITOR_API,
         "kind": "PodMonitor",
