@@ -23,6 +23,7 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.core.engine import Engine
 from octavo_engine.core.messages import Submit
 from octavo_engine.core.scheduler import Scheduler
+from octavo_engine.kernels.gpu import early_launch
 from octavo_engine.models import gpu_decoder
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.sampling_params import SamplingParams
@@ -49,8 +50,10 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--trace", action="store_true", help="where the time of workloads goes, by kind of step")
+    parser.add_argument("--early-launch", action="store_true", help="launch kernels before the one in front has ended")
     parser.add_argument("--fused-up-to", type=int, help="tokens up to which a step takes the fused road")
     arguments = parser.parse_args()
+    early_launch.ENABLED = arguments.early_launch
     if arguments.fused_up_to:
         gpu_decoder.FUSED_TOKENS = arguments.fused_up_to
     only = [name for name in arguments.only.split(",") if name] or ["decode", *WORKLOADS]

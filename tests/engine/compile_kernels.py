@@ -100,16 +100,22 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
 def main() -> None:
     backend, arch, warp_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, warp_size)
+    can_launch_early = backend == "cuda" and int(arch) >= 90
     for name, kernel, types, values, warps in kernels(SHARED_MEMORY[arch]):
-        arguments = iter(types)
-        signature = {n: "constexpr" if n in values else next(arguments) for n in kernel.arg_names}
-        constants = {(kernel.arg_names.index(n),): value for n, value in values.items()}
-        aligned = {
-            (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind[0] == "*"
-        }
-        source = ASTSource(kernel, signature, constants, aligned)
-        compiled = triton.compile(source, target=target, options={"num_warps": warps})
-        print(name, compiled.metadata.shared, flush=True)
+        for early in (False, True) if "EARLY" in kernel.arg_names and can_launch_early else (False,):
+            shared = compile_one(kernel, types, {**values, "EARLY": early}, warps, target)
+            print(f"{name}-early" if early else name, shared, flush=True)
+
+
+def compile_one(kernel: Any, types: list[str], values: dict[str, Any], warps: int, target: GPUTarget) -> int:
+    """→ bytes of shared memory"""
+    arguments = iter(types)
+    signature = {n: "constexpr" if n in values else next(arguments) for n in kernel.arg_names}
+    constants = {(kernel.arg_names.index(n),): value for n, value in values.items() if n in signature}
+    aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind[0] == "*"}
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": warps, "launch_pdl": values["EARLY"]} if target.backend == "cuda" else {"num_warps": warps}
+    return int(triton.compile(source, target=target, options=options).metadata.shared)
 
 
 if __name__ == "__main__":

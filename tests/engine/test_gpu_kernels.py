@@ -15,10 +15,23 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before the modules below are imported
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = triton.language
 
 from octavo_engine.kernels import silu_mul as reference_silu_mul
-from octavo_engine.kernels.gpu import apply_mask, norm, rope_kv, sample, silu_mul, small_linear, state
+from octavo_engine.kernels.gpu import (
+    apply_mask,
+    early_launch,
+    norm,
+    rope_kv,
+    sample,
+    silu_mul,
+    small_linear,
+    state,
+)
+from octavo_engine.kernels.gpu import (
+    decode_attention as decode_module,
+)
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, Scratch, decode_attention, max_parts, plan_parts
 from octavo_engine.kernels.gpu.decode_attention import reference as reference_decode
 from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, How, plan_tiles, prefill_attention
@@ -48,6 +61,25 @@ HEADS = [
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(7)
+
+
+@triton.jit
+def nothing(pointers=None):
+    tl.static_assert(True)
+
+
+@pytest.fixture(params=[False, True], ids=["", "early"])
+def launch(request, monkeypatch):
+    """Kernels as they are launched after the one in front, and before it has ended: one must find the other's results.
+
+    The interpreter knows no launches: there it is tried that what such a kernel does early is the same work.
+    """
+    monkeypatch.setattr(early_launch, "ENABLED", request.param)
+    if request.param and not ON_GPU:
+        for module in (small_linear, decode_module):
+            monkeypatch.setattr(module, "early_launch", lambda: {"EARLY": True})
+            monkeypatch.setattr(module, "begin", nothing)
+            monkeypatch.setattr(module, "prefetch", nothing)
 
 
 def random(*shape: int) -> Tensor:
@@ -124,7 +156,7 @@ def test_silu_mul_gates(inner):
 @pytest.mark.parametrize("blocks_per_part", [None, 1, 3])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size", "window", "softcap"), HEADS)
 def test_decode_attention_writes_and_sees_what_it_should(
-    heads, kv_heads, dim, block_size, window, softcap, blocks_per_part
+    launch, heads, kv_heads, dim, block_size, window, softcap, blocks_per_part
 ):
     lengths = [1, 37, 5 * block_size + 3, 2 * block_size]
     cache = random(2, 32, kv_heads, block_size, dim)
@@ -254,7 +286,7 @@ def test_draws_follow_the_distribution():
 @pytest.mark.parametrize(
     ("tokens", "outputs", "inputs"), [(1, 96, 128), (1, 130, 192), (5, 130, 192), (33, 64, 256), (64, 4096, 512)]
 )
-def test_small_linear_fuses_what_surrounds_it(tokens, outputs, inputs):
+def test_small_linear_fuses_what_surrounds_it(launch, tokens, outputs, inputs):
     x, weight, bias = random(tokens, inputs), random(outputs, inputs) / 16, random(outputs)
     shape = small_linear.Shape(32, 64, 3, 4)
     shares = torch.rand(3, tokens, device=DEVICE) * 50

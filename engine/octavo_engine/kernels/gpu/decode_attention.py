@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_engine.kernels.gpu import rope_kv
+from octavo_engine.kernels.gpu.early_launch import LINE, begin, early_launch, prefetch
 
 PROGRAMS_WANTED = 264
 """Parts times KV heads that fill the chip: two for each of the 132 multiprocessors of an H100 or H200."""
@@ -100,7 +101,7 @@ def decode_attention(
         KV_HEADS=kv_heads, GROUP=group,
         HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), BLOCK_SIZE=block_size,
         ROWS=max(16, triton.next_power_of_2(group)), WINDOW=window or 0, SOFTCAP=softcap > 0, STAGES=num_stages,
-        WORDS=PART_WORDS, num_warps=num_warps if block_size <= 64 else 4,
+        WORDS=PART_WORDS, num_warps=num_warps if block_size <= 64 else 4, **early_launch(),
     )  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def _decode(
     query_norm, key_norm, eps, scale, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
-    WORDS: tl.constexpr,
+    WORDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     part = tl.program_id(1)
@@ -154,8 +155,18 @@ def _decode(
     position = tl.load(record + 2)
     first = tl.load(record + 3)
     num_blocks = tl.load(record + 4)
-    begin = tl.load(record + 5)
+    first_part = tl.load(record + 5)
     count = tl.load(record + 6)
+    if EARLY:
+        # The record and the tables were written before the step, and the first block's keys and values too, but for the
+        # newest, which a prefetch may miss.
+        LINES: tl.constexpr = BLOCK_SIZE * DIM * 2 // LINE
+        line = tl.arange(0, triton.next_power_of_2(LINES)) % LINES * (LINE // 2)
+        known = tl.where(num_blocks > 0, tl.load(table + first), 0).to(tl.int64)
+        first_block = (known * KV_HEADS + kv_head) * (BLOCK_SIZE * DIM)
+        prefetch(keys + first_block + line)
+        prefetch(values + first_block + line)
+        begin()
     if num_blocks == 0:
         return
     length = position + 1
@@ -242,7 +253,7 @@ def _decode(
             total = tl.zeros([ROWS], tl.float32)
             sums_low = tl.zeros([ROWS, HALF_BLOCK], tl.float32)
             sums_high = tl.zeros([ROWS, HALF_BLOCK], tl.float32)
-            for other in tl.range(begin, begin + count, num_stages=4):
+            for other in tl.range(first_part, first_part + count, num_stages=4):
                 of = (other * KV_HEADS + kv_head) * GROUP + row
                 at_low = partial + of[:, None] * DIM + column[None, :]
                 # From the second-level cache: the first-level one of this processor may hold an older layer's.

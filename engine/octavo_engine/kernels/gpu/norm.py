@@ -11,13 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_engine.kernels import rms_norm
+from octavo_engine.kernels.gpu.early_launch import begin, early_launch
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, out: Tensor, eps: float) -> None:
     """residual += x; out = norm(residual) * weight. All [num_tokens, hidden] of one dtype; weight [hidden]."""
     tokens, hidden = x.shape
     _add_rms_norm[(tokens,)](
-        x, residual, weight, out, eps, hidden, triton.next_power_of_2(hidden), num_warps=_warps(hidden)
+        x, residual, weight, out, eps, hidden, triton.next_power_of_2(hidden), num_warps=_warps(hidden),
+        **early_launch(),
     )  # fmt: skip
 
 
@@ -36,7 +38,7 @@ def embed_rms_norm(
     tokens, hidden = residual.shape
     _embed_rms_norm[(tokens,)](
         ids, rows, positions, token_ids, token_ids.stride(0), embedding, weight, residual, out, shares, eps, hidden,
-        triton.next_power_of_2(hidden), num_warps=_warps(hidden),
+        triton.next_power_of_2(hidden), num_warps=_warps(hidden), **early_launch(),
     )  # fmt: skip
 
 
@@ -58,7 +60,11 @@ def _normed(v, weight, column, inside, eps, HIDDEN: tl.constexpr):
 
 
 @triton.jit
-def _add_rms_norm(x, residual, weight, out, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+def _add_rms_norm(
+    x, residual, weight, out, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    if EARLY:
+        begin()
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
@@ -74,8 +80,10 @@ def _add_rms_norm(x, residual, weight, out, eps, HIDDEN: tl.constexpr, BLOCK: tl
 @triton.jit(do_not_specialize=["stride_row"], do_not_specialize_on_alignment=["ids", "rows", "positions"])
 def _embed_rms_norm(
     ids, rows, positions, token_ids, stride_row, embedding, weight, residual, out, shares, eps,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        begin()
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo_engine.kernels.gpu.early_launch import LINE, begin, early_launch, prefetch
+
 MAX_TOKENS = 128
 """Tokens that a program holds at most."""
 
@@ -102,7 +104,7 @@ def small_linear(
         out, tokens, eps, INPUTS=inputs, OUTPUTS=outputs, WIDTH=shape.width, COLUMNS=min(columns, MAX_TOKENS),
         DEPTH=shape.depth, STAGES=shape.stages, GATED=gated,
         SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]),
-        FULL=tokens % min(columns, MAX_TOKENS) == 0, num_warps=shape.warps,
+        FULL=tokens % min(columns, MAX_TOKENS) == 0, num_warps=shape.warps, **early_launch(),
     )  # fmt: skip
 
 
@@ -115,7 +117,7 @@ def _one_token(
         x, weight, bias, norm_shares, 0 if norm_shares is None else norm_shares.shape[0], residual, next_norm, shares,
         out, eps, INPUTS=inputs, OUTPUTS=outputs, WIDTH=shape.width, DEPTH=shape.depth, STAGES=shape.stages,
         GATED=gated, SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]),
-        num_warps=shape.warps,
+        num_warps=shape.warps, **early_launch(),
     )  # fmt: skip
 
 
@@ -123,7 +125,7 @@ def _one_token(
 def _one_token_linear(
     x, weight, bias, norm_shares, num_norm_shares, residual, next_norm, shares, out, eps,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, SHARES: tl.constexpr,
+    GATED: tl.constexpr, SHARES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The same for a single token, without matrix units: weights go from memory to registers, many at a time."""
     program = tl.program_id(0)
@@ -131,12 +133,22 @@ def _one_token_linear(
     inner = tl.arange(0, DEPTH)
     is_output = output < OUTPUTS
     at_weight = tl.where(is_output, output, 0).to(tl.int64)[:, None] * INPUTS + inner[None, :]
+    if EARLY:
+        first = tl.load(weight + at_weight, eviction_policy="evict_first")
+        if GATED:
+            first_up = tl.load(weight + OUTPUTS * INPUTS + at_weight, eviction_policy="evict_first")
+        begin()
     if norm_shares is not None:
         share = tl.arange(0, SHARES)
         squares = tl.load(norm_shares + share, mask=share < num_norm_shares, other=0.0)
     sums = tl.zeros([WIDTH], tl.float32)
     up_sums = tl.zeros([WIDTH], tl.float32)
-    for start in tl.range(0, INPUTS, DEPTH, num_stages=STAGES):
+    if EARLY:
+        first_x = tl.load(x + inner).to(tl.float32)[None, :]
+        sums += tl.sum(first.to(tl.float32) * first_x, 1)
+        if GATED:
+            up_sums += tl.sum(first_up.to(tl.float32) * first_x, 1)
+    for start in tl.range(DEPTH if EARLY else 0, INPUTS, DEPTH, num_stages=STAGES):
         w = tl.load(weight + at_weight + start, eviction_policy="evict_first").to(tl.float32)
         v = tl.load(x + start + inner).to(tl.float32)[None, :]
         if GATED:
@@ -166,7 +178,7 @@ def _one_token_linear(
 def _small_linear(
     x, weight, bias, norm_shares, num_norm_shares, residual, next_norm, shares, out, tokens, eps,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, SHARES: tl.constexpr, FULL: tl.constexpr,
+    STAGES: tl.constexpr, GATED: tl.constexpr, SHARES: tl.constexpr, FULL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     output = program * WIDTH + tl.arange(0, WIDTH)
@@ -179,6 +191,15 @@ def _small_linear(
     # Tokens past the end read nothing: all programs asking for the same row sixteen times slowed a product by 7 %.
     # Where there are none, the mask itself would cost 6 % at 64 tokens.
     at_x = token[None, :] * INPUTS + inner[:, None]
+    if EARLY:
+        # As much as the loop asks for before it computes.
+        LINES: tl.constexpr = min(DEPTH * max(STAGES - 1, 1), INPUTS) * 2 // LINE
+        at_line = tl.where(is_output, output, 0).to(tl.int64)[:, None] * INPUTS
+        at_line += (tl.arange(0, triton.next_power_of_2(LINES)) % LINES * (LINE // 2))[None, :]
+        prefetch(weight + at_line)
+        if GATED:
+            prefetch(weight + OUTPUTS * INPUTS + at_line)
+        begin()
     if norm_shares is not None:
         # Asked for before the weights and used after them: its latency hides behind theirs.
         share = tl.arange(0, SHARES)

@@ -1,0 +1,49 @@
+"""Kernels that are launched before the one in front of them has ended ("programmatic dependent launch", Hopper on).
+
+A kernel so launched may begin while the last programs of the one in front still run: it asks for what nobody writes,
+its weights, and waits before it reads anything else. A step of one token is 160 kernels of 10 to 100 us, each of which
+would else begin with an empty memory pipe.
+
+The rule that keeps this right: every program of a kernel launched early calls `begin` before it reads what an earlier
+kernel wrote and before it writes anything, also if it has nothing to do. `begin` waits for the kernel in front to be
+complete, which had itself waited for the one before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+ENABLED = False
+"""Off until it is measured: `benchmarks/gpu.py --early-launch` turns it on."""
+
+LINE = tl.constexpr(128)
+"""Bytes that one prefetch brings into the second-level cache."""
+
+
+def early_launch() -> dict[str, Any]:
+    """What a launch adds to its arguments: EARLY for the kernel and, where the device can, Triton's option for it."""
+    if not ENABLED or triton.knobs.runtime.interpret:
+        return {"EARLY": False}
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda" or target.arch < 90:
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
+
+
+@triton.jit
+def begin():
+    """Wait for the kernel in front and everything that it wrote, and let the one behind start."""
+    gdc_wait()
+    gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Bring the lines of memory at `pointers` into the second-level cache, without waiting for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
