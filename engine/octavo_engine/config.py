@@ -313,8 +313,8 @@ class ServerConfig:
         group="Server", metavar="NAME", managed=True,
     )  # fmt: skip
     api_key: tuple[str, ...] = _setting(
-        (), "Keys that clients must send one of (Authorization: Bearer KEY). Also read from OCTAVO_API_KEY and "
-        "VLLM_API_KEY.", group="Server", metavar="KEY", secret=True, managed=True,
+        (), "Keys that clients must send one of, as Authorization: Bearer KEY or as X-Api-Key: KEY. Also read from "
+        "OCTAVO_API_KEY and VLLM_API_KEY.", group="Server", metavar="KEY", secret=True, managed=True,
     )  # fmt: skip
     api_key_file: str | None = _setting(
         None, "File with one key a line, read again when it changes.", group="Server", metavar="FILE",
@@ -394,6 +394,10 @@ class ServerConfig:
     ssl_cert_reqs: int = _setting(
         0, "Clients' certificates: 0 not asked for, 1 checked when sent, 2 required.", group="TLS and CORS",
         choices=(0, 1, 2),
+    )  # fmt: skip
+    ssl_ciphers: str | None = _setting(
+        None, "Ciphers of TLS 1.2, in OpenSSL's words, as ECDHE+AESGCM; TLS 1.3 has its own.", group="TLS and CORS",
+        metavar="LIST",
     )  # fmt: skip
     allowed_origins: tuple[str, ...] = _setting(
         ("*",), "Origins whose pages may call the API from a browser; words, or a JSON list.", group="TLS and CORS",
@@ -479,7 +483,7 @@ class ServerConfig:
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             missing = "--ssl-certfile" if self.ssl_certfile is None else "--ssl-keyfile"
             raise ConfigError(missing, None, "a file: --ssl-keyfile and --ssl-certfile go together")
-        if self.ssl_certfile is None and (self.ssl_ca_certs is not None or self.ssl_cert_reqs):
+        if self.ssl_certfile is None and (self.ssl_ca_certs or self.ssl_cert_reqs or self.ssl_ciphers):
             raise ConfigError("--ssl-certfile", None, "a file, and --ssl-keyfile, for TLS")
         if self.ssl_cert_reqs and self.ssl_ca_certs is None:
             raise ConfigError("--ssl-ca-certs", None, "the authorities that clients' certificates are checked by")

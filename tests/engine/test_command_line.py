@@ -140,6 +140,16 @@ def test_every_flag_that_people_pass_is_known(name: str) -> None:
     assert f"--{name}" in make_parser()._option_string_actions
 
 
+def test_every_flag_of_vllm_serve_is_known() -> None:
+    """The names that the parser of vLLM 0.25.1's `serve` has, its short ones among them."""
+    names = (Path(__file__).parent / "vllm-0.25.1-flags.txt").read_text().split()
+
+    known = make_parser()._option_string_actions
+
+    assert len(names) > 280
+    assert [name for name in names if name not in known] == []
+
+
 def example(flag: Any) -> list[str]:
     match flag.takes:
         case Takes.NOTHING:

@@ -16,12 +16,27 @@ log = logging.getLogger(__name__)
 class Tls:
     """A context for the server's socket. New connections get what `refresh` last read; running ones keep theirs."""
 
-    def __init__(self, certificate: Path, key: Path, authorities: Path | None, requirement: int) -> None:
-        """requirement: of clients' certificates, as ssl.CERT_NONE, _OPTIONAL, _REQUIRED. Raises FatalError."""
+    def __init__(
+        self, certificate: Path, key: Path, authorities: Path | None, requirement: int, ciphers: str | None = None
+    ) -> None:
+        """requirement: of clients' certificates, as ssl.CERT_NONE, _OPTIONAL, _REQUIRED. ciphers: in OpenSSL's words;
+        None: Python's choice. Raises FatalError."""
         self._certificate, self._key, self._authorities = certificate, key, authorities
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
         self.context.verify_mode = ssl.VerifyMode(requirement)
+        try:
+            if ciphers is not None:
+                self.context.set_ciphers(ciphers)
+        except ssl.SSLError as error:
+            raise FatalError(
+                Failure(
+                    FailureCode.INVALID_CONFIG,
+                    f"--ssl-ciphers: {ciphers!r} names no cipher that this OpenSSL has.",
+                    "write names as `openssl ciphers` lists them, with colons between, or leave the flag out",
+                    detail=str(error),
+                )
+            ) from error
         try:
             self._stamps = self._read_stamps()
             self._load()
@@ -40,7 +55,7 @@ class Tls:
         if config.ssl_certfile is None or config.ssl_keyfile is None:
             return None
         authorities = Path(config.ssl_ca_certs) if config.ssl_ca_certs else None
-        return cls(Path(config.ssl_certfile), Path(config.ssl_keyfile), authorities, config.ssl_cert_reqs)
+        return cls(Path(config.ssl_certfile), Path(config.ssl_keyfile), authorities, config.ssl_cert_reqs, config.ssl_ciphers)
 
     def refresh(self) -> bool:
         """Whether the files had changed and were read. Files that do not fit leave what was read before."""

@@ -138,6 +138,29 @@ def test_files_for_tls_that_do_not_do_are_named(start, pair, which: int) -> None
     assert "--ssl-certfile" in server.certificate.read_text()
 
 
+def test_the_ciphers_are_those_that_are_named(start, pair) -> None:
+    server = start(*tls(pair), "--ssl-ciphers=ECDHE-ECDSA-AES256-GCM-SHA384")
+    context = ssl.create_default_context(cafile=str(pair[0]))
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+
+    with socket.create_connection(("127.0.0.1", server.port)) as plain:
+        with context.wrap_socket(plain, server_hostname="localhost") as sock:
+            cipher = sock.cipher()
+
+    assert cipher is not None
+    assert cipher[0] == "ECDHE-ECDSA-AES256-GCM-SHA384"
+    context.set_ciphers("ECDHE-ECDSA-CHACHA20-POLY1305")
+    with pytest.raises((ssl.SSLError, urllib.error.URLError, ConnectionError)):
+        complete(server.port, context)
+
+
+def test_ciphers_that_are_none_are_named(start, pair) -> None:
+    server = start(*tls(pair), "--ssl-ciphers=NO-SUCH", ready=False)
+
+    assert server.wait_exit() == FailureCode.INVALID_CONFIG.exit_status
+    assert "--ssl-ciphers: 'NO-SUCH'" in server.certificate.read_text()
+
+
 # ---- CORS
 
 
