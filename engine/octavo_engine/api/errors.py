@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 _ADDRESS = re.compile(r"( at)? 0x[0-9a-fA-F]{4,}")
@@ -29,6 +30,13 @@ class ApiError(Exception):
 
     def body_bytes(self) -> bytes:
         return json.dumps(self.body(), ensure_ascii=False).encode("utf-8", "replace")
+
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """Of a field that the client knows by another name: names, ours to theirs. In the message where it leads."""
+        if self.param is not None and (name := names.get(self.param)) is not None:
+            self.message = re.sub(rf"^{re.escape(self.param)}\b", lambda _: name, self.message)
+            self.param = name
+        return self
 
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}

@@ -42,8 +42,8 @@ class Grammars:
         try:
             text = await asyncio.wait_for(work, LIMIT_S)
         except StructuredOutputsError as error:
-            said = str(error)
-            raise bad_request(said if said.startswith(param) else f"{param}: {said}", param) from None
+            said = error.problem if error.param in (param, "structured_outputs") else error
+            raise bad_request(f"{param}: {said}", param) from None
         except TimeoutError:
             raise bad_request(
                 f"{param}: its grammar was not compiled within {LIMIT_S:g} s; make it simpler.", param

@@ -18,7 +18,7 @@ class StructuredOutputsError(ValueError):
 
     def __init__(self, param: str, problem: str) -> None:
         super().__init__(f"{param}: {problem}")
-        self.param = param
+        self.param, self.problem = param, problem
 
 
 @dataclass(frozen=True)

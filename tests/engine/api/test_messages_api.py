@@ -137,6 +137,10 @@ def test_a_key_may_come_as_a_bearer_too(tooled) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),
         ({"messages": [{"role": "system", "content": "x"}]}, "role"), ({"messages": []}, "messages"),
         ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": "5"}, "max_tokens"), ({"top_p": 2}, "top_p"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "nothing"}}}}, "output_config.format"),
+        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
+        ({"output_config": {"effort": "huge"}}, "output_config.effort"),
+        ({"tools": [{**TOOLS[0], "defer_loading": True}]}, "defer_loading"),
         ({"stop_sequences": [""]}, "stop"), ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ],
 )  # fmt: skip
@@ -200,3 +204,18 @@ def test_choices_and_fields_of_chat_completions_are_passed_on() -> None:
     assert chat["chat_template_kwargs"] == {"enable_thinking": False}
     with pytest.raises(ApiError, match="not supported"):
         converted(vllm_xargs={"a": 1})
+
+
+@pytest.mark.parametrize("wrap", [lambda f: {"output_config": {"format": f}}, lambda f: {"output_format": f}])
+def test_a_form_of_the_answer_is_that_of_chat_completions(wrap) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    chat = converted(**wrap({"type": "json_schema", "schema": schema}))
+
+    assert chat["response_format"]["json_schema"]["schema"] == schema
+
+
+def test_effort_and_strictness_are_passed_on() -> None:
+    chat = converted(output_config={"effort": "high"}, tools=[{**TOOLS[0], "strict": True}])
+
+    assert chat["reasoning_effort"] == "high"
+    assert chat["tools"][0]["function"]["strict"] is True

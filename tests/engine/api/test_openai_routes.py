@@ -237,11 +237,12 @@ ASKS = {
     "response_format": {"type": "xml"}, "structured_outputs": {"regex": "("}, "guided_json": "{",
     "return_prompt_text": True, "kv_transfer_params": {"a": 1}, "repetition_detection": {}, "service_tier": "flex",
     "length_penalty": 2.0,
-    "thinking_token_budget": 5, "vllm_xargs": {"a": 1},
+    "thinking_token_budget": 5, "vllm_xargs": {"a": 1}, "return_token_offsets": True,
 }  # fmt: skip
 CHAT_ASKS = {
     **ASKS, "tools": [], "tool_choice": "auto", "functions": [],
     "chat_template": "x", "modalities": ["audio"], "audio": {}, "mm_processor_kwargs": {"a": 1},
+    "return_assistant_tokens_mask": True,
 }  # fmt: skip
 COMPLETION_ASKS = {**ASKS, "suffix": "x", "best_of": 2, "prompt_embeds": "x"}
 

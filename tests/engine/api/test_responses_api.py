@@ -116,7 +116,8 @@ def test_log_probabilities_come_with_the_text(client) -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type"), ({"input": []}, "body.input"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input.0.role"), ({"input": 5}, "body.input"),
-        ({"input": "ab" * 1000}, "input"),
+        ({"input": "ab" * 1000}, "input"), ({"previous_input_messages": []}, "previous_input_messages"),
+        ({"enable_response_messages": True}, "enable_response_messages"),
     ],
 )  # fmt: skip
 async def test_what_cannot_be_honoured_is_refused_and_the_next_is_answered(tooled, http, fields, param) -> None:

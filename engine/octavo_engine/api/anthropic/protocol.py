@@ -10,7 +10,10 @@ from pydantic import ConfigDict, Field
 from octavo_engine.api.errors import ApiError, bad_request
 from octavo_engine.api.protocol import MAX_MESSAGES, MAX_TOOLS, ChatRequest, Strict, Whole, build
 
-CHAT_NAMES = {"messages": "messages", "max_tokens": "max_tokens", "stop": "stop_sequences"}
+CHAT_NAMES = {
+    "messages": "messages", "max_tokens": "max_tokens", "stop": "stop_sequences",
+    "response_format": "output_config.format", "reasoning_effort": "output_config.effort",
+}  # fmt: skip
 """Fields of the chat request under the names that this API has for them."""
 
 
@@ -34,6 +37,8 @@ class Tool(Strict):
     type: str | None = None
     description: str | None = None
     input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    defer_loading: bool | None = None
 
 
 class ToolChoice(Strict):
@@ -46,6 +51,16 @@ class Thinking(Strict):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["enabled", "disabled", "adaptive"]
+
+
+class OutputFormat(Strict):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Strict):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
 
 
 class CountRequest(Strict):
@@ -68,6 +83,9 @@ class MessagesRequest(CountRequest):
     temperature: float | None = None
     top_k: Whole | None = None
     top_p: float | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None
+    """The older place of output_config.format."""
 
 
 def chat_request(request: CountRequest) -> ChatRequest:
@@ -89,6 +107,7 @@ def chat_request(request: CountRequest) -> ChatRequest:
         body |= {
             "max_tokens": request.max_tokens, "stop": request.stop_sequences, "stream": request.stream,
             "temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p,
+            **_output(request),
         }  # fmt: skip
     if request.tools:
         body["tools"] = [_tool(index, tool) for index, tool in enumerate(request.tools)]
@@ -103,8 +122,7 @@ def chat_request(request: CountRequest) -> ChatRequest:
 
 def renamed(error: ApiError) -> ApiError:
     """A refusal of the chat request, under the names that the client knows."""
-    error.param = CHAT_NAMES.get(error.param or "", error.param)
-    return error
+    return error.renamed(CHAT_NAMES)
 
 
 _REFUSED = {
@@ -190,10 +208,28 @@ def _tool(index: int, tool: Tool) -> dict[str, Any]:
             f"tools.{index}: tools of type {tool.type!r} run at Anthropic and not here; only your own are supported.",
             "tools",
         )
-    function = {"name": tool.name, "parameters": tool.input_schema or {"type": "object", "properties": {}}}
+    if tool.defer_loading:
+        raise bad_request(
+            f"tools.{index}: defer_loading needs the search for tools that runs at Anthropic; every tool is told here.",
+            "tools",
+        )
+    function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema or {"type": "object", "properties": {}}}
     if tool.description is not None:
         function["description"] = tool.description
+    if tool.strict is not None:
+        function["strict"] = tool.strict
     return {"type": "function", "function": function}
+
+
+def _output(request: MessagesRequest) -> dict[str, Any]:
+    config = request.output_config or OutputConfig()
+    fields: dict[str, Any] = {}
+    if (format := config.format or request.output_format) is not None:
+        schema = {"name": "answer", "schema": format.schema_}
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if config.effort is not None:
+        fields["reasoning_effort"] = config.effort
+    return fields
 
 
 def _choice(choice: ToolChoice) -> dict[str, Any]:

@@ -93,8 +93,7 @@ def chat_request(request: ResponsesRequest) -> ChatRequest:
 
 def renamed(error: ApiError) -> ApiError:
     """A refusal of the chat request, under the names that the client knows."""
-    error.param = CHAT_NAMES.get(error.param or "", error.param)
-    return error
+    return error.renamed(CHAT_NAMES)
 
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -114,6 +113,8 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "truncation": (_only(None, "disabled"), "other than disabled is not supported"),
     "max_tool_calls": (_only(None), "counts calls of built-in tools, and there are none"),
     "context_management": (_only(None, []), "is not supported"),
+    "previous_input_messages": (_only(None), "is not supported; send the whole conversation as input"),
+    "enable_response_messages": (_only(None, False), "is not supported"),
     "store": (_only(None, True, False), "must be true or false"),
 }
 """What may be left unsaid, and why the rest is refused. store is OpenAI's default, so true is no mistake; the answer
