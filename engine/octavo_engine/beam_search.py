@@ -30,6 +30,9 @@ class BeamSearchParams:
     ignore_eos: bool = False
     temperature: float = 0.0
     length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+    structured_outputs: None = None
+    """These two are vLLM's. They are refused: beams know no stop strings and are not held to a form."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.beam_width <= MAX_BEAM_WIDTH:
@@ -40,6 +43,10 @@ class BeamSearchParams:
             raise ValueError(f"temperature must be 0 in a beam search, which draws nothing, got {self.temperature}")
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty must be a finite number, got {self.length_penalty}")
+        if self.include_stop_str_in_output:
+            raise ValueError("include_stop_str_in_output: a beam search looks for no stop strings")
+        if self.structured_outputs is not None:
+            raise ValueError("structured_outputs: beams are not held to a form; use generate")
 
 
 @dataclass

@@ -5,12 +5,11 @@ The same scheduler, runner and text as behind the server, without the two proces
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -18,8 +17,12 @@ from octavo_engine.api.chat_template import ChatTemplate
 from octavo_engine.api.detokenizer import TextStream
 from octavo_engine.api.engine_client import one_sequence
 from octavo_engine.api.find_model import ModelFolder, download, local_folder, store_of
+from octavo_engine.api.output.parser import REASONING_PARSERS, OutputFormat
+from octavo_engine.api.output.reasoning import begun_by
+from octavo_engine.api.structured import after_thinking
 from octavo_engine.api.tokenizer import Tokenizer, chosen_defaults
 from octavo_engine.api.tool_messages import calls_for_template
+from octavo_engine.arguments import engine_config
 from octavo_engine.beam_search import BeamSearchOutput, BeamSearchParams, search
 from octavo_engine.config import ConfigError, EngineConfig, ServerConfig
 from octavo_engine.core.messages import FinishReason, Grammar, Submit, TokenEvent, TokenLogprobs
@@ -36,6 +39,8 @@ _Encoded: TypeAlias = tuple[str | None, list[int]]
 Message: TypeAlias = Mapping[str, Any]
 UseTqdm: TypeAlias = bool | Callable[..., Any]
 
+THINKING_TOKENS = 16
+"""Of a prompt's end, in which the tag that begins the thinking would be."""
 _POOLING = "this engine generates text; it has no pooling models"
 _NOT_HERE = {
     **dict.fromkeys(("encode", "embed", "classify", "score", "reward"), _POOLING),
@@ -49,12 +54,15 @@ _NOT_HERE = {
 
 
 class LLM:
-    """A loaded model. Takes the fields of EngineConfig as keyword arguments, under vLLM's names.
+    """A loaded model. Takes the fields of EngineConfig as keyword arguments, under vLLM's names; what vLLM takes beyond
+    them is answered as on the command line: warned of when it changes nothing, refused when it would.
 
-    generation_config: where default sampling parameters come from, as for --generation-config;
-    override_generation_config: further ones, which win. structured_outputs_config: as for the flag of that name.
+    chat_template: a file, or the template itself. reasoning_parser: how the model marks its thinking, after which
+    structured output begins. generation_config: where default sampling parameters come from, as for
+    --generation-config; override_generation_config: further ones, which win. structured_outputs_config: as for the flag
+    of that name.
 
-    Raises ValueError for a setting that is outside its range, TypeError for one that does not exist, FatalError
+    Raises ValueError for a setting that cannot be had, TypeError for one that does not exist, FatalError
     (octavo_engine.status) when the model cannot be loaded.
     """
 
@@ -63,15 +71,20 @@ class LLM:
         model: str,
         *,
         tokenizer: str | None = None,
-        chat_template: str | None = None,
+        chat_template: str | Path | None = None,
         skip_tokenizer_init: bool = False,
+        reasoning_parser: str | None = None,
         structured_outputs_config: str | Mapping[str, Any] | None = None,
         generation_config: str = "auto",
         override_generation_config: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        self._config = _config(model, tokenizer, settings)
+        self._config = engine_config(model, tokenizer, settings)
         self._structured = StructuredOutputsSettings.of(structured_outputs_config)
+        if reasoning_parser and reasoning_parser not in REASONING_PARSERS:
+            known = ", ".join(REASONING_PARSERS)
+            raise ValueError(f"reasoning_parser: got {reasoning_parser!r}, expected one of {known}")
+        self._thinking = REASONING_PARSERS[reasoning_parser] if reasoning_parser else None
         # As in the engine process: waiting threads must not starve each other. Too late once torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from octavo_engine.core.engine import Engine
@@ -92,8 +105,7 @@ class LLM:
         self._tokenizer = None if skip_tokenizer_init else Tokenizer.load(texts, model_folder=found.path)
         self._template = None
         if self._tokenizer is not None:
-            template = Path(chat_template) if chat_template else None
-            self._template = ChatTemplate.load(texts, self._tokenizer.special_tokens, template)
+            self._template = ChatTemplate.load(texts, self._tokenizer.special_tokens, chat_template or None)
         self._special_tokens = self._tokenizer.special_tokens if self._tokenizer else {}
         self._eos = self._tokenizer.eos_token_ids if self._tokenizer else ()
         self.vocab_size: int = self._tokenizer.vocab_size if self._tokenizer else loaded.model.vocab_size
@@ -119,6 +131,8 @@ class LLM:
         use_tqdm: UseTqdm = True,
         lora_request: None = None,
         priority: Sequence[int] | None = None,
+        tokenization_kwargs: None = None,
+        mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
         """One RequestOutput for each prompt, in order; all of them are computed together.
 
@@ -126,7 +140,9 @@ class LLM:
         is a progress bar, or what makes one in place of tqdm. priority: of each prompt, smaller ones go first.
         Raises ValueError for a prompt that is empty, too long or holds ids outside the vocabulary.
         """
-        _refuse_lora(lora_request)
+        _refuse(
+            lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs
+        )
         listed = cast(list[Prompt], [prompts] if _is_one_prompt(prompts) else list(prompts))
         encoded = [self._encode(prompt) for prompt in listed]
         return self._run(encoded, self._sampling(sampling_params, len(encoded)), use_tqdm, priority)
@@ -138,19 +154,26 @@ class LLM:
         use_tqdm: UseTqdm = True,
         lora_request: None = None,
         chat_template: str | None = None,
-        *,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: None = None,
+        mm_processor_kwargs: None = None,
+        *,
+        documents: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation ([{"role": …, "content": …}, …]) or a list of them.
 
         chat_template: a Jinja template in place of the model's. tools: functions as OpenAI writes them; what the model
         says of them is in the text, in its own format. chat_template_kwargs: further variables of the template.
         """
-        _refuse_lora(lora_request)
+        _refuse(
+            lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs
+        )
+        if chat_template_content_format not in ("auto", "string"):
+            raise ValueError('chat_template_content_format must be "auto" or "string": templates get text')
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message needs add_generation_prompt=False: one message or another goes on")
         template = self._template if chat_template is None else ChatTemplate(chat_template, self._special_tokens)
@@ -172,9 +195,18 @@ class LLM:
         return self._run(encoded, self._sampling(sampling_params, len(encoded)), use_tqdm)
 
     def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
     ) -> list[BeamSearchOutput]:
-        """The beam_width likeliest answers to each prompt. Raises ValueError as `generate` does."""
+        """The beam_width likeliest answers to each prompt. concurrency_limit: prompts that are searched at once.
+
+        Raises ValueError as `generate` does.
+        """
+        _refuse(lora_request=lora_request)
         from tqdm import tqdm
 
         listed = cast(list[Prompt], [prompts] if _is_one_prompt(prompts) else list(prompts))
@@ -188,14 +220,19 @@ class LLM:
             outputs = self._run([(None, beam) for beam in beams], [greedy] * len(beams), False)
             return [(output.outputs[0].logprobs or [{}])[0] for output in outputs]
 
-        with tqdm(total=params.max_tokens, desc="Beam search", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            found = search(encoded, params, self._eos, next_tokens, bar.update)
+        many = max(1, len(encoded) if concurrency_limit is None else concurrency_limit)
+        total = params.max_tokens * -(-len(encoded) // many)
+        with tqdm(total=total, desc="Beam search", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            found = []
+            for start in range(0, len(encoded), many):
+                found += search(encoded[start : start + many], params, self._eos, next_tokens, bar.update)
         for sequence in (one for sequences in found for one in sequences):
             sequence.text = self.get_tokenizer().decode(sequence.tokens)
         return [BeamSearchOutput(sequences) for sequences in found]
 
-    def reset_prefix_cache(self) -> bool:
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """Forget the blocks of earlier prompts; True when it is done."""
+        # Nothing runs between two calls, and there is no connector.
         self._engine.scheduler.pool.forget_cached()
         return True
 
@@ -251,7 +288,7 @@ class LLM:
         """What is to be submitted for a prompt, and where its answers will be. Raises ValueError."""
         text, ids = prompt
         params = self._resolved(params)
-        grammar = self._grammar(params)
+        grammar = self._grammar(params, text, ids)
         begun = Begun(RequestOutput(request_id, text, ids, finished=False), {}, [])
         room = self.effective.max_model_len - len(ids)
         for index in range(params.n):
@@ -273,7 +310,7 @@ class LLM:
             return params
         return replace(params, bad_words_ids=self.get_tokenizer().spellings(params.bad_words))
 
-    def _grammar(self, params: SamplingParams) -> Grammar | None:
+    def _grammar(self, params: SamplingParams, prompt: str | None, ids: list[int]) -> Grammar | None:
         """Raises ValueError for one that cannot be compiled."""
         if params.structured_outputs is None:
             return None
@@ -282,7 +319,12 @@ class LLM:
             text = grammar_of(self._structured.applied(params.structured_outputs), self.get_tokenizer().special_id)
             check(text)
             self._grammars = {params.structured_outputs: text}
-        return Grammar(text)
+        grammar = Grammar(text)
+        if self._thinking is None or self._structured.enable_in_reasoning:
+            return grammar
+        tokenizer = self.get_tokenizer()
+        end = prompt if prompt is not None else tokenizer.decode(ids[-THINKING_TOKENS:], skip_special_tokens=False)
+        return after_thinking(grammar, OutputFormat(reasoning=self._thinking, begun=begun_by(end)), tokenizer)
 
     def _drain(self, answers: dict[str, _Answer], use_tqdm: UseTqdm) -> None:
         from tqdm import tqdm
@@ -409,20 +451,6 @@ class _Answer:
         return found
 
 
-def _config(model: str, tokenizer: str | None, settings: dict[str, Any]) -> EngineConfig:
-    known = {f.name for f in fields(EngineConfig)}
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            raise TypeError(f"LLM has no setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    try:
-        config = EngineConfig(model=model, tokenizer=tokenizer, **settings)
-        config.check()
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
-    return config
-
-
 def _find(name: str, config: EngineConfig, weights: bool = True) -> ModelFolder:
     folder = local_folder(name, of="model" if weights else "tokenizer")
     if folder is not None:
@@ -449,6 +477,15 @@ def _for_template(message: Message) -> dict[str, Any]:
     return document
 
 
-def _refuse_lora(lora_request: object) -> None:
-    if lora_request is not None:
-        raise ValueError("lora_request: adapters are not supported; merge the adapter into the checkpoint")
+def _refuse(**given: object) -> None:
+    """Raises ValueError for an argument of vLLM's that asks for what is not here."""
+    for name, value in given.items():
+        if value not in (None, {}, []):
+            raise ValueError(f"{name}: {_REFUSED[name]}")
+
+
+_REFUSED = {
+    "lora_request": "adapters are not supported; merge the adapter into the checkpoint",
+    "tokenization_kwargs": 'not supported; tokenize the prompt yourself and give {"prompt_token_ids": ids}',
+    "mm_processor_kwargs": "models of text alone are supported",
+}

@@ -1,6 +1,7 @@
-"""What LLM returns: vLLM's RequestOutput and CompletionOutput, with the fields that this engine fills.
+"""What LLM returns: vLLM's RequestOutput and CompletionOutput.
 
-lora_request and metrics are there for scripts that read them, and stay None.
+What belongs to adapters, experts, encoders and other instances is there for scripts that read it, and stays None, as do
+metrics, which vLLM's LLM leaves None too.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     """Of each token, where asked for: itself and the likeliest ones, by id."""
     lora_request: None = None
+    routed_experts: None = None
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -49,3 +51,6 @@ class RequestOutput:
     """Of each prompt token, where asked for: None for the first, then as CompletionOutput.logprobs."""
     metrics: None = None
     lora_request: None = None
+    encoder_prompt: None = None
+    encoder_prompt_token_ids: None = None
+    kv_transfer_params: None = None

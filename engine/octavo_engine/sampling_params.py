@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,22 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2
 
 
+_LATER = "this version does not have it"
+_NOT_HERE = {
+    "logprob_token_ids": _LATER,
+    "flat_logprobs": "log-probabilities come as lists of dicts",
+    "extra_args": "there is nothing that would read them",
+    "skip_reading_prefix_cache": "give the request a cache_salt of its own, or the engine enable_prefix_caching=False",
+    "thinking_token_budget": _LATER,
+    "repetition_detection": _LATER,
+    "logits_processors": "no code is run in the engine on a caller's word",
+    "best_of": "ask for n answers and choose",
+    "guided_decoding": "it is called structured_outputs now",
+    "truncate_prompt_tokens": "give the prompt's last token ids",
+}
+"""Why, of vLLM's parameters that this version does not do."""
+
+
 class SamplingError(ValueError):
     """A sampling value outside its range; `param` names it."""
 
@@ -55,7 +71,7 @@ class SamplingParams:
     model's own distribution, before penalties and temperature. prompt_logprobs: the same of each prompt token but the
     first, given what is before it. structured_outputs: the form that the text must have; the text is complete when its
     form is, whatever min_tokens and ignore_eos say.
-    Raises SamplingError.
+    A value that does not change: `dataclasses.replace` makes another. Raises SamplingError.
     """
 
     n: int = 1
@@ -83,6 +99,21 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputsParams | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    # What vLLM has beyond: there to be given where it asks for nothing, and refused where it asks.
+    spaces_between_special_tokens: bool = True
+    """A matter of tokenizers that are written in Python; nothing changes with it."""
+    skip_clone: bool = False
+    """Nothing is copied."""
+    logprob_token_ids: None = None
+    flat_logprobs: None = None
+    extra_args: None = None
+    skip_reading_prefix_cache: None = None
+    thinking_token_budget: None = None
+    repetition_detection: None = None
+    logits_processors: None = None
+    best_of: None = None
+    guided_decoding: None = None
+    truncate_prompt_tokens: None = None
 
     if TYPE_CHECKING:  # what callers may write; the fields say what there is then
 
@@ -113,6 +144,18 @@ class SamplingParams:
             prompt_logprobs: int | None = None,
             structured_outputs: StructuredOutputsParams | None = None,
             output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
+            spaces_between_special_tokens: bool = True,
+            skip_clone: bool = False,
+            logprob_token_ids: None = None,
+            flat_logprobs: bool | None = None,
+            extra_args: Mapping[str, Any] | None = None,
+            skip_reading_prefix_cache: bool | None = None,
+            thinking_token_budget: None = None,
+            repetition_detection: None = None,
+            logits_processors: None = None,
+            best_of: int | None = None,
+            guided_decoding: None = None,
+            truncate_prompt_tokens: None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -128,6 +171,7 @@ class SamplingParams:
             object.__setattr__(self, "seed", None)
         self._check()
         self._check_ids()
+        self._refuse_what_is_not_here()
         if 0 < self.temperature < MIN_TEMPERATURE:
             object.__setattr__(self, "temperature", MIN_TEMPERATURE)
 
@@ -190,6 +234,22 @@ class SamplingParams:
         for word in self.bad_words:
             if not isinstance(word, str) or not word.strip():
                 raise SamplingError("bad_words", word, "strings that are not empty")
+
+    def _refuse_what_is_not_here(self) -> None:
+        for name, why in _NOT_HERE.items():
+            value = getattr(self, name)
+            nothing: tuple[object, ...] = (None, False, {}, [], self.n) if name == "best_of" else (None, False, {}, [])
+            if not any(value is one or (type(value) is type(one) and value == one) for one in nothing):
+                raise SamplingError(name, value, f"left out: {why}")
+            object.__setattr__(self, name, None)
+
+    @classmethod
+    def from_optional(cls, **given: Any) -> SamplingParams:
+        """With the default in place of each None, but for max_tokens, where None is a value."""
+        return cls(**{name: value for name, value in given.items() if value is not None or name == "max_tokens"})
+
+    def clone(self) -> SamplingParams:
+        return replace(self)
 
     @property
     def named_ids(self) -> dict[str, int]:

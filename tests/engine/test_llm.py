@@ -9,9 +9,11 @@ import pytest
 
 import models
 from octavo_engine import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
+from octavo_engine.api.output.parser import REASONING_PARSERS
 from octavo_engine.beam_search import search
 from octavo_engine.outputs import Logprob
 from octavo_engine.status import FatalError
+from octavo_engine.structured.settings import StructuredOutputsSettings
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
@@ -289,11 +291,6 @@ def test_what_the_class_does_not_do_is_refused_with_a_reason(llm, name):
         getattr(llm, name)
 
 
-def test_adapters_are_refused_by_name(llm):
-    with pytest.raises(ValueError, match="lora_request"):
-        llm.generate("a", GREEDY, lora_request="adapter")
-
-
 def test_the_models_defaults_are_taken_overridden_and_left_out(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(models.smollm2(), folder)
@@ -328,6 +325,38 @@ def test_answers_keep_to_a_form_and_a_form_that_cannot_be_is_refused(llm):
     assert output.outputs[0].finish_reason == "stop"
     with pytest.raises(ValueError, match="unclosed group"):
         llm.generate("x", SamplingParams(structured_outputs=StructuredOutputsParams(regex="(")), use_tqdm=False)
+
+
+def test_where_a_model_thinks_the_form_begins_after_its_thinking(llm, monkeypatch):
+    monkeypatch.setattr(llm, "_thinking", REASONING_PARSERS["qwen3"])
+    form = StructuredOutputsParams(regex="[0-9]{2}!")
+    sampling = [SamplingParams(temperature=0, max_tokens=6, structured_outputs=of) for of in (form, None)]
+    ids = llm.get_tokenizer().encode("The time is <think>")
+
+    thinking, free = llm.generate(["The time is <think>"] * 2, sampling, use_tqdm=False)
+    of_ids = llm.generate(ids, sampling[0], use_tqdm=False)[0]
+    over = llm.generate("The time is <think>\n</think>\n\n", sampling[0], use_tqdm=False)[0]
+
+    assert thinking.outputs[0].text == free.outputs[0].text == of_ids.outputs[0].text
+    assert re.fullmatch("[0-9]{2}!", over.outputs[0].text)
+    monkeypatch.setattr(llm, "_structured", StructuredOutputsSettings(enable_in_reasoning=True))
+    assert re.fullmatch("[0-9]{2}!", llm.generate(ids, sampling[0], use_tqdm=False)[0].outputs[0].text)
+    with pytest.raises(ValueError, match="expected one of deepseek_r1, qwen3"):
+        LLM("x", reasoning_parser="qwen9")
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"lora_request": object()}, "adapters"), ({"tokenization_kwargs": {"truncation": True}}, "prompt_token_ids"),
+        ({"mm_processor_kwargs": {"a": 1}}, "text alone"),
+    ],
+)  # fmt: skip
+def test_arguments_of_vllms_that_ask_for_what_is_not_here_are_refused(llm, given, word):
+    with pytest.raises(ValueError, match=word):
+        llm.generate("x", GREEDY, use_tqdm=False, **given)
+    with pytest.raises(ValueError, match=word):
+        llm.chat([{"role": "user", "content": "x"}], GREEDY, use_tqdm=False, **given)
 
 
 # ---- beam search

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from octavo_engine.core.channel import HEADER, decode, encode
+from octavo_engine.core.messages import Submit
 from octavo_engine.sampling_params import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingError, SamplingParams
 
 HUGE = 2**31
@@ -114,3 +116,41 @@ def test_what_type_checkers_are_shown_names_every_field_in_order():
     ]  # fmt: skip
 
     assert [argument.arg for argument in shown.args.args[1:]] == [f.name for f in dataclasses.fields(SamplingParams)]
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"logits_processors": [print]}, "no code"), ({"best_of": 3}, "choose"),
+        ({"thinking_token_budget": 5}, "not have"), ({"thinking_token_budget": 0}, "not have"),
+        ({"guided_decoding": {"json": {}}}, "structured_outputs"), ({"extra_args": {"a": 1}}, "extra_args"),
+        ({"skip_reading_prefix_cache": True}, "cache_salt"), ({"truncate_prompt_tokens": 5}, "last token ids"),
+        ({"flat_logprobs": True}, "lists"), ({"repetition_detection": {"min_count": 3}}, "not have"),
+        ({"logprob_token_ids": [1]}, "not have"),
+    ],
+)  # fmt: skip
+def test_what_vllm_has_and_this_version_does_not_is_refused_with_the_reason(given: dict[str, Any], why: str):
+    with pytest.raises(SamplingError, match=why):
+        SamplingParams(**given)
+
+
+def test_what_vllm_has_may_be_given_where_it_asks_for_nothing():
+    params = SamplingParams(
+        extra_args={}, logits_processors=[], best_of=1, flat_logprobs=False, spaces_between_special_tokens=False,  # type: ignore[arg-type]
+        skip_reading_prefix_cache=False, thinking_token_budget=None, skip_clone=True,
+    )  # fmt: skip
+
+    assert params.extra_args is None
+    assert hash(params) == hash(params.clone())
+    assert decode(*_frame(params)).sampling == params  # type: ignore[union-attr]
+
+
+def _frame(params: SamplingParams) -> tuple[int, bytes]:
+    frame = encode(Submit("a", [1], params))
+    return HEADER.unpack_from(frame)[1], frame[HEADER.size :]
+
+
+def test_none_of_what_is_optional_is_the_default_and_none_of_max_tokens_is_a_value():
+    assert SamplingParams.from_optional(n=None, temperature=0.5, max_tokens=None) == SamplingParams(
+        temperature=0.5, max_tokens=None
+    )

@@ -55,7 +55,9 @@ class Tls:
         if config.ssl_certfile is None or config.ssl_keyfile is None:
             return None
         authorities = Path(config.ssl_ca_certs) if config.ssl_ca_certs else None
-        return cls(Path(config.ssl_certfile), Path(config.ssl_keyfile), authorities, config.ssl_cert_reqs, config.ssl_ciphers)
+        return cls(
+            Path(config.ssl_certfile), Path(config.ssl_keyfile), authorities, config.ssl_cert_reqs, config.ssl_ciphers
+        )
 
     def refresh(self) -> bool:
         """Whether the files had changed and were read. Files that do not fit leave what was read before."""

@@ -143,9 +143,9 @@ def test_the_ciphers_are_those_that_are_named(start, pair) -> None:
     context = ssl.create_default_context(cafile=str(pair[0]))
     context.maximum_version = ssl.TLSVersion.TLSv1_2
 
-    with socket.create_connection(("127.0.0.1", server.port)) as plain:
-        with context.wrap_socket(plain, server_hostname="localhost") as sock:
-            cipher = sock.cipher()
+    plain = socket.create_connection(("127.0.0.1", server.port))
+    with context.wrap_socket(plain, server_hostname="localhost") as sock:
+        cipher = sock.cipher()
 
     assert cipher is not None
     assert cipher[0] == "ECDHE-ECDSA-AES256-GCM-SHA384"

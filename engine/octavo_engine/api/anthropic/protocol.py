@@ -213,7 +213,10 @@ def _tool(index: int, tool: Tool) -> dict[str, Any]:
             f"tools.{index}: defer_loading needs the search for tools that runs at Anthropic; every tool is told here.",
             "tools",
         )
-    function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema or {"type": "object", "properties": {}}}
+    function: dict[str, Any] = {
+        "name": tool.name,
+        "parameters": tool.input_schema or {"type": "object", "properties": {}},
+    }
     if tool.description is not None:
         function["description"] = tool.description
     if tool.strict is not None:
