@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--trace", action="store_true", help="where the time of workloads goes, by kind of step")
     parser.add_argument("--early-launch", action="store_true", help="launch kernels before the one in front has ended")
     parser.add_argument("--fused-up-to", type=int, help="tokens up to which a step takes the fused road")
+    parser.add_argument("--deterministic", action="store_true", help="measure what the mode costs")
     arguments = parser.parse_args()
     early_launch.ENABLED = arguments.early_launch
     if arguments.fused_up_to:
@@ -61,6 +62,7 @@ def main() -> None:
     config = EngineConfig(
         model=str(MODEL), load_format="dummy", max_model_len=17000, enable_prefix_caching=False,
         max_num_seqs=arguments.max_num_seqs, max_num_batched_tokens=arguments.max_num_batched_tokens, device="cuda",
+        deterministic=arguments.deterministic,
     )  # fmt: skip
     began = time.monotonic()
     stages: list[tuple[str, float]] = []
@@ -82,6 +84,7 @@ def main() -> None:
     result: dict[str, object] = {
         "gpu": gpu, "copy_TBps": round(copy, 3), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
         "start_s": round(start_s, 2), "kv_tokens": loaded.plan.kv_tokens,
+        "deterministic": arguments.deterministic,
     }  # fmt: skip
     run(engine, fixed(4, 100, 8))
     for which in filter(None, arguments.profile.split(",")):

@@ -22,8 +22,11 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "log_level",
     "VLLM_LOGGING_CONFIG_PATH": "log_config_file",
     "VLLM_LOG_STATS_INTERVAL": "log_stats_interval_s",
+    "VLLM_BATCH_INVARIANT": "deterministic",
 }
 """Variables that stand for a setting. Keys are read by api/auth.py, Hugging Face's own variables by its client."""
+SWITCHES = frozenset({"deterministic"})
+"""Settings among them that are on or off."""
 SO_ANYWAY = frozenset({"VLLM_API_KEY", "VLLM_NO_USAGE_STATS", "VLLM_DO_NOT_TRACK", "VLLM_USE_V1"})
 """Variables that need no setting: the key is read elsewhere, nothing is sent to anybody."""
 _OF_A_SERVICE = re.compile(r"_(SERVICE_(HOST|PORT.*)|PORT(_\d+_.*)?)$")
@@ -64,7 +67,7 @@ def read(
     known = {action.dest for action in parser._actions}
     for variable, dest in ENVIRONMENT.items():
         if (value := environ.get(variable)) and dest in known:
-            settings |= _parse_from(variable, parser, [f"{flag_of(dest)}={value}"])
+            settings |= _parse_from(variable, parser, [_flag_for(variable, dest, value)])
     if (path := given.pop("config", None)) is not None and "config" in known:
         settings |= _parse_from(path, parser, _arguments_of(parser, Path(path)))
     if given.get("model_positional") is not None:
@@ -72,6 +75,15 @@ def read(
     settings |= given
     warnings = [] if not any(dest.startswith("vllm:") for dest in known) else answers(settings)
     return argparse.Namespace(**settings), warnings + _unknown_variables(environ)
+
+
+def _flag_for(variable: str, dest: str, value: str) -> str:
+    """Raises UsageError."""
+    if dest not in SWITCHES:
+        return f"{flag_of(dest)}={value}"
+    if value.lower() not in ("0", "1", "true", "false"):
+        raise UsageError(f"{variable}: got {value!r}, expected 0 or 1")
+    return flag_of(dest) if value.lower() in ("1", "true") else "--no-" + flag_of(dest)[2:]
 
 
 def _without_dots(arguments: Sequence[str]) -> list[str]:

@@ -231,6 +231,11 @@ class EngineConfig:
         2.2, "How many times longer a step may take for the prompts in it than for its running streams alone; longer "
         "prompts are split. 0 lets prompts fill --max-num-batched-tokens.", group="Scheduling", low=0, high=1000,
     )  # fmt: skip
+    deterministic: bool = _setting(
+        False, "Give a request the same tokens and log-probabilities, to the last bit, whatever is computed beside it, "
+        "in which chunks, from the prefix cache or not, and after preemption. Slower; for the same device, version and "
+        "settings. Also read from VLLM_BATCH_INVARIANT.", group="Scheduling",
+    )  # fmt: skip
     max_num_queued_reqs: int = _setting(
         1024, "Requests that may wait; more get 429 with Retry-After.", group="Scheduling", low=1
     )

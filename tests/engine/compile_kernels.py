@@ -15,6 +15,8 @@ from triton.compiler import ASTSource
 from octavo_engine.kernels.gpu import (
     apply_mask,
     decode_attention,
+    invariant_attention,
+    invariant_linear,
     norm,
     prefill_attention,
     rope_kv,
@@ -58,6 +60,12 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
              "STAGES": 3, "OVERLAP": False, "QUERY_IN_REGISTERS": False}, 4,
         ),
         (
+            "invariant_attention", invariant_attention._invariant,
+            [HALF, "i32", TILE, TILE, INT, "i32", INT, HALF, "i32", "fp32", "fp32"],
+            {**HEADS, "DIM": 128, "DIM_BLOCK": 128, "BLOCK_SIZE": 64, "TILE": 64, "WINDOW": 0, "SOFTCAP": False,
+             "STAGES": 3}, 4,
+        ),
+        (
             "cutoff", sample._cutoff, [HALF, INT, INT, INT, FLOAT, INT, FLOAT, FLOAT, FLOAT],
             {"VOCAB": 128256, "AT_ONCE": 8192}, 16,
         ),
@@ -79,6 +87,14 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         {**nothing, "INPUTS": 4096, "OUTPUTS": 14336, "WIDTH": one.width, "DEPTH": one.depth, "STAGES": one.stages,
          "GATED": True, "SHARES": 128}, one.warps,
     ))  # fmt: skip
+    for outputs in (4096, 28672):
+        width = invariant_linear.tile_width(outputs)
+        found.append((
+            f"invariant_linear_{width}", invariant_linear._invariant_linear, [HALF, HALF, HALF, "i32"],
+            {"bias": None, "INPUTS": 4096, "OUTPUTS": outputs, "ROWS": invariant_linear.ROWS, "WIDTH": width,
+             "DEPTH": invariant_linear.DEPTH, "GROUP": invariant_linear.GROUP,
+             "STAGES": invariant_linear.num_stages(width, shared_memory)}, 4,
+        ))  # fmt: skip
     for name, columns, outputs, inputs, gated in (
         ("small_linear_gated", 64, 14336, 4096, True), ("small_linear_down", 16, 4096, 14336, False),
     ):  # fmt: skip

@@ -325,7 +325,17 @@ def test_variables_of_vllm_stand_for_settings_and_flags_win_over_them() -> None:
     assert settings("--host=::1", environ=environ)[1].host == "::1"
 
 
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("true", True), ("0", False)])
+def test_a_variable_of_vllm_may_switch_a_setting(value: str, on: bool) -> None:
+    engine, _, warnings = settings(environ={"VLLM_BATCH_INVARIANT": value})
+
+    assert (engine.deterministic, warnings) == (on, [])
+    assert settings("--no-deterministic", environ={"VLLM_BATCH_INVARIANT": value})[0].deterministic is False
+
+
 def test_a_variable_with_a_value_that_does_not_do_is_named() -> None:
+    with pytest.raises(UsageError, match="VLLM_BATCH_INVARIANT: got 'often', expected 0 or 1"):
+        settings(environ={"VLLM_BATCH_INVARIANT": "often"})
     with pytest.raises(UsageError, match="VLLM_LOG_STATS_INTERVAL: --log-stats-interval-s: got 'often'"):
         settings(environ={"VLLM_LOG_STATS_INTERVAL": "often"})
 

@@ -8,19 +8,20 @@ import pytest
 
 from octavo_engine.core.step import Admission, StepItem
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
-from octavo_engine.runner.layout import Layout, exact, pack
+from octavo_engine.runner.layout import Layout, Tiling, exact, pack
 from octavo_engine.sampling_params import SamplingParams
 
 NOBODY, BLOCK_SIZE, KV_HEADS = 99, 64, 8
+USUAL = Tiling()
 
 
-def read(words: list[int], layout: Layout, windows: list[int | None]) -> dict[str, list]:
+def read(words: list[int], layout: Layout, windows: list[int | None], tiling: Tiling) -> dict[str, list]:
     """The words again as what they mean, without the padding."""
     n = layout.tokens
     ids, rows, positions = words[:n], words[n : 2 * n], words[2 * n : 3 * n]
     at = 3 * n
     found: dict[str, list] = {"parts": []}
-    for _ in windows if layout.decodes else ():
+    for _ in windows if layout.decodes and not tiling.alike else ():
         end = at + PART_WORDS * max_parts(layout.decodes, KV_HEADS)
         parts = [tuple(words[i : i + PART_WORDS]) for i in range(at, end, PART_WORDS)]
         found["parts"].append(sorted((p[1], p[2], p[3], p[4]) for p in parts if p[4] and p[1] != NOBODY))
@@ -48,19 +49,25 @@ def make_step(rng: random.Random, decodes: int, chunks: int, most: int) -> tuple
     return items, admissions
 
 
+@pytest.mark.parametrize("tiling", [USUAL, Tiling(21, alike=True)])
 @pytest.mark.parametrize("windows", [[None], [None, 100]])
-def test_a_padded_step_says_what_the_exact_one_says(windows):
+def test_a_padded_step_says_what_the_exact_one_says(windows, tiling):
     rng = random.Random(3)
     for _ in range(60):
         decodes, chunks = rng.randrange(9), rng.randrange(9)
         items, admissions = make_step(rng, decodes, chunks, 24)
         if not items:
             continue
-        plain = exact(items)
-        padded = Layout.mixed(8, 192) if chunks else Layout(8)
+        plain = exact(items, tiling)
+        padded = Layout.mixed(8, 192, tiling) if chunks else Layout.of_decodes(8, tiling)
 
         first, second = (
-            read(list(pack(items, layout, admissions, NOBODY, windows, BLOCK_SIZE, KV_HEADS)), layout, windows)
+            read(
+                list(pack(items, layout, admissions, NOBODY, windows, BLOCK_SIZE, KV_HEADS, tiling)),
+                layout,
+                windows,
+                tiling,
+            )
             for layout in (plain, padded)
         )
 
@@ -68,6 +75,9 @@ def test_a_padded_step_says_what_the_exact_one_says(windows):
             assert second == first
         else:
             assert {**second, "parts": None} == {**first, "parts": None}
+        if tiling.alike:  # every token lies in one tile, of at most so many
+            assert sum(count for _, _, count in first["tiles"]) == len(first["tokens"])
+            assert max(count for _, _, count in first["tiles"]) <= 21
         assert first["ends"] == [(i.row, i.start + i.count - 1) for i in items if i.samples]
         assert [t[0] for t in first["tokens"]] == [item.row for item in items for _ in range(item.count)]
 
@@ -75,15 +85,17 @@ def test_a_padded_step_says_what_the_exact_one_says(windows):
 def test_a_single_token_that_is_not_a_prompts_last_yields_nothing():
     items = [StepItem(0, 5, 1, [], True), StepItem(1, 3, 1, [], False), *(StepItem(r, 0, 9, [], True) for r in (2, 3))]
     admissions = {row: Admission(list(range(9)), 9, SamplingParams(), (), 0) for row in range(4)}
-    layout = exact(items)
+    layout = exact(items, USUAL)
 
-    words = pack(items, layout, admissions, NOBODY, [None], BLOCK_SIZE, KV_HEADS)
+    words = pack(items, layout, admissions, NOBODY, [None], BLOCK_SIZE, KV_HEADS, USUAL)
 
-    assert read(list(words), layout, [None])["ends"] == [(0, 5), (2, 8), (3, 8)]
+    assert read(list(words), layout, [None], USUAL)["ends"] == [(0, 5), (2, 8), (3, 8)]
 
 
 def test_an_id_that_is_on_the_device_only_is_left_to_it():
     items = [StepItem(0, 5, 1, [], True), StepItem(1, 2, 1, [], True)]
     admissions = {row: Admission([10, 11, 12], 3, SamplingParams(), (), 0) for row in range(2)}
 
-    assert list(pack(items, exact(items), admissions, NOBODY, [None], BLOCK_SIZE, KV_HEADS)[:2]) == [-1, 12]
+    words = pack(items, exact(items, USUAL), admissions, NOBODY, [None], BLOCK_SIZE, KV_HEADS, USUAL)
+
+    assert list(words[:2]) == [-1, 12]

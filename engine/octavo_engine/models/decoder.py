@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +31,35 @@ class Batch:
     logit_rows: Tensor | None
 
 
+class Operations(Protocol):
+    """What may be computed in more than one way."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor: ...
+
+    def attention(
+        self, query: Tensor, kv_cache: Tensor, gathers: Sequence[Gather], scale: float, window: int | None = None
+    ) -> Tensor: ...
+
+
+class Fastest:
+    """As torch does it best for the size of the batch. The other way is kernels/invariant.py."""
+
+    linear = staticmethod(F.linear)
+    silu_mul = staticmethod(silu_mul.reference)
+    attention = staticmethod(paged_attention.reference)
+
+
 class Decoder:
     """tensors: by slot name (models/layout.py). cos, sin: [max_len, head_dim], as layers/rotary.py makes them."""
 
-    def __init__(self, config: DecoderConfig, tensors: dict[str, Tensor], cos: Tensor, sin: Tensor) -> None:
+    def __init__(
+        self, config: DecoderConfig, tensors: dict[str, Tensor], cos: Tensor, sin: Tensor,
+        operations: Operations | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
+        self._operations: Operations = operations or Fastest()
         self._tensors = tensors
         self._cos, self._sin = cos, sin
         # Looked up once: thirty layers of dictionary look-ups by built-up names cost half a millisecond a step.
@@ -56,12 +81,12 @@ class Decoder:
         """[m, vocab] of these rows of what `hidden` gave; None: of all."""
         x, residual = hidden if rows is None else (hidden[0][rows], hidden[1][rows])
         x, _ = rms_norm.reference(x, self._tensors["final_norm"], self.config.norm_eps, residual)
-        return F.linear(x, self._tensors["embedding" if self.config.tied_embeddings else "head"])
+        return self._operations.linear(x, self._tensors["embedding" if self.config.tied_embeddings else "head"])
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Every token's last layer and its residual, [T, hidden] each, before the final norm. Writes as `forward`."""
-        config = self.config
+        config, linear = self.config, self._operations.linear
         cos = self._cos[batch.positions].unsqueeze(1)  # [T, 1, head_dim]
         sin = self._sin[batch.positions].unsqueeze(1)
         residual = None
@@ -70,8 +95,8 @@ class Decoder:
             x, residual = rms_norm.reference(x, weights["attention_norm"], config.norm_eps, residual)
             x = self._attention(x, weights, cos, sin, batch, kv_cache[layer], config.windows[layer])
             x, residual = rms_norm.reference(x, weights["mlp_norm"], config.norm_eps, residual)
-            x = F.linear(x, weights["gate_up"], weights.get("gate_up_bias"))  # [T, 2 * intermediate]
-            x = F.linear(silu_mul.reference(x), weights["down"], weights.get("down_bias"))
+            x = linear(x, weights["gate_up"], weights.get("gate_up_bias"))  # [T, 2 * intermediate]
+            x = linear(self._operations.silu_mul(x), weights["down"], weights.get("down_bias"))
         assert residual is not None
         return x, residual
 
@@ -79,13 +104,13 @@ class Decoder:
         self, x: Tensor, weights: dict[str, Tensor], cos: Tensor, sin: Tensor, batch: Batch, kv_cache: Tensor,
         window: int | None,
     ) -> Tensor:  # fmt: skip
-        config = self.config
+        config, linear = self.config, self._operations.linear
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv = F.linear(x, weights["qkv"], weights.get("qkv_bias")).view(-1, heads + 2 * kv_heads, dim)
+        qkv = linear(x, weights["qkv"], weights.get("qkv_bias")).view(-1, heads + 2 * kv_heads, dim)
         query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
         if config.qk_norm:
             query = rms_norm.reference_heads(query, weights["query_norm"], config.norm_eps)
             key = rms_norm.reference_heads(key, weights["key_norm"], config.norm_eps)
         query = rope_kv_write.reference(query, key, value, cos, sin, kv_cache, batch.blocks, batch.offsets)
-        out = paged_attention.reference(query, kv_cache, batch.gathers, 1.0 / math.sqrt(dim), window)
-        return F.linear(out.view(-1, heads * dim), weights["output"], weights.get("output_bias"))
+        out = self._operations.attention(query, kv_cache, batch.gathers, 1.0 / math.sqrt(dim), window)
+        return linear(out.view(-1, heads * dim), weights["output"], weights.get("output_bias"))

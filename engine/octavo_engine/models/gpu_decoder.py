@@ -1,8 +1,9 @@
 """The decoder family on a GPU: the same function as decoder.py, as kernels over buffers that are allocated once.
 
 Up to FUSED_TOKENS tokens a step is bound by reading the weights, and takes the fused road of
-kernels/gpu/small_linear.py; beyond, the products are cuBLAS's and norms and activations kernels of their own. Called by
-runner/gpu_steps.py.
+kernels/gpu/small_linear.py; beyond, the products are cuBLAS's and norms and activations kernels of their own. With
+--deterministic every step takes the second road, with products and an attention that are the same for any number of
+tokens. Called by runner/gpu_steps.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from octavo_engine.kernels.gpu.decode_attention import Scratch, decode_attention
+from octavo_engine.kernels.gpu.invariant_attention import invariant_attention
+from octavo_engine.kernels.gpu.invariant_linear import invariant_linear
 from octavo_engine.kernels.gpu.norm import add_rms_norm, embed_rms_norm
 from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, prefill_attention
 from octavo_engine.kernels.gpu.rope_kv import rope_kv
@@ -36,8 +39,8 @@ class DeviceStep:
     """The tokens of one step on the device; those of decodes, one each, come first.
 
     ids, rows, positions: [num_tokens] int32, ids negative where token_ids holds the id. parts: [n, PART_WORDS] int32
-    of the decodes, by sliding window. tiles: [n, 4] int32 of the prompts' chunks, or None. logit_tokens: [m] int32, the
-    tokens that yield logits, or None when each of them does.
+    of the decodes, by sliding window. tiles: [n, 4] int32 of the prompts' chunks, or None; of decodes as well where
+    there are no parts. logit_tokens: [m] int32, the tokens that yield logits, or None when each of them does.
     """
 
     ids: Tensor
@@ -54,7 +57,7 @@ class GpuDecoder:
 
     def __init__(
         self, config: DecoderConfig, tensors: dict[str, Tensor], cos: Tensor, sin: Tensor, kv_cache: Tensor,
-        token_ids: Tensor, block_tables: Tensor, max_tokens: int, max_seqs: int,
+        token_ids: Tensor, block_tables: Tensor, max_tokens: int, max_seqs: int, deterministic: bool = False,
     ) -> None:  # fmt: skip
         self.config = config
         self._tensors = tensors
@@ -86,7 +89,8 @@ class GpuDecoder:
         self._scratch = Scratch.allocate(max_seqs, config.num_heads, config.num_kv_heads, config.head_dim, like.device)
         self._shares = buffer(2, -(-config.hidden_size // 4) * FUSED_TOKENS, dtype=torch.float32)
         self._shared_memory = shared_memory_bytes(like.device)
-        self._can_fuse = not config.mlp_bias
+        self._deterministic = deterministic
+        self._can_fuse = not config.mlp_bias and not deterministic
 
     def forward(self, step: DeviceStep) -> Tensor:
         """Logits of the tokens that yield some, [m, vocab], in a buffer that the next call overwrites.
@@ -109,13 +113,13 @@ class GpuDecoder:
             if index:
                 add_rms_norm(x, residual, weights["attention_norm"], normed, config.norm_eps)
             qkv = self._qkv[:count]
-            _linear(normed, weights["qkv"], weights.get("qkv_bias"), qkv)
+            self._linear(normed, weights["qkv"], weights.get("qkv_bias"), qkv)
             self._attend(index, weights, step, qkv, attended)
-            _linear(attended, weights["output"], weights.get("output_bias"), x)
+            self._linear(attended, weights["output"], weights.get("output_bias"), x)
             add_rms_norm(x, residual, weights["mlp_norm"], normed, config.norm_eps)
-            _linear(normed, weights["gate_up"], weights.get("gate_up_bias"), gate_up)
+            self._linear(normed, weights["gate_up"], weights.get("gate_up_bias"), gate_up)
             silu_mul(gate_up, active)
-            _linear(active, weights["down"], weights.get("down_bias"), x)
+            self._linear(active, weights["down"], weights.get("down_bias"), x)
         if step.logit_tokens is not None:
             many = step.logit_tokens.shape[0]
             ends, end_residual = self._ends[:, :many]
@@ -124,7 +128,7 @@ class GpuDecoder:
             x, residual, normed = ends, end_residual, self._normed[:many]
         add_rms_norm(x, residual, self._tensors["final_norm"], normed, config.norm_eps)
         logits = self.logits[: normed.shape[0]]
-        _linear(normed, self._head, None, logits)
+        self._linear(normed, self._head, None, logits)
         return logits
 
     def logits_of(self, first: int, end: int) -> Tensor:
@@ -135,7 +139,9 @@ class GpuDecoder:
         x, residual = self._x[first:end], self._residual[first:end].clone()  # the norm adds to it in place
         normed = torch.empty_like(x)
         add_rms_norm(x, residual, self._tensors["final_norm"], normed, self.config.norm_eps)
-        return torch.mm(normed, self._head.t())
+        logits = torch.empty(end - first, self.config.vocab_size, dtype=x.dtype, device=x.device)
+        self._linear(normed, self._head, None, logits)
+        return logits
 
     def _fused(self, step: DeviceStep) -> Tensor:
         config, count = self.config, step.ids.shape[0]
@@ -190,6 +196,16 @@ class GpuDecoder:
         config, window = self.config, self.config.windows[index]
         cache, many = self._kv_cache[index], step.num_decodes
         norms = weights.get("query_norm"), weights.get("key_norm")
+        if self._deterministic:
+            assert step.tiles is not None
+            rope_kv(
+                qkv, self._cos, self._sin, step.rows, step.positions, self._block_tables, cache, *norms, config.norm_eps
+            )  # fmt: skip
+            invariant_attention(
+                qkv, self._loads[index], self._block_tables, step.tiles, attended, config.num_kv_heads, cache.shape[3],
+                self._scale, window,
+            )  # fmt: skip
+            return
         if many:
             decode_attention(
                 qkv, self._cos, self._sin, cache, self._block_tables, step.parts[window], self._scratch,
@@ -206,9 +222,10 @@ class GpuDecoder:
                 cache.shape[3], self._scale, window,
             )  # fmt: skip
 
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        if self._deterministic:
+            invariant_linear(x, weight, bias, out, self._shared_memory)
+        elif bias is None:
+            torch.mm(x, weight.t(), out=out)
+        else:
+            torch.addmm(bias, x, weight.t(), out=out)

@@ -71,22 +71,23 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype) -> No
     )
     half = torch.empty((columns * block_size, model.head_dim // 2), dtype=dtype, device=device)
     token_ids, block_tables = ints(max_seqs, columns * block_size), ints(max_seqs, columns)
-    decoder = GpuDecoder(
-        model, weights.allocate(model, dtype, device), half, half, kv_cache, token_ids, block_tables, max_tokens,
-        max_seqs,
-    )  # fmt: skip
+    tensors = weights.allocate(model, dtype, device)
+    usual, deterministic = (
+        GpuDecoder(model, tensors, half, half, kv_cache, token_ids, block_tables, max_tokens, max_seqs, kind)
+        for kind in (False, True)
+    )
     state = SamplingState.allocate(max_seqs, device)
     scratch = SamplingScratch.allocate(max_seqs, model.vocab_size, device)
     set_blocks(ints(1, 3), block_tables)
     set_sampling(ints(1, SAMPLING_WORDS), state)
     windows = set(model.windows)
 
-    def step(decodes: int, chunk: int) -> None:
+    def step(decoder: GpuDecoder, decodes: int, chunk: int) -> None:
         total = decodes + chunk
         described = DeviceStep(
             ints(total), ints(total), ints(total), num_decodes=decodes,
             parts={window: ints(max_parts(decodes, model.num_kv_heads), PART_WORDS) for window in windows},
-            tiles=ints(1, 4) if chunk else None,
+            tiles=ints(1, 4) if chunk or decoder is deterministic else None,
             logit_tokens=torch.empty(1, dtype=torch.int32, device=device) if chunk else None,
         )  # fmt: skip
         logits = decoder.forward(described)
@@ -94,12 +95,13 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype) -> No
         sample(logits, tokens, described.rows, described.positions, state, scratch, token_ids, ints(logits.shape[0]))
 
     for size in GRAPH_SIZES:
-        step(size, 0)
+        step(usual, size, 0)
         if size > FUSED_TOKENS:
             break
-    step(0, 16)
-    step(1, 16)
-    apply_mask(decoder.logits[:1], ints(1, -(-model.vocab_size // 32)))
+    step(usual, 0, 16)
+    step(usual, 1, 16)
+    step(deterministic, 16, 0)
+    apply_mask(usual.logits[:1], ints(1, -(-model.vocab_size // 32)))
 
 
 @contextmanager

@@ -21,11 +21,13 @@ from octavo_engine.core.step import Admission, Sampled, StepItem, StepPlan
 from octavo_engine.kernels import sampling
 from octavo_engine.kernels.gpu.apply_mask import apply_mask, sample_masked, upload
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
+from octavo_engine.kernels.gpu.invariant_attention import tile_tokens
 from octavo_engine.kernels.gpu.prebuilt import Compilations
 from octavo_engine.kernels.gpu.prefill_attention import max_tiles
 from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
 from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_sampling
 from octavo_engine.kernels.sampling import SampleRow
+from octavo_engine.models.config import DecoderConfig
 from octavo_engine.models.gpu_decoder import DeviceStep, GpuDecoder
 from octavo_engine.plan import Plan
 from octavo_engine.runner.chances import (
@@ -36,7 +38,7 @@ from octavo_engine.runner.chances import (
     start_logprobs,
     start_scores,
 )
-from octavo_engine.runner.layout import MIXED_CHUNKS, Layout, exact, pack
+from octavo_engine.runner.layout import MIXED_CHUNKS, Layout, Tiling, exact, pack
 
 RING = 3
 """Pinned buffers: one being filled and one for each step that may be under way, whose copy may not have run yet."""
@@ -75,13 +77,15 @@ class GpuSteps:
 
     def __init__(
         self, decoder: GpuDecoder, plan: Plan, max_tokens: int, max_seqs: int, kv_cache: Tensor, token_ids: Tensor,
-        block_tables: Tensor, compilations: Compilations,
+        block_tables: Tensor, compilations: Compilations, tiling: Tiling,
     ) -> None:  # fmt: skip
+        """tiling: one that the decoder's attention takes (`tiling_of`)."""
         self._decoder, self._plan = decoder, plan
         self._kv_cache, self._token_ids, self._block_tables = kv_cache, token_ids, block_tables
         self._device = kv_cache.device
         self._max_seqs, self._max_tokens = max_seqs, max_tokens
         self._kv_heads = decoder.config.num_kv_heads
+        self._tiling = tiling
         self._windows = sorted(set(decoder.config.windows), key=lambda w: (w is not None, w))
         self._state = SamplingState.allocate(max_seqs + 1, self._device)
         self._scratch = SamplingScratch.allocate(max_seqs, decoder.config.vocab_size, self._device)
@@ -91,7 +95,7 @@ class GpuSteps:
 
         parts = max_parts(max_seqs, self._kv_heads)
         described = 3 * max_tokens + len(self._windows) * PART_WORDS * parts
-        described += 4 * max_tiles(max_tokens, max_seqs) + max_seqs + 64
+        described += 4 * max_tiles(max_tokens, max_seqs, tiling.tokens) + max_seqs + 64
         updates = 3 * block_tables.numel() + SAMPLING_WORDS * max_seqs
         self._described = torch.zeros(described, dtype=torch.int32, device=self._device)
         self._updates = torch.zeros(updates, dtype=torch.int32, device=self._device)
@@ -133,7 +137,7 @@ class GpuSteps:
             decodes = sum(item.count == 1 for item in sampled)
             places = [*range(decodes), *range(layout.decodes, layout.decodes + len(sampled) - decodes)]
         else:
-            layout = exact(plan.items)
+            layout = exact(plan.items, self._tiling)
             self._describe(turn, plan.items, layout)
             self._run(self._step(layout))
             places = list(range(len(sampled)))
@@ -233,8 +237,9 @@ class GpuSteps:
     def _describe(self, turn: int, items: Sequence[StepItem], layout: Layout) -> None:
         """Copy the step to the device as `layout` says."""
         words = pack(
-            items, layout, self._admissions, self._max_seqs, self._windows, self._plan.block_size, self._kv_heads
-        )
+            items, layout, self._admissions, self._max_seqs, self._windows, self._plan.block_size, self._kv_heads,
+            self._tiling,
+        )  # fmt: skip
         pinned = self._pinned[turn]
         pinned.write(0, words)
         self._described[: len(words)].copy_(pinned.tensor[: len(words)], non_blocking=True)
@@ -243,7 +248,7 @@ class GpuSteps:
         """What `_describe` copies, as views of the device's buffer."""
         ids, rows, positions = self._described[: 3 * layout.tokens].view(3, layout.tokens)
         parts, at = {}, 3 * layout.tokens
-        for window in self._windows if layout.decodes else ():
+        for window in self._windows if layout.decodes and not self._tiling.alike else ():
             end = at + PART_WORDS * max_parts(layout.decodes, self._kv_heads)
             parts[window], at = self._described[at:end].view(-1, PART_WORDS), end
         tiles = self._described[at : at + 4 * layout.tiles].view(-1, 4) if layout.tiles else None
@@ -291,9 +296,9 @@ class GpuSteps:
         self._eager = eager
         sizes = {*(size for size in GRAPH_SIZES if size < self._max_seqs), min(self._max_seqs, GRAPH_SIZES[-1])}
         first = {size for size in sizes if size in FIRST_GRAPH_SIZES} | {max(sizes)}
-        mixed = [Layout.mixed(decodes, tokens) for decodes in MIXED_DECODES for tokens in MIXED_TOKENS]
+        mixed = [Layout.mixed(decodes, tokens, self._tiling) for decodes in MIXED_DECODES for tokens in MIXED_TOKENS]
         self._uncaptured = [
-            *(Layout(size) for size in sorted(sizes - first)),
+            *(Layout.of_decodes(size, self._tiling) for size in sorted(sizes - first)),
             *(m for m in mixed if m.tokens <= self._max_tokens and m.decodes + MIXED_CHUNKS <= self._max_seqs),
         ]
         # No graph has it, and the first grammar must not wait for a compiler.
@@ -301,7 +306,7 @@ class GpuSteps:
         apply_mask(self._decoder.logits[:1], upload([bytes(4 * -(-vocab // 32))], self._device))
         for size in sorted(first, reverse=True):
             between()
-            self._capture(Layout(size))
+            self._capture(Layout.of_decodes(size, self._tiling))
         if eager:
             self._uncaptured = []
 
@@ -327,6 +332,10 @@ class GpuSteps:
             self._run(step)
         self._graphs[layout] = graph
         torch.cuda.synchronize()
+
+
+def tiling_of(model: DecoderConfig, deterministic: bool) -> Tiling:
+    return Tiling(tile_tokens(model.num_heads // model.num_kv_heads), alike=True) if deterministic else Tiling()
 
 
 class _Pinned:

@@ -18,6 +18,14 @@ MIXED_CHUNKS = 8
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """How attention is cut. tokens: of a tile. alike: decodes are tiles too, instead of parts (--deterministic)."""
+
+    tokens: int = TILE_ROWS
+    alike: bool = False
+
+
+@dataclass(frozen=True)
 class Layout:
     """How a step is described: decodes, prompt tokens, their tiles, and tokens that yield logits, padding included.
 
@@ -34,24 +42,28 @@ class Layout:
         return self.decodes + self.prompt_tokens
 
     @classmethod
-    def mixed(cls, decodes: int, prompt_tokens: int) -> Layout:
+    def of_decodes(cls, decodes: int, tiling: Tiling) -> Layout:
+        return cls(decodes, tiles=decodes if tiling.alike else 0)
+
+    @classmethod
+    def mixed(cls, decodes: int, prompt_tokens: int, tiling: Tiling) -> Layout:
         """Eight tokens more, as padding needs one, and matrices like multiples of eight."""
-        tokens = prompt_tokens + 8
-        return cls(decodes, tokens, max_tiles(prompt_tokens, MIXED_CHUNKS), decodes + MIXED_CHUNKS)
+        tiles = max_tiles(prompt_tokens, MIXED_CHUNKS, tiling.tokens) + decodes * tiling.alike
+        return cls(decodes, prompt_tokens + 8, tiles, decodes + MIXED_CHUNKS)
 
 
-def exact(items: Sequence[StepItem]) -> Layout:
+def exact(items: Sequence[StepItem], tiling: Tiling) -> Layout:
     """A step without padding."""
     decodes = sum(item.count == 1 for item in items)
     sampled = sum(item.samples for item in items)
-    tiles = sum(-(-item.count // TILE_ROWS) for item in items if item.count > 1)
+    tiles = sum(-(-item.count // tiling.tokens) for item in items if item.count > 1 or tiling.alike)
     tokens = sum(item.count for item in items)
     return Layout(decodes, tokens - decodes, tiles, None if sampled == tokens else sampled)
 
 
 def pack(
     items: Sequence[StepItem], layout: Layout, admissions: Mapping[int, Admission], nobody: int,
-    windows: Sequence[int | None], block_size: int, kv_heads: int,
+    windows: Sequence[int | None], block_size: int, kv_heads: int, tiling: Tiling,
 ) -> array[int]:  # fmt: skip
     """The step's words in the order of the layout's properties. nobody: the row whose tokens are padding.
 
@@ -66,7 +78,7 @@ def pack(
     last = layout.tokens - 1
     # A prompt's single token that is not its last yields nothing; steps with one are never padded.
     ends = [index for index, item in enumerate(singles) if item.samples] + [last] * (layout.decodes - decodes)
-    chunks: list[Chunk] = []
+    chunks = [Chunk(i, item.row, item.start, 1) for i, item in enumerate(singles)] if tiling.alike else []
     for item in items:
         if item.count > 1:
             tokens = admissions[item.row].tokens
@@ -78,10 +90,10 @@ def pack(
                 ends.append(len(ids) - 1)
     _pad(ids, rows, positions, layout.tokens, nobody)
     words = ids + rows + positions
-    for window in windows if layout.decodes else ():
+    for window in windows if layout.decodes and not tiling.alike else ():
         parts = plan_parts(rows[: layout.decodes], positions[: layout.decodes], block_size, kv_heads, window)
         _extend(words, parts, PART_WORDS * max_parts(layout.decodes, kv_heads), 0)
-    _extend(words, plan_tiles(chunks), 4 * layout.tiles, 0)
+    _extend(words, plan_tiles(chunks, tiling.tokens), 4 * layout.tiles, 0)
     if layout.ends is not None:
         _extend(words, ends, layout.ends, last)
     return words

@@ -21,6 +21,7 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.core.step import Admission, Sampled, StepItem, StepPlan
 from octavo_engine.host import available_cpus
 from octavo_engine.kernels import sampling
+from octavo_engine.kernels.invariant import Invariant, block_rows
 from octavo_engine.kernels.paged_attention import plan_gathers
 from octavo_engine.kernels.sampling import SampleRow
 from octavo_engine.layers import rotary
@@ -87,7 +88,6 @@ class ModelRunner:
             loading = weights.Loading(folder, model, tensors)
         cos, sin = rotary.tables(model.rope, model.head_dim, plan.max_model_len, device)
         self._model, self._plan, self._device = model, plan, device
-        self._decoder = Decoder(model, tensors, cos, sin)
         self._admissions: dict[int, Admission] = {}
         self._num_blocks_of: dict[int, int] = {}
         # The kernels compute in 16 bits; float32 on a GPU is for comparisons and takes the references.
@@ -98,6 +98,10 @@ class ModelRunner:
             self._gpu.capture(between, config.enforce_eager)
         if loading:
             loading.wait(progress)
+        operations = None
+        if config.deterministic and self._gpu is None:
+            operations = Invariant(block_rows(tensor for tensor in tensors.values() if tensor.dim() == 2))
+        self._decoder = Decoder(model, tensors, cos, sin, operations)
         on_stage(Stage.WARMING_UP, 0, 0)
         self._warm_up()
         if self._gpu:
@@ -139,7 +143,7 @@ class ModelRunner:
         # Only here: a CPU needs no triton, and importing it takes a fifth of a second.
         from octavo_engine.kernels.gpu import prebuilt
         from octavo_engine.models.gpu_decoder import GpuDecoder
-        from octavo_engine.runner.gpu_steps import GpuSteps
+        from octavo_engine.runner.gpu_steps import GpuSteps, tiling_of
 
         compilations = prebuilt.use()
         plan, half = self._plan, self._model.head_dim // 2
@@ -147,10 +151,11 @@ class ModelRunner:
         decoder = GpuDecoder(
             self._model, tensors, cos[:, :half].to(dtype).contiguous(), sin[:, half:].to(dtype).contiguous(),
             self._kv_cache, self._token_ids, self._block_tables, plan.max_num_batched_tokens, plan.max_num_seqs,
+            self._config.deterministic,
         )  # fmt: skip
         return GpuSteps(
             decoder, plan, plan.max_num_batched_tokens, plan.max_num_seqs, self._kv_cache, self._token_ids,
-            self._block_tables, compilations,
+            self._block_tables, compilations, tiling_of(self._model, self._config.deterministic),
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -165,12 +170,16 @@ class ModelRunner:
         if not sampled:
             return Sampled([], scores=scores)
         logits = self._decoder.logits(hidden, batch.logit_rows)
-        tokens = sampling.reference(logits, [self._sample_row(item) for item in sampled])
-        rows, columns = torch.tensor([(i.row, i.start + i.count) for i in sampled]).to(self._device).unbind(1)
+        # Row by row where it must not matter how many there are: torch sums a single row in another order.
+        at_once = 1 if self._config.deterministic else len(sampled)
+        rows = [self._sample_row(item) for item in sampled]
+        some = [slice(at, at + at_once) for at in range(0, len(rows), at_once)]
+        tokens = torch.cat([sampling.reference(logits[few], rows[few]) for few in some])
+        places, columns = torch.tensor([(i.row, i.start + i.count) for i in sampled]).to(self._device).unbind(1)
         # A request that just reached the longest length ends with this token: there is no column for it.
         inside = columns < self._plan.max_model_len
         # A -1 stays out of it: the warm-up's second step would look it up in the embedding and fail on that.
-        self._token_ids[rows[inside], columns[inside]] = tokens[inside].clamp(min=0).int()
+        self._token_ids[places[inside], columns[inside]] = tokens[inside].clamp(min=0).int()
         asked = [self._admissions[item.row].sampling.logprobs for item in sampled]
         logprobs = read_logprobs(start_logprobs(logits, tokens, asked), len(asked))
         return Sampled(tokens.tolist(), logprobs, scores)

@@ -47,7 +47,7 @@ class Chunk:
 
 
 def plan_tiles(chunks: Sequence[Chunk], rows: int = TILE_ROWS) -> list[int]:
-    """[4 * tiles]: token, rows, state row and position of each tile; the tile with most keys first."""
+    """[4 * tiles]: token, tokens, state row and position of each tile; the tile with most keys first."""
     tiles = [
         (c.token + at, min(rows, c.count - at), c.row, c.position + at)
         for c in chunks
@@ -57,8 +57,8 @@ def plan_tiles(chunks: Sequence[Chunk], rows: int = TILE_ROWS) -> list[int]:
     return [value for tile in tiles for value in tile]
 
 
-def max_tiles(num_tokens: int, num_chunks: int) -> int:
-    return num_tokens // TILE_ROWS + num_chunks
+def max_tiles(num_tokens: int, num_chunks: int, rows: int = TILE_ROWS) -> int:
+    return num_tokens // rows + num_chunks
 
 
 @dataclass(frozen=True)
