@@ -15,14 +15,17 @@ import json
 import statistics
 import sys
 import time
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from octavo_engine.config import EngineConfig
-from octavo_engine.core.engine import Engine
+from octavo_engine.core.engine import Engine, Runner
 from octavo_engine.core.messages import Submit
 from octavo_engine.core.scheduler import Scheduler
+from octavo_engine.core.step import Sampled, StepPlan
 from octavo_engine.kernels.gpu import early_launch
 from octavo_engine.models import gpu_decoder
 from octavo_engine.runner.model_runner import ModelRunner
@@ -114,22 +117,63 @@ def copy_rate() -> float:
     return 2 * a.numel() * 10 / begin.elapsed_time(end) / 1e9
 
 
-def run(engine: Engine, requests: Workload, trace: list[tuple[int, int, float]] | None = None) -> float:
-    """Seconds to finish all of them. trace gets (decodes, prompt tokens, seconds) of each step."""
+@dataclass
+class Traced:
+    """A step, in seconds: between its end and that of the step before, for its launch, and waiting for its result."""
+
+    decodes: int
+    prompt_tokens: int
+    seconds: float = 0.0
+    launch_s: float = 0.0
+    wait_s: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        return "prompts" if self.prompt_tokens > 64 else f"{1 << max(self.decodes - 1, 0).bit_length():5d}"
+
+
+class TracingRunner:
+    """A runner that notes what each step took."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.depth, self.num_compilations = runner.depth, runner.num_compilations
+        self.steps: list[Traced] = []
+        self._under_way: deque[Traced] = deque()
+        self._last = time.monotonic()
+
+    def prepare(self) -> bool:
+        return self._runner.prepare()
+
+    def launch(self, plan: StepPlan) -> object:
+        prompt_tokens = sum(item.count for item in plan.items if item.count > 1)
+        traced = Traced(plan.num_tokens - prompt_tokens, prompt_tokens)
+        self._under_way.append(traced)
+        began = time.monotonic()
+        launched = self._runner.launch(plan)
+        traced.launch_s = time.monotonic() - began
+        return launched
+
+    def collect(self, launched: object) -> Sampled:
+        traced = self._under_way.popleft()
+        began = time.monotonic()
+        sampled = self._runner.collect(launched)
+        now = time.monotonic()
+        traced.wait_s, traced.seconds, self._last = now - began, now - self._last, now
+        self.steps.append(traced)
+        return sampled
+
+
+def run(engine: Engine, requests: Workload) -> float:
+    """Seconds to finish all of them."""
     torch.cuda.synchronize()
     began = time.monotonic()
     for index, (prompt, output) in enumerate(requests):
         sampling = SamplingParams(temperature=1.0, max_tokens=output, ignore_eos=True)
         engine.submit(Submit(f"{began}-{index}", prompt, sampling))
     tokens = 0
-    last = time.monotonic()
     while engine.has_work:
-        output = engine.step()
-        tokens += sum(len(event.token_ids) for event in output.events)
-        if trace is not None:
-            now = time.monotonic()
-            trace.append((len(output.events), output.stats.step_tokens, now - last))
-            last = now
+        tokens += sum(len(event.token_ids) for event in engine.step().events)
     torch.cuda.synchronize()
     assert tokens == sum(output for _, output in requests), "tokens were lost"
     return time.monotonic() - began
@@ -190,22 +234,36 @@ def profile(engine: Engine, which: str) -> None:
         print(f"  {e.key[:60]:60s} {e.count // 8:4d} x {e.device_time_total / e.count:8.1f} us", flush=True)
 
 
+def trace(engine: Engine, name: str, requests: Workload) -> None:
+    """Print where the time goes, by kind of step, and each step that took half as long again as others of its kind."""
+    plain = engine._runner
+    engine._runner = runner = TracingRunner(plain)
+    try:
+        run(engine, requests)
+    finally:
+        engine._runner = plain
+    kinds: dict[str, list[Traced]] = {}
+    for step in runner.steps:
+        kinds.setdefault(step.kind, []).append(step)
+    for kind, steps in sorted(kinds.items()):
+        seconds = [step.seconds for step in steps]
+        median, late = statistics.median(seconds), sum(max(0.0, s - statistics.median(seconds)) for s in seconds)
+        print(
+            f"  {name} {kind}: {len(steps)} steps, median {median * 1e3:.2f} ms, longest {max(seconds) * 1e3:.2f} ms,"
+            f" {sum(seconds):.2f} s, beyond the median {late:.2f} s,"
+            f" launch {statistics.median(step.launch_s for step in steps) * 1e3:.2f} ms", flush=True,
+        )  # fmt: skip
+        for step in steps:
+            if step.seconds > 1.5 * median:
+                print(f"    no. {runner.steps.index(step)}: {step}", flush=True)
+
+
 def workload(engine: Engine, name: str, peer: dict, result: dict[str, object], tracing: bool) -> None:
     requests = WORKLOADS[name]()
+    run(engine, requests)
     if tracing:
-        trace: list[tuple[int, int, float]] = []
-        run(engine, requests, trace)
-        buckets: dict[str, list[float]] = {}
-        for decodes, tokens, seconds in trace:
-            kind = "prompts" if tokens > decodes + 64 else f"{1 << max(decodes - 1, 0).bit_length():5d}"
-            buckets.setdefault(kind, []).append(seconds)
-        for kind, seconds in sorted(buckets.items()):
-            median, most = statistics.median(seconds) * 1e3, max(seconds) * 1e3
-            print(
-                f"  {name} {kind}: {len(seconds)} steps, median {median:.2f} ms, longest {most:.2f} ms,"
-                f" {sum(seconds):.2f} s", flush=True,
-            )  # fmt: skip
-    seconds = [run(engine, requests) for _ in range(2)][-1]
+        trace(engine, name, requests)
+    seconds = run(engine, requests)
     output = sum(count for _, count in requests)
     row: dict[str, float] = {"seconds": round(seconds, 3), "output_tokens_per_s": round(output / seconds, 1)}
     if name.startswith("prefill"):
