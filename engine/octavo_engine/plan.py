@@ -24,7 +24,7 @@ LARGE_STEP, SMALL_STEP = (1024, 8192), (256, 2048)
 """Requests and tokens of the largest step on such a GPU and elsewhere, where nothing is set."""
 CPU_KV_CACHE_LIMIT_BYTES = 4 * GIB
 """On a CPU more cache than this is rarely used and is memory that other processes want."""
-RUNTIME_BYTES = {"cpu": 0, "cuda": 800 * 2**20}
+RUNTIME_BYTES = {"cpu": 0, "cuda": 864 * 2**20}
 """Taken by the driver's context and the libraries' workspaces before the engine allocates anything."""
 
 

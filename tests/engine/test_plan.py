@@ -217,7 +217,7 @@ def test_what_is_left_of_the_budget_becomes_blocks():
     result = plan(model_of(LLAMA_8B), gpu(80), max_model_len=8192)
 
     assert result.weights_bytes == 8_030_261_248 * 2
-    assert result.budget_bytes == int(80 * GIB * 0.9) - 800 * 2**20
+    assert result.budget_bytes == int(80 * GIB * 0.9) - 864 * 2**20
     left = result.budget_bytes - result.weights_bytes - result.activation_bytes
     assert 0 <= left - result.kv_bytes < result.kv_bytes_per_token * result.block_size
     assert result.kv_tokens == result.num_blocks * 64
@@ -227,7 +227,7 @@ def test_what_is_left_of_the_budget_becomes_blocks():
 def test_what_others_hold_on_a_gpu_is_not_ours():
     ours, shared = plan(model_of(LLAMA_8B), gpu(80)), plan(model_of(LLAMA_8B), gpu(80, free_gib=40))
 
-    assert shared.budget_bytes == 40 * GIB - 800 * 2**20
+    assert shared.budget_bytes == 40 * GIB - 864 * 2**20
     assert shared.num_blocks < ours.num_blocks
 
 
@@ -284,7 +284,7 @@ def test_weights_that_do_not_fit_are_refused_with_need_and_have():
     failure = refused.value.failure
     assert failure.code is FailureCode.WEIGHTS_TOO_LARGE
     assert failure.need is not None
-    assert failure.have == "13.62 GiB"
+    assert failure.have == "13.56 GiB"
     assert float(failure.need.split()[0]) > 14.9
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo_engine.kernels.gpu.cublas import Products
 from octavo_engine.kernels.gpu.decode_attention import Scratch, decode_attention
 from octavo_engine.kernels.gpu.invariant_attention import invariant_attention
 from octavo_engine.kernels.gpu.invariant_linear import invariant_linear
@@ -89,6 +90,7 @@ class GpuDecoder:
         self._scratch = Scratch.allocate(max_seqs, config.num_heads, config.num_kv_heads, config.head_dim, like.device)
         self._shares = buffer(2, -(-config.hidden_size // 4) * FUSED_TOKENS, dtype=torch.float32)
         self._shared_memory = shared_memory_bytes(like.device)
+        self._products = Products(like.device)
         self._deterministic = deterministic
         self._can_fuse = not config.mlp_bias and not deterministic
 
@@ -226,6 +228,6 @@ class GpuDecoder:
         if self._deterministic:
             invariant_linear(x, weight, bias, out, self._shared_memory)
         elif bias is None:
-            torch.mm(x, weight.t(), out=out)
+            self._products.mm(x, weight, out)
         else:
             torch.addmm(bias, x, weight.t(), out=out)
