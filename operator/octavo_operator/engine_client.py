@@ -1,4 +1,4 @@
-"""Reads /statusz of engine pods, all at once and with one deadline. Called by reconcile.py."""
+"""Reads /statusz of engine pods, all at once and with one deadline. Called by reconcile.py and the activator."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ class EngineClient:
 
     async def statuses(self, pods: Iterable[Pod]) -> dict[str, Statusz]:
         """By pod name, what each running engine says. Pods that do not answer in time are left out."""
-        asked = [pod for pod in pods if pod.running and pod.ip]
-        answers = await asyncio.gather(*(self._statusz(pod) for pod in asked))
-        return {pod.name: answer for pod, answer in zip(asked, answers, strict=True) if answer is not None}
+        asked = {pod.name: pod.ip for pod in pods if pod.running and pod.ip}
+        answers = await asyncio.gather(*map(self.statusz, asked.values()))
+        return {name: answer for name, answer in zip(asked, answers, strict=True) if answer is not None}
 
-    async def _statusz(self, pod: Pod) -> Statusz | None:
+    async def statusz(self, address: str) -> Statusz | None:
+        """What the engine at a pod's address says; None where it does not answer in time."""
         if self._session is None:
             # Straight to the pod: a proxy in the environment leads out of the cluster. A fresh connection each time,
             # as pods come and go and an idle one would keep a draining engine's socket open.
             connector = aiohttp.TCPConnector(limit=CONNECTIONS, force_close=True)
             timeout = aiohttp.ClientTimeout(total=self._timeout_s)
             self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False)
-        host = f"[{pod.ip}]" if ":" in (pod.ip or "") else pod.ip
+        host = f"[{address}]" if ":" in address else address
         try:
             async with self._session.get(f"http://{host}:{MANAGEMENT_PORT}/statusz") as answer:
                 body = await answer.content.read(MAX_BYTES)

@@ -23,7 +23,7 @@ TOLERANCE = 0.1
 
 @dataclass
 class History:
-    """What was recommended, as far back as the delay, and when there last was anything to do."""
+    """What was recommended, as far back as the delay, and when somebody was last served or could not have been."""
 
     since: datetime
     recommended: deque[tuple[datetime, int]] = field(default_factory=deque)
@@ -37,15 +37,22 @@ class Scaling:
     """Why that many, in a sentence."""
 
 
-def scale(spec: Autoscaling, current: int, loads: Sequence[Load], history: History, now: datetime) -> Scaling | None:
+def scale(
+    spec: Autoscaling, current: int, loads: Sequence[Load], history: History, now: datetime, *, asked: bool = False
+) -> Scaling | None:
     """What spec.replicas should become; None where it may stay. current: what it is.
 
     loads: of the replicas that are ready. Those that start do not count yet, so that one burst is not answered twice.
+    asked: whether the activator holds requests for the server.
     """
     low, high = spec.min_replicas, spec.max_replicas
-    if any(load.running or load.waiting for load in loads):
+    # While no replica is ready nobody can ask it. Idleness begins when somebody could and does not: a server that was
+    # just woken would otherwise be sent to sleep again before its first request arrives.
+    if asked or not loads or any(load.running or load.waiting for load in loads):
         history.busy_at = now
     if current == 0:
+        if asked and not low:
+            return Scaling(1, "The activator holds a request for it.")
         return Scaling(low, f"autoscaling.minReplicas is {low}.") if low else None
     if not low <= current <= high:
         bounded = min(max(current, low), high)

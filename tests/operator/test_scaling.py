@@ -93,6 +93,29 @@ def test_the_last_replica_goes_when_nobody_asked_for_long_enough_and_only_where_
     assert idle == Scaling(0, "No request came for 60 s.")
 
 
+def test_a_held_request_wakes_a_server_and_nothing_else_does():
+    of = spec(minReplicas=0)
+
+    assert decided(of, 0, []) is None
+    assert scale(of, 0, [], History(NOW), NOW, asked=True) == Scaling(1, "The activator holds a request for it.")
+    assert scale(spec(minReplicas=2), 0, [], History(NOW), NOW, asked=True) == Scaling(
+        2, "autoscaling.minReplicas is 2."
+    )
+
+
+def test_a_woken_server_is_not_sent_to_sleep_before_anybody_could_ask_it():
+    """Slept for an hour, loaded for two minutes: nobody asked for longer than idleSeconds in all that time."""
+    of, history = spec(minReplicas=0, scaleDownDelaySeconds=0, idleSeconds=60), History(NOW)
+    decided(of, 0, [], history, 3600)
+    loading = decided(of, 1, [], history, 3720)
+    ready = decided(of, 1, [IDLE], history, 3722)
+    held = scale(of, 1, [IDLE], history, NOW + timedelta(seconds=3785), asked=True)
+    idle = decided(of, 1, [IDLE], history, 3846)
+
+    assert (loading, ready, held) == (None, None, None)
+    assert idle == Scaling(0, "No request came for 60 s.")
+
+
 def test_bounds_are_kept_whoever_set_the_replicas():
     assert decided(spec(minReplicas=2), 1, [IDLE]).replicas == 2
     assert decided(spec(maxReplicas=4), 9, [IDLE] * 9).replicas == 4
