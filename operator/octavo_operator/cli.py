@@ -1,4 +1,5 @@
-"""The command `octavo-operator`: run | render | diff | doctor | crd. Each imports what it needs; kopf, only `run`."""
+"""The command `octavo-operator`: run | activator | render | diff | doctor | crd. Each imports what it needs; kopf, only
+`run`."""
 
 from __future__ import annotations
 
@@ -28,6 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "run", help="watch LLMServers and make them run", description="Settings come from the environment: OCTAVO_…"
     )
+    commands.add_parser(
+        "activator",
+        help="hold requests for LLMServers at zero replicas until they are awake",
+        description="Takes requests on one port for each server, which the operator leads to it by the server's "
+        "Service. Settings come from the environment: OCTAVO_…",
+    )
     renders = commands.add_parser("render", help="print the objects that would be applied; needs no cluster")
     renders.add_argument("-f", "--filename", required=True, metavar="FILE", help="manifest with LLMServers; - is stdin")
     renders.add_argument("-n", "--namespace", default="default", help="for manifests that name none")
@@ -51,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match parsed.command:
             case "run":
                 return _run()
+            case "activator":
+                return _activate()
             case "render":
                 engine, known = from_environment().engine, parsed.pod_monitors
                 text = _text(parsed.filename)
@@ -127,6 +136,22 @@ def _run() -> int:
         return asyncio.run(run(settings))
     except UnavailableError as error:
         print(f"octavo-operator run: {error}", file=sys.stderr)
+        return 1
+
+
+def _activate() -> int:
+    import asyncio
+
+    from octavo_operator.activator import settings as activator
+    from octavo_operator.activator.serve import serve
+    from octavo_operator.cluster import UnavailableError
+
+    settings = activator.from_environment()
+    set_up(settings.log_level, settings.log_format)
+    try:
+        return asyncio.run(serve(settings))
+    except UnavailableError as error:
+        print(f"octavo-operator activator: {error}", file=sys.stderr)
         return 1
 
 

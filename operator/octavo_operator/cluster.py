@@ -61,6 +61,7 @@ KINDS = {
     "Job": Kind("batch/v1", "jobs"),
     "PersistentVolumeClaim": Kind("v1", "persistentvolumeclaims"),
     "Ingress": Kind("networking.k8s.io/v1", "ingresses"),
+    "EndpointSlice": Kind("discovery.k8s.io/v1", "endpointslices"),
     "NetworkPolicy": Kind("networking.k8s.io/v1", "networkpolicies"),
     "HTTPRoute": Kind("gateway.networking.k8s.io/v1", "httproutes"),
     "InferencePool": Kind("inference.networking.k8s.io/v1", "inferencepools"),

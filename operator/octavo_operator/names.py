@@ -28,6 +28,11 @@ MANAGED_BY = "octavo-operator"
 APPLIED_ANNOTATION = "octavo.dev/applied"
 """On children: a digest of what was applied. It differs when a field was taken away, which a comparison cannot see."""
 
+SERVICE_NAME_LABEL = "kubernetes.io/service-name"
+SLICE_MANAGED_BY_LABEL = "endpointslice.kubernetes.io/managed-by"
+ACTIVATOR_PORT_LABEL = "octavo.dev/activator-port"
+"""On the EndpointSlice by which a Service leads to the activator: the port that stands for the server there."""
+
 RESTART_ANNOTATION = "octavo.dev/restart"
 """On pods: spec.restart.id, so that a new one makes new pods."""
 
@@ -58,8 +63,9 @@ SERVING = "Ready"
 DEGRADED = "Degraded"
 DRAINING = "Draining"
 SUSPENDED = "Suspended"
+ASLEEP = "Asleep"
 FAILED = "Failed"
-PHASES = (PENDING, DOWNLOADING, LOADING, SERVING, DEGRADED, DRAINING, SUSPENDED, FAILED)
+PHASES = (PENDING, DOWNLOADING, LOADING, SERVING, DEGRADED, DRAINING, SUSPENDED, ASLEEP, FAILED)
 
 # Stages of a pod that has no engine to ask; the others are octavo_engine.status.Stage.
 POD_PENDING = "pending"

@@ -77,27 +77,27 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
     return Settings(
         engine=EngineDefaults(
             image=environ.get("OCTAVO_ENGINE_IMAGE") or default.engine.image,
-            pull_policy=_choice(environ, "OCTAVO_ENGINE_IMAGE_PULL_POLICY", PULL_POLICIES, default.engine.pull_policy),
-            pull_secrets=_words(environ, "OCTAVO_ENGINE_IMAGE_PULL_SECRETS"),
+            pull_policy=choice(environ, "OCTAVO_ENGINE_IMAGE_PULL_POLICY", PULL_POLICIES, default.engine.pull_policy),
+            pull_secrets=words(environ, "OCTAVO_ENGINE_IMAGE_PULL_SECRETS"),
             env=_variables(environ, "OCTAVO_ENGINE_ENV"),
             ingress_annotations=_texts(environ, "OCTAVO_INGRESS_ANNOTATIONS"),
             pod_monitor_labels=_texts(environ, "OCTAVO_POD_MONITOR_LABELS"),
             operator_namespace=environ.get("OCTAVO_NAMESPACE") or _own_namespace(),
             profiles=_profiles(environ, "OCTAVO_ENGINE_PROFILES"),
         ),
-        watch_namespaces=_words(environ, "OCTAVO_WATCH_NAMESPACES"),
+        watch_namespaces=words(environ, "OCTAVO_WATCH_NAMESPACES"),
         namespace=environ.get("OCTAVO_NAMESPACE") or _own_namespace(),
         identity=environ.get("OCTAVO_IDENTITY") or f"{socket.gethostname()}-{os.getpid()}",
         listen_host=environ.get("OCTAVO_LISTEN_HOST") or default.listen_host,
-        listen_port=int(_number(environ, "OCTAVO_LISTEN_PORT", default.listen_port, 0, 65535)),
-        log_level=_choice(environ, "OCTAVO_LOG_LEVEL", LOG_LEVELS, default.log_level),
-        log_format=_choice(environ, "OCTAVO_LOG_FORMAT", FORMATS, default.log_format),
+        listen_port=int(number(environ, "OCTAVO_LISTEN_PORT", default.listen_port, 0, 65535)),
+        log_level=choice(environ, "OCTAVO_LOG_LEVEL", LOG_LEVELS, default.log_level),
+        log_format=choice(environ, "OCTAVO_LOG_FORMAT", FORMATS, default.log_format),
         alerts_rule=environ.get("OCTAVO_ALERTS_RULE"),
         boards_namespace=environ.get("OCTAVO_BOARDS_NAMESPACE"),
-        lease_seconds=int(_number(environ, "OCTAVO_LEASE_SECONDS", default.lease_seconds, 3, 3600)),
-        loading_poll_s=_number(environ, "OCTAVO_LOADING_POLL_SECONDS", default.loading_poll_s, 0.1, 60),
-        settled_poll_s=_number(environ, "OCTAVO_SETTLED_POLL_SECONDS", default.settled_poll_s, 1, 3600),
-        resync_s=_number(environ, "OCTAVO_RESYNC_SECONDS", default.resync_s, 1, 3600),
+        lease_seconds=int(number(environ, "OCTAVO_LEASE_SECONDS", default.lease_seconds, 3, 3600)),
+        loading_poll_s=number(environ, "OCTAVO_LOADING_POLL_SECONDS", default.loading_poll_s, 0.1, 60),
+        settled_poll_s=number(environ, "OCTAVO_SETTLED_POLL_SECONDS", default.settled_poll_s, 1, 3600),
+        resync_s=number(environ, "OCTAVO_RESYNC_SECONDS", default.resync_s, 1, 3600),
     )
 
 
@@ -131,18 +131,18 @@ def _texts(environ: Mapping[str, str], name: str) -> dict[str, str]:
         raise SettingsError(f"{name}: got {environ[name]!r}, expected an object of texts") from None
 
 
-def _words(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
+def words(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in environ.get(name, "").split(",") if word.strip())
 
 
-def _choice(environ: Mapping[str, str], name: str, choices: tuple[str, ...], default: str) -> str:
+def choice(environ: Mapping[str, str], name: str, choices: tuple[str, ...], default: str) -> str:
     value = environ.get(name) or default
     if value not in choices:
         raise SettingsError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
     return value
 
 
-def _number(environ: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
+def number(environ: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
     text = environ.get(name)
     if not text:
         return default
