@@ -20,9 +20,13 @@ from octavo_operator.observed import Pod
 Document = dict[str, Any]
 WATCHED = (
     *(names.KIND, "Deployment", "Service", "PodDisruptionBudget", "Pod"),
-    *("Job", "PersistentVolumeClaim", "Ingress", "NetworkPolicy", "HorizontalPodAutoscaler"),
+    *("Job", "PersistentVolumeClaim", "Ingress", "NetworkPolicy", "HorizontalPodAutoscaler", "EndpointSlice"),
 )
 """Kinds that every cluster has. Others, such as PodMonitors, come and go with their CRDs, and are read at each look."""
+SELECTORS = {
+    # The controller of EndpointSlices copies the Service's labels onto its own ones, which are many and change often.
+    "EndpointSlice": f"{names.SERVER_LABEL},{names.SLICE_MANAGED_BY_LABEL}={names.MANAGED_BY}",
+}
 Id = tuple[str, str]
 """Kind and name, within a server's namespace."""
 GRAVES = 4096
@@ -99,7 +103,19 @@ class Cache:
         return Seen(json.loads(resource.state), children, pods)
 
     def servers(self) -> list[Key]:
+        """Of all of which anything is known: of some there may be children alone, whose server has gone before them."""
         return list(self._servers)
+
+    def present(self) -> list[Key]:
+        """Servers that are there."""
+        return [key for key, entries in self._servers.items() if (names.KIND, key[1]) in entries]
+
+    def documents(self, kind: str) -> Iterator[tuple[Key, Document]]:
+        """Every child of the kind that has its server's name."""
+        for key, entries in self._servers.items():
+            entry = entries.get((kind, key[1]))
+            if entry is not None and isinstance(entry.state, bytes):
+                yield key, json.loads(entry.state)
 
     def known(self, kind: str) -> Iterator[tuple[Key, Document]]:
         """Of each object of the kind: its server, and as much metadata as `drop` wants."""
@@ -109,6 +125,11 @@ class Cache:
                     labels = {names.SERVER_LABEL: key[1]}
                     metadata = {"namespace": key[0], "name": name, "labels": labels, "uid": entry.uid}
                     yield key, {**metadata, "resourceVersion": str(entry.version)}
+
+
+def selector_of(kind: str) -> str | None:
+    """Labels of the objects of a kind that the watches and lists ask for."""
+    return None if kind == names.KIND else SELECTORS.get(kind, names.SERVER_LABEL)
 
 
 def key_of(kind: str, metadata: Mapping[str, Any]) -> Key:

@@ -186,13 +186,13 @@ class Cluster:
             "apply", body["kind"], path, body=body, query=query, content_type="application/apply-patch+yaml"
         )
 
-    async def scale(self, server: Document, replicas: int) -> Document | Refusal:
-        """Sets spec.replicas by the scale subresource, unless somebody has changed the server since it was read."""
-        metadata = server["metadata"]
-        path = KINDS[names.KIND].path(metadata["namespace"], metadata["name"], "scale")
+    async def scale(self, document: Document, replicas: int) -> Document | Refusal:
+        """Sets spec.replicas by the scale subresource, unless somebody has changed the object since it was read."""
+        kind, metadata = document["kind"], document["metadata"]
+        path = KINDS[kind].path(metadata["namespace"], metadata["name"], "scale")
         body = {"metadata": {"resourceVersion": metadata["resourceVersion"]}, "spec": {"replicas": replicas}}
         content = "application/merge-patch+json"
-        return await self._request("scale", names.KIND, path, body=body, content_type=content)
+        return await self._request("scale", kind, path, body=body, content_type=content)
 
     async def create(self, body: Document) -> Document | Refusal:
         path = KINDS[body["kind"]].path(body["metadata"]["namespace"])

@@ -20,6 +20,7 @@ from octavo_operator.quantity import gib
 from octavo_operator.replicas import Replica, headline
 from octavo_operator.rollout import Decision
 from octavo_operator.spec import Problem, Server
+from octavo_operator.wake import Waking, sentence
 
 Truth = Literal["True", "False", "Unknown"]
 
@@ -71,6 +72,8 @@ class View:
     """Beside those of single pods: objects that could not be applied, pods that may not be made."""
     rollout: Decision | None = None
     monitoring: Monitoring = field(default_factory=Monitoring)
+    waking: Waking | None = None
+    """How the server is woken when it sleeps; None where it does not."""
     prefetch: tuple[Replica, ...] | None = None
     """The pods that download the model, while the present spec's pods wait for it; None when nothing waits."""
 
@@ -157,7 +160,8 @@ def _ready(view: View) -> Finding:
     if view.server.spec.suspend:
         return Finding(names.READY, "False", "Suspended", "Set suspend to false to start its pods.")
     if view.desired == 0:
-        return Finding(names.READY, "False", "ScaledToZero", "Raise replicas to start pods.")
+        how = sentence(view.server, view.waking) if view.waking else "Raise replicas to start pods."
+        return Finding(names.READY, "False", "ScaledToZero", how)
     if view.ready >= view.desired:
         return Finding(names.READY, "True", "AllReplicasReady", f"{count} at {url(view.server)}.")
     if view.ready:

@@ -14,7 +14,7 @@ from typing import Any
 import kopf
 
 from octavo_operator import names
-from octavo_operator.cache import WATCHED, Cache, key_of
+from octavo_operator.cache import WATCHED, Cache, key_of, selector_of
 from octavo_operator.cluster import KINDS
 from octavo_operator.names import Key
 
@@ -55,7 +55,7 @@ def settings() -> kopf.OperatorSettings:
     # Kinds are known, and namespaces are given or all: nothing to discover, and no rights on CRDs and namespaces.
     chosen.scanning.disabled = True
     for kind in WATCHED[1:]:
-        chosen.watching.label_selectors[_resource(kind)] = names.SERVER_LABEL
+        chosen.watching.label_selectors[_resource(kind)] = selector_of(kind) or names.SERVER_LABEL
     logging.getLogger("kopf").setLevel(logging.WARNING)
     return chosen
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from octavo_operator.desired import common
 from octavo_operator.desired.monitoring import pod_monitor_labels
-from octavo_operator.desired.network_policy import NAMESPACE_NAME
 from octavo_operator.settings import Settings
 from octavo_operator.spec import Server
+from octavo_operator.wake import NAMESPACE_NAME
 
 Document = Mapping[str, Any]
 What = Literal["podMonitor", "rule"]

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from octavo_engine.status import Statusz
-from octavo_operator import metrics, names, observed, status
+from octavo_operator import metrics, names, observed, status, wake
 from octavo_operator.announce import Announcement, announcements
 from octavo_operator.cache import WATCHED, Cache, Seen
 from octavo_operator.causes import About, Cause, Wanted, refusal_of_object, refusal_of_pods
@@ -25,6 +25,7 @@ from octavo_operator.conditions import Finding, View, conditions, conditions_of_
 from octavo_operator.desired import objects
 from octavo_operator.desired.cache import store_claim
 from octavo_operator.desired.monitoring import pod_annotations
+from octavo_operator.desired.wake import endpoint_slice
 from octavo_operator.monitoring import Monitoring
 from octavo_operator.names import Key
 from octavo_operator.neighbours import Neighbours
@@ -36,6 +37,7 @@ from octavo_operator.rollout import Decision, decide, deletion_costs, put_back
 from octavo_operator.scaling import History, scale
 from octavo_operator.settings import Settings
 from octavo_operator.spec import Problem, Server, parse
+from octavo_operator.wake import Waking
 from octavo_operator.workers import Next
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,18 @@ EVENTS_AFTER = timedelta(seconds=3)
 """A pod that is still being created after this long may have its reason in an event."""
 PODS_WITH_EVENTS = 4
 """Of how many such pods events are read: all of a server's pods mount the same volumes."""
+
+
+class Activator(Protocol):
+    addresses: tuple[str, ...]
+
+    @property
+    def on(self) -> bool: ...
+    def asked(self, key: Key) -> bool: ...
+    def need(self, key: Key, *, needed: bool) -> None: ...
+    def know(self, key: Key) -> None: ...
+    def forget(self, key: Key) -> None: ...
+    def port(self, key: Key, present: Mapping[str, Any] | None) -> int | None: ...
 
 
 class Engines(Protocol):
@@ -76,9 +90,15 @@ class _Known:
 
 class Reconciler:
     def __init__(
-        self, cluster: Cluster, cache: Cache, engines: Engines, settings: Settings, clock: Callable[[], datetime]
+        self,
+        cluster: Cluster,
+        cache: Cache,
+        engines: Engines,
+        activator: Activator,
+        settings: Settings,
+        clock: Callable[[], datetime],
     ) -> None:
-        self._cluster, self._cache, self._engines = cluster, cache, engines
+        self._cluster, self._cache, self._engines, self._activator = cluster, cache, engines, activator
         self._settings, self._clock = settings, clock
         self._known: dict[Key, _Known] = {}
         self._neighbours = Neighbours(cluster, settings)
@@ -101,8 +121,10 @@ class Reconciler:
         if seen is None:
             self._known.pop(key, None)
             metrics.STATUSES.forget(key)
+            self._activator.forget(key)
             return Next(gone=True)
         if "deletionTimestamp" in seen.resource["metadata"]:
+            self._activator.know(key)
             return Next()  # its children go by their owner references
         world = await self._ask_engines(key, await self._observe(key, seen, changed))
         now, known = self._clock(), self._known[key]
@@ -112,11 +134,17 @@ class Reconciler:
         known.settled_with = None
         server = parse(seen.resource, self._settings.engine.profiles)
         if not isinstance(server, Server):
+            self._activator.know(key)
             return await self._report_invalid(key, seen, server, world, now)
+        found = replicas(world, _wanted(server), now)
+        waking = self._waking(key, server, world)
         wanted = objects(server, self._settings.engine, pod_monitors_known=world.pod_monitors_known)
+        # While no pod is ready, and from the moment that the last one is to go: it takes requests for a while yet.
+        leads = not any(replica.ready for replica in found) or not server.spec.desired_replicas
+        if waking and (slice := endpoint_slice(server, waking, leads=leads)):
+            wanted.append(slice)
         scrape = pod_annotations(server, pod_monitors_known=world.pod_monitors_known)
         world = await self._look_where_children_go(key, wanted, world)
-        found = replicas(world, _wanted(server), now)
         present = world.own("Deployment", server.uid)
         before = status.read_part(RevisionStatus, seen.resource.get("status", {}).get("revision"))
         waiting = waits(wanted, world.children)
@@ -138,6 +166,7 @@ class Reconciler:
             unannotated=unannotated,
             causes=causes,
             prefetch=await self._look_at_prefetch(key, server) if waiting else None,
+            waking=waking,
         )
         if server.spec.scales_itself:
             await self._scale(key, server, seen, found, now)
@@ -148,7 +177,7 @@ class Reconciler:
             return Next(REFUSED_POLL_S)  # nobody watches what stands in the way
         if not view.settled:
             return Next(self._settings.loading_poll_s)
-        if server.spec.scales_itself and view.desired:
+        if server.spec.scales_itself and (view.desired or self._activator.asked(key)):
             return Next(SCALING_POLL_S)
         known.settled_with = said if len(said) == view.desired else None
         return Next(self._settings.settled_poll_s)
@@ -161,6 +190,18 @@ class Reconciler:
             known.polled_before = frozenset(known.polled)
         children = {**seen.children, **known.polled}
         return World(children, seen.pods, pod_monitors_known="PodMonitor" in self._kinds)
+
+    def _waking(self, key: Key, server: Server, world: World) -> Waking | None:
+        """How the server is woken; None where it does not go to sleep."""
+        sleeps = wake.may_sleep(server)
+        why = wake.barrier(server, self._settings.namespace, activator=self._activator.on) if sleeps else ""
+        self._activator.need(key, needed=sleeps and not why)
+        if not sleeps or why:
+            return Waking(barrier=why) if sleeps else None
+        port = self._activator.port(key, world.own("EndpointSlice", server.uid))
+        if port is None:
+            return Waking(barrier=f"all {len(wake.PORTS)} ports of the activator stand for other servers")
+        return Waking(port, self._activator.addresses)
 
     async def _look_where_children_go(self, key: Key, wanted: Sequence[dict[str, Any]], world: World) -> World:
         """The world with what has the name of a child that is to be made: another's, or ours and not told of yet."""
@@ -213,7 +254,8 @@ class Reconciler:
         assert spec.autoscaling is not None
         known.scaling = known.scaling or History(now)
         loads = [replica.engine.load for replica in found if replica.ready and replica.engine]
-        decision = scale(spec.autoscaling, spec.replicas, loads, known.scaling, now)
+        asked = self._activator.asked(key)
+        decision = scale(spec.autoscaling, spec.replicas, loads, known.scaling, now, asked=asked)
         if decision is None or decision.replicas == spec.replicas:
             return
         answer = await self._cluster.scale(seen.resource, decision.replicas)

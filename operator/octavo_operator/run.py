@@ -16,6 +16,7 @@ from typing import Any
 import kopf
 
 from octavo_operator import handlers, metrics
+from octavo_operator.activators import Activators
 from octavo_operator.cache import Cache
 from octavo_operator.cluster import Cluster, UnavailableError
 from octavo_operator.endpoints import serve
@@ -66,7 +67,14 @@ async def run(settings: Settings) -> int:
 async def _lead(settings: Settings, cluster: Cluster, leader: Leader, stop: asyncio.Event) -> int:
     engines = EngineClient(settings.statusz_timeout_s)
     cache = Cache()
-    reconciler = Reconciler(cluster, cache, engines, settings, _now)
+
+    def wake(key: Key) -> None:
+        workers.wake(key)
+
+    activators = Activators(
+        *(cluster, cache, wake, settings.namespace), settings.activator, settings.activator_replicas
+    )
+    reconciler = Reconciler(cluster, cache, engines, activators, settings, _now)
 
     async def look(key: Key, changed: bool) -> Next:
         with metrics.LOOKS.time():
@@ -83,8 +91,10 @@ async def _lead(settings: Settings, cluster: Cluster, leader: Leader, stop: asyn
             workers.wake(key)
         watches = _watch(settings, handlers.registry(cache, workers.wake), stop)
         tended = _tend(settings, reconciler, workers, sweep)
-        return 1 if await _first(watches, stop.wait(), leader.hold(), tended) >= 2 else 0
+        ends = (watches, stop.wait(), leader.hold(), tended, activators.tend())
+        return 1 if await _first(*ends) >= 2 else 0
     finally:
+        await activators.close()
         await workers.close()
         await engines.close()
 

@@ -69,6 +69,10 @@ class Settings:
     """Between lists of everything's metadata, which find what a watch has lost."""
     statusz_timeout_s: float = 1.0
     """Longest wait for an engine's /statusz."""
+    activator: str = ""
+    """Name of the activator's Deployment and Service, beside the operator; empty where it is off."""
+    activator_replicas: int = 2
+    """Its replicas, while some server may go to zero."""
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -98,6 +102,8 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         loading_poll_s=number(environ, "OCTAVO_LOADING_POLL_SECONDS", default.loading_poll_s, 0.1, 60),
         settled_poll_s=number(environ, "OCTAVO_SETTLED_POLL_SECONDS", default.settled_poll_s, 1, 3600),
         resync_s=number(environ, "OCTAVO_RESYNC_SECONDS", default.resync_s, 1, 3600),
+        activator=environ.get("OCTAVO_ACTIVATOR") or default.activator,
+        activator_replicas=int(number(environ, "OCTAVO_ACTIVATOR_REPLICAS", default.activator_replicas, 1, 100)),
     )
 
 

@@ -151,7 +151,9 @@ def _phase(view: View) -> str:
     if cause and cause.about is About.OBJECTS:
         return names.FAILED
     if view.desired == 0:
-        return names.DRAINING if view.replicas else names.SUSPENDED
+        if view.replicas:
+            return names.DRAINING
+        return names.ASLEEP if view.waking else names.SUSPENDED
     if view.ready:
         return names.DEGRADED if cause else names.SERVING
     stages = {replica.stage for replica in view.live}

@@ -12,8 +12,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from octavo_operator import metrics, names
-from octavo_operator.cache import WATCHED, Cache, key_of
+from octavo_operator import metrics
+from octavo_operator.cache import WATCHED, Cache, key_of, selector_of
 from octavo_operator.cluster import Cluster
 from octavo_operator.names import Key
 
@@ -40,7 +40,7 @@ class Sweep:
         """Reads everything, before anything is decided: what is not read yet must not seem to be missing."""
         for kind in WATCHED:
             for namespace in self._namespaces:
-                async for documents, _ in self._cluster.pages(kind, namespace, labels=_labels(kind)):
+                async for documents, _ in self._cluster.pages(kind, namespace, labels=selector_of(kind)):
                     for document in documents:
                         self._cache.put(kind, document)
 
@@ -75,7 +75,7 @@ class Sweep:
         listed_at: int | None = None
         for namespace in self._namespaces:
             async for documents, version in self._cluster.pages(
-                kind, namespace, labels=_labels(kind), only_metadata=True
+                kind, namespace, labels=selector_of(kind), only_metadata=True
             ):
                 listed_at = min(version, listed_at) if listed_at is not None else version
                 for document in documents:
@@ -98,7 +98,3 @@ class Sweep:
         if news:
             self._wake(key_of(kind, metadata))
         return int(news)
-
-
-def _labels(kind: str) -> str | None:
-    return None if kind == names.KIND else names.SERVER_LABEL

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
+from octavo_operator.activator import settings as activator
+from octavo_operator.activators import MANAGEMENT_PORT
 from octavo_operator.settings import from_environment
+from octavo_operator.wake import ACTIVATOR_LABELS, PORTS
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "octavo"
@@ -37,8 +40,11 @@ def render(helm: str, *flags: str) -> list[dict[str, Any]]:
     return [document for document in yaml.safe_load_all(done.stdout) if document]
 
 
-def only(documents: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    found = [document for document in documents if document["kind"] == kind]
+def only(documents: list[dict[str, Any]], kind: str, name: str = "") -> dict[str, Any]:
+    """The document of that kind; of the operator's own, where the activator has one too."""
+    found = [d for d in documents if d["kind"] == kind and (d["metadata"]["name"] == name or not name)]
+    if len(found) > 1:
+        found = [document for document in found if "activator" not in document["metadata"]["name"]]
     assert len(found) == 1, [d["kind"] for d in documents]
     return found[0]
 
@@ -81,6 +87,8 @@ def test_watched_namespaces_turn_the_cluster_role_into_roles(helm):
     assert not [d for d in documents if d["kind"].startswith("ClusterRole")]
     roles = {d["metadata"]["namespace"] for d in documents if d["kind"] == "Role"}
     assert roles == {"team-a", "team-b", "octavo-system"}
+    by_name = {(d["metadata"]["name"], d["metadata"]["namespace"]) for d in documents if d["kind"] == "RoleBinding"}
+    assert {("octavo-activator", "team-a"), ("octavo-activator", "team-b")} <= by_name
     environment = only(documents, "Deployment")["spec"]["template"]["spec"]["containers"][0]["env"]
     assert {"name": "OCTAVO_WATCH_NAMESPACES", "value": "team-a,team-b"} in environment
 
@@ -115,31 +123,36 @@ def named(documents: list[dict[str, Any]], kind: str) -> list[str]:
 @pytest.mark.parametrize(
     ("flags", "kind", "names"),
     [
-        ([], "PodDisruptionBudget", ["octavo-operator"]),
-        (["operator.replicas=1"], "PodDisruptionBudget", []),
-        (["operator.podDisruptionBudget=false"], "PodDisruptionBudget", []),
+        ([], "PodDisruptionBudget", ["octavo-activator", "octavo-operator"]),
+        (["operator.replicas=1"], "PodDisruptionBudget", ["octavo-activator"]),
+        (["operator.podDisruptionBudget=false", "activator.replicas=1"], "PodDisruptionBudget", []),
         ([], "PodMonitor", []),
-        (["metrics.podMonitor.enabled=true"], "PodMonitor", ["octavo-operator"]),
+        (["metrics.podMonitor.enabled=true"], "PodMonitor", ["octavo-activator", "octavo-operator"]),
         ([], "PrometheusRule", []),
         (["alerts.enabled=true"], "PrometheusRule", ["octavo-operator"]),
         (["dashboards.enabled=false"], "ConfigMap", []),
         ([], "ConfigMap", ["octavo-operator-dashboard-operator", "octavo-operator-dashboard-servers"]),
         ([], "NetworkPolicy", []),
-        (["networkPolicy.enabled=true"], "NetworkPolicy", ["octavo-operator"]),
-        ([], "Service", ["octavo-operator"]),
+        (["networkPolicy.enabled=true"], "NetworkPolicy", ["octavo-activator", "octavo-operator"]),
+        ([], "Service", ["octavo-activator", "octavo-operator"]),
         ([], "Pod", ["octavo-operator-test"]),
-        (["tests.enabled=false"], "Service", []),
+        (["tests.enabled=false"], "Service", ["octavo-activator"]),
         (["tests.enabled=false"], "Pod", []),
         ([], "LLMServer", []),
         (["servers[0].name=a", "servers[0].spec.replicas=1", "servers[1].name=b", "servers[1].spec.replicas=2"],
          "LLMServer", ["a", "b"]),
-        (["fullnameOverride=mine"], "Deployment", ["mine"]),
-        (["nameOverride=mine"], "Deployment", ["mine-operator"]),
-        (["rbac.aggregate=false"], "ClusterRole", ["octavo-operator"]),
+        (["fullnameOverride=mine"], "Deployment", ["mine", "mine-activator"]),
+        (["nameOverride=mine"], "Deployment", ["mine-activator", "mine-operator"]),
+        (["rbac.aggregate=false"], "ClusterRole", ["octavo-activator", "octavo-operator"]),
+        (["activator.enabled=false"], "Deployment", ["octavo-operator"]),
+        (["activator.enabled=false"], "Service", ["octavo-operator"]),
+        (["activator.enabled=false", "metrics.podMonitor.enabled=true"], "PodMonitor", ["octavo-operator"]),
+        (["activator.enabled=false", "networkPolicy.enabled=true"], "NetworkPolicy", ["octavo-operator"]),
+        (["activator.enabled=false", "rbac.aggregate=false"], "ClusterRole", ["octavo-operator"]),
     ],
 )  # fmt: skip
 def test_each_branch_makes_what_it_is_for(helm, flags, kind, names):
-    assert named(render(helm, *(f"--set={flag}" for flag in flags)), kind) == names
+    assert sorted(named(render(helm, *(f"--set={flag}" for flag in flags)), kind)) == names
 
 
 MONITORS = ("PodMonitor", "PrometheusRule")
@@ -149,7 +162,10 @@ MONITORS = ("PodMonitor", "PrometheusRule")
     ("flags", "made"),
     [
         ([], []),
-        ([f"--api-versions=monitoring.coreos.com/v1/{kind}" for kind in MONITORS], ["PodMonitor", "PrometheusRule"]),
+        (
+            [f"--api-versions=monitoring.coreos.com/v1/{kind}" for kind in MONITORS],
+            [*MONITORS[:1] * 2, "PrometheusRule"],
+        ),
         (
             [f"--api-versions=monitoring.coreos.com/v1/{kind}" for kind in MONITORS]
             + ["--set=alerts.enabled=false,metrics.podMonitor.enabled=false"],
@@ -237,7 +253,9 @@ def test_common_labels_and_annotations_are_on_everything_but_the_hook(helm):
 
 def test_every_container_of_the_chart_is_confined(helm):
     documents = render(helm)
-    pods = [only(documents, "Deployment")["spec"]["template"]["spec"], only(documents, "Pod")["spec"]]
+    deployments = [d for d in documents if d["kind"] == "Deployment"]
+    pods = [*(d["spec"]["template"]["spec"] for d in deployments), only(documents, "Pod")["spec"]]
+    assert len(deployments) == 2
 
     for pod in pods:
         assert pod["securityContext"]["runAsNonRoot"] is True
@@ -270,6 +288,57 @@ def test_what_the_operator_is_told_of_engines_is_what_it_reads(helm):
     assert (settings.lease_seconds, settings.log_level) == (20, "debug")
 
 
+ACTIVATOR = "octavo-activator"
+
+
+def test_the_activator_may_read_two_kinds_and_write_none(helm):
+    for flags in ([], ["--set", "watchNamespaces={a,b}"]):
+        documents = [d for d in render(helm, *flags) if d["metadata"]["name"] == ACTIVATOR]
+        granted = [(rule["resources"], rule["verbs"]) for rule in rules(documents)]
+
+        assert granted == [(["llmservers"], ["get"]), (["endpointslices"], ["list"])] * max(len(flags), 1)
+        bound = [d for d in documents if d["kind"].endswith("RoleBinding")]
+        assert all(d["subjects"][0]["name"] == ACTIVATOR for d in bound)
+
+
+def test_what_the_activator_is_told_is_what_it_reads_and_its_replicas_are_the_operators(helm):
+    values = {"holdSeconds": 60, "requestsPerServer": 3, "requests": 9, "bodyMiB": 2, "bytesMiB": 7, "replicas": 4}
+    documents = render(helm, f"--set-json={_joined({'activator': values, 'watchNamespaces': ['a']})}")
+    deployment = only(documents, "Deployment", ACTIVATOR)
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    settings = activator.from_environment({one["name"]: one["value"] for one in container["env"]})
+    told = only(documents, "Deployment")["spec"]["template"]["spec"]["containers"][0]["env"]
+    operator = from_environment({one["name"]: one["value"] for one in told if "value" in one})
+
+    assert settings.bounds == activator.Bounds(3, 9, 2 * 2**20, 7 * 2**20, 60)
+    assert settings.watch_namespaces == ("a",)
+    assert settings.management_port == container["ports"][0]["containerPort"] == MANAGEMENT_PORT
+    assert "replicas" not in deployment["spec"], "helm upgrade would set them back"
+    assert (operator.activator, operator.activator_replicas) == (ACTIVATOR, 4)
+    # It ends when it has waited out what it holds.
+    assert pod["terminationGracePeriodSeconds"] >= settings.leave_s + settings.grace_s
+    assert container["args"] == ["activator"]
+
+
+def test_the_policies_of_operator_and_activator_let_them_talk(helm):
+    documents = render(helm, "--set=networkPolicy.enabled=true")
+    operator, its = only(documents, "NetworkPolicy"), only(documents, "NetworkPolicy", ACTIVATOR)
+    (clients, management) = its["spec"]["ingress"]
+    labels = only(documents, "Deployment", ACTIVATOR)["spec"]["template"]["metadata"]["labels"]
+
+    assert clients["ports"] == [{"port": PORTS[0], "endPort": PORTS[-1], "protocol": "TCP"}]
+    assert "from" not in clients
+    assert management["from"][0]["podSelector"]["matchLabels"] == operator["spec"]["podSelector"]["matchLabels"]
+    (to,) = [rule["to"] for rule in operator["spec"]["egress"] if rule["ports"] == management["ports"]]
+    assert to[0]["podSelector"]["matchLabels"].items() <= labels.items()
+    assert ACTIVATOR_LABELS.items() <= labels.items()
+    assert (
+        not its["spec"]["podSelector"]["matchLabels"].items()
+        <= only(documents, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
+    ), "each policy is about its own pods"
+
+
 def _joined(values: dict[str, Any]) -> str:
     return ",".join(f"{name}={json.dumps(value)}" for name, value in values.items())
 
@@ -299,7 +368,7 @@ def test_each_value_stands_in_the_schema_and_has_a_line_of_why():
         and not (lines[at - 1].strip().startswith("#") or re.match(r" *[A-Za-z]+:", lines[at - 1]))
     ]
 
-    assert 50 <= count <= 70, count
+    assert 50 <= count <= 75, count
     assert unexplained == []
 
 
@@ -311,6 +380,7 @@ def test_each_value_stands_in_the_schema_and_has_a_line_of_why():
         ["networkPolicy.enabled=true,commonLabels.a=b,commonAnnotations.c=d"],
         ["watchNamespaces={default,kube-system}"],
         ["operator.replicas=1,tests.enabled=false,serviceAccount.create=false,serviceAccount.name=default"],
+        ["activator.enabled=false"],
         ["networkPolicy.enabled=true,networkPolicy.metricsFrom[0].ipBlock.cidr=10.0.0.0/8"],
     ],
 )
@@ -369,6 +439,8 @@ def test_every_value_of_the_operator_reaches_its_pod(helm):
         ("operator.replica=2", "replica"),
         ("operator.replicas=-1", "replicas"),
         ("operator.logLevel=loud", "logLevel"),
+        ("activator.replicas=0", "replicas"),
+        ("activator.holdSeconds=0", "holdSeconds"),
         ("watchNamespaces={Team_A}", "watchNamespaces"),
         ("engine.image=", "image"),
         ("unknown=1", "unknown"),

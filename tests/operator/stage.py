@@ -50,6 +50,7 @@ KINDS = {
     "ingresses": "/apis/networking.k8s.io/v1",
     "networkpolicies": "/apis/networking.k8s.io/v1",
     "httproutes": "/apis/gateway.networking.k8s.io/v1",
+    "endpointslices": "/apis/discovery.k8s.io/v1",
 }
 CHILDREN = ("deployments", "services", "poddisruptionbudgets")
 NODE_LABEL = "octavo.dev/staged"
@@ -461,6 +462,8 @@ def _now() -> str:
 class Operator:
     """`octavo-operator run` as a process in the cluster's network, with the rights that the chart gives it."""
 
+    command, address = "run", "127.0.0.1"
+
     def __init__(
         self,
         cluster: Any,
@@ -492,7 +495,7 @@ class Operator:
         }
         self._log = cluster.logs / f"{identity}-{port}-{time.monotonic():.0f}.log"
         words = ["env", *(f"{name}={value}" for name, value in settings.items())]
-        command = [*words, *python, "-m", "octavo_operator.cli", "run"]
+        command = [*words, *python, "-m", "octavo_operator.cli", self.command]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(cluster.inside(command), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
@@ -503,7 +506,7 @@ class Operator:
         wait_for(lambda: "leading identity" in self.log(), f"{self.identity} to lead: {self.log()}", timeout_s)
 
     def get(self, path: str) -> str:
-        url = f"http://127.0.0.1:{self.port}{path}"
+        url = f"http://{self.address}:{self.port}{path}"
         return str(self.cluster.run(["curl", "-sS", "--max-time", "5", "-w", "%{http_code}", url], check=False).stdout)
 
     def metric(self, name: str) -> float:
@@ -519,3 +522,18 @@ class Operator:
         if self.process.poll() is None:
             self.kill(signal.SIGTERM)
         return self.process.wait(20)
+
+
+class Activator(Operator):
+    """`octavo-operator activator` likewise, at an address of its own."""
+
+    command = "activator"
+
+    def __init__(self, cluster: Any, address: str, **environment: str) -> None:
+        cluster.run(["ip", "address", "replace", f"{address}/32", "dev", "node0"])
+        self.address = address
+        environment = {"OCTAVO_LISTEN_HOST": address, "OCTAVO_ACTIVATOR_LEAVE_SECONDS": "2", **environment}
+        super().__init__(cluster, f"activator-{address}", 8081, "octavo-activator", **environment)
+
+    def wait_serving(self, timeout_s: float = 60) -> None:
+        wait_for(lambda: "taking requests" in self.log(), f"{self.address} to listen: {self.log()}", timeout_s)

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
-from stage import ApiError, Faults, Operator, certificate, chart, says, wait_for
+from stage import Activator, ApiError, Faults, Operator, certificate, chart, says, wait_for
 
 from octavo_engine.status import Failure, FailureCode, Load, Stage
 
@@ -22,11 +22,23 @@ NOT_HERE = {"scaledobjects", "httproutes", "inferencepools"} | PROMETHEUS_OPERAT
 """Kinds whose CRDs this cluster does not have; what is done with them is done by the code for the others."""
 
 
+@pytest.fixture(scope="module")
+def activator_objects(cluster, api):
+    """What the chart makes for the activator; its pods' image is one that the node has."""
+    documents = chart("octavo", "activator", values=("operator.image=localhost/pause:1",))
+    cluster.kubectl("apply", "--server-side", "-f", "-", stdin=documents)
+    yield
+    cluster.kubectl("delete", "--wait=false", "-f", "-", stdin=documents)
+
+
+@pytest.mark.usefixtures("activator_objects")
 def test_the_operator_is_granted_what_it_calls_and_nothing_more(stage, cluster, api):
     record = cluster.state / "calls"
+    forget_lease(api)  # the first operator of a cluster makes it
     faults = Faults(cluster, 18220)
     faults.do(record=str(record))
-    running = Operator(cluster, "rights", 18120, server=faults.url, OCTAVO_RESYNC_SECONDS="4")
+    settings = {"OCTAVO_RESYNC_SECONDS": "4", "OCTAVO_ACTIVATOR": "octavo-activator"}
+    running = Operator(cluster, "rights", 18120, server=faults.url, **settings)
     try:
         running.wait_leading()
         live(stage)
@@ -39,12 +51,11 @@ def test_the_operator_is_granted_what_it_calls_and_nothing_more(stage, cluster, 
         log = running.log()
     finally:
         running.stop()
-        with contextlib.suppress(ApiError):
-            api.request("DELETE", "/apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator")
+        forget_lease(api)
     called = {right for line in record.read_text().splitlines() if (right := right_of(line))}
     # Applying what is not there yet is a patch on the wire, and asks for the right to create.
     called |= {(group, kind, "create") for group, kind, verb in called if verb == "patch" and is_made(kind)}
-    granted = set(rights())
+    granted = set(rights("rbac"))
     unused = {right for right in granted - called if right[1] not in NOT_HERE}
 
     assert called <= granted, f"called and not granted: {sorted(called - granted)}"
@@ -52,6 +63,33 @@ def test_the_operator_is_granted_what_it_calls_and_nothing_more(stage, cluster, 
     assert "403" not in log
     assert not any(resource == "secrets" for _, resource, _ in granted)
     assert not any("*" in right for right in granted)
+
+
+@pytest.mark.usefixtures("activator_objects")
+def test_the_activator_is_granted_what_it_calls_and_nothing_more(stage, cluster):
+    record = cluster.state / "calls-of-the-activator"
+    faults = Faults(cluster, 18221)
+    faults.do(record=str(record))
+    stage.serve()
+    labels = {"kubernetes.io/service-name": "qwen", "endpointslice.kubernetes.io/managed-by": "octavo-operator"}
+    labels |= {"octavo.dev/server": "qwen", "octavo.dev/activator-port": "20499"}
+    body = {"metadata": {"name": "qwen", "labels": labels}, "addressType": "IPv4", "endpoints": []}
+    stage.create("endpointslices", {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", **body})
+    running = Activator(cluster, "10.250.0.13", server=faults.url, OCTAVO_ACTIVATOR_HOLD_SECONDS="2")
+    try:
+        running.wait_serving()
+        answer = cluster.run(["curl", "-sS", "--max-time", "30", "-d", "{}", "http://10.250.0.13:20499/v1/x"]).stdout
+    finally:
+        running.stop()
+    called = {right for line in record.read_text().splitlines() if (right := right_of(line))}
+
+    assert "did not wake within 2 s" in answer
+    assert called == set(rights("activator"))
+
+
+def forget_lease(api):
+    with contextlib.suppress(ApiError):
+        api.request("DELETE", "/apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator")
 
 
 def is_made(kind):
@@ -93,6 +131,13 @@ def live(stage):
     time.sleep(1)
     stage.patch("cached", {"cache": None})
     wait_for(lambda: not stage.api.get(jobs)["items"], "it to be gone")
+    stage.serve("sleeps", autoscaling={"minReplicas": 0, "maxReplicas": 1}, replicas=0)
+    slices = f"/apis/discovery.k8s.io/v1/namespaces/{stage.namespace}/endpointslices"
+    wait_for(lambda: stage.api.get(f"{slices}/sleeps"), "the slice that leads to the activator")
+    deployment = "/apis/apps/v1/namespaces/octavo-system/deployments/octavo-activator"
+    wait_for(lambda: stage.api.get(deployment)["spec"]["replicas"] == 2, "the activator to be started")
+    stage.patch("sleeps", {"autoscaling": None})
+    wait_for(lambda: stage.api.get(f"{slices}/sleeps") is None, "its slice to go")
     stage.serve("slow")
     stage.wait_pods(1, "slow")
     time.sleep(5)  # its container is being created for so long that its events are read
@@ -126,8 +171,8 @@ def right_of(line):
     return group, resource, verbs[method]
 
 
-def rights():
-    for document in yaml.safe_load_all(chart("octavo", "rbac")):
+def rights(template):
+    for document in yaml.safe_load_all(chart("octavo", template)):
         if not document or document["metadata"]["name"].endswith(("-edit", "-view")):
             continue
         for rule in document.get("rules", []):

@@ -8,6 +8,31 @@
 {{- end -}}
 {{- end }}
 
+{{/* Of the activator: "RELEASE-activator", or what the operator's name is made of. */}}
+{{- define "octavo.activator" -}}
+{{- $base := .Values.fullnameOverride | default .Values.nameOverride | default .Release.Name -}}
+{{- printf "%s-activator" ($base | trunc 50 | trimSuffix "-") -}}
+{{- end }}
+
+{{- define "octavo.activatorAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- include "octavo.activator" . -}}
+{{- else -}}
+{{- .Values.activator.serviceAccountName | default (include "octavo.activator" .) -}}
+{{- end -}}
+{{- end }}
+
+{{- define "octavo.activatorSelector" -}}
+app.kubernetes.io/name: octavo-activator
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: activator
+{{- end }}
+
+{{- define "octavo.activatorLabels" -}}
+{{ include "octavo.activatorSelector" . }}
+{{ include "octavo.commonLabels" . }}
+{{- end }}
+
 {{- define "octavo.serviceAccount" -}}
 {{- .Values.serviceAccount.name | default (include "octavo.name" .) -}}
 {{- end }}
@@ -19,6 +44,10 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- define "octavo.labels" -}}
 {{ include "octavo.selector" . }}
+{{ include "octavo.commonLabels" . }}
+{{- end }}
+
+{{- define "octavo.commonLabels" -}}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
@@ -57,4 +86,38 @@ runAsNonRoot: true
 runAsUser: 10001
 runAsGroup: 10001
 seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{/* Pull secrets and where the chart's own pods run: a list of the root and of the labels by which pods are spread. */}}
+{{- define "octavo.placement" -}}
+{{- $root := index . 0 -}}
+{{- $operator := $root.Values.operator -}}
+{{- with $root.Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- with $operator.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $operator.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $operator.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $operator.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+topologySpreadConstraints:
+  {{- if $operator.topologySpreadConstraints }}
+  {{- toYaml $operator.topologySpreadConstraints | nindent 2 }}
+  {{- else }}
+  - maxSkew: 1
+    topologyKey: kubernetes.io/hostname
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- index . 1 | nindent 8 }}
+  {{- end }}
 {{- end }}

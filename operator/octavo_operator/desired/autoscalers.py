@@ -11,6 +11,8 @@ from octavo_operator.spec import Server
 QUEUE_METRIC = "octavo:predicted_queue_seconds"
 KV_METRIC = "vllm:kv_cache_usage_perc"
 RUNNING_METRIC = "vllm:num_requests_running"
+WAKES_ONE = "100000"
+"""Held requests for one replica: more than are ever held. KEDA wakes from zero at the first."""
 
 
 def autoscaler(server: Server) -> dict[str, Any] | None:
@@ -44,7 +46,15 @@ def autoscaler(server: Server) -> dict[str, Any] | None:
                 "behavior": behavior,
             },
         }
+    if spec.min_replicas == 0:
+        # What wakes it is measured where requests wait, as no replica is there to measure it. One replica is enough
+        # for any number of them: how many more it takes, its own metrics tell when it is there.
+        held = f'octavo_activator_held_requests{{server="{server.namespace}/{server.name}"}}'
+        woken = [(f"sum({held})", WAKES_ONE)]
+    else:
+        woken = []
     selector = f'namespace="{server.namespace}",octavo_dev_server="{server.name}"'
+    queries = [(f"sum({metric}{{{selector}}})", f"{milli / 1000:g}") for metric, milli in wanted]
     return {
         "apiVersion": "keda.sh/v1alpha1",
         "kind": "ScaledObject",
@@ -61,11 +71,11 @@ def autoscaler(server: Server) -> dict[str, Any] | None:
                     "metricType": "AverageValue",
                     "metadata": {
                         "serverAddress": spec.prometheus_address,
-                        "query": f"sum({metric}{{{selector}}})",
-                        "threshold": f"{milli / 1000:g}",
+                        "query": query,
+                        "threshold": threshold,
                     },
                 }
-                for metric, milli in wanted
+                for query, threshold in (*queries, *woken)
             ],
         },
     }

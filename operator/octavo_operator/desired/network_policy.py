@@ -10,10 +10,9 @@ from octavo_operator.desired import common
 from octavo_operator.expose import Peer
 from octavo_operator.settings import EngineDefaults
 from octavo_operator.spec import Server
+from octavo_operator.wake import NAMESPACE_NAME
 
 EVERY_NAMESPACE: dict[str, Any] = {"namespaceSelector": {}}
-NAMESPACE_NAME = "kubernetes.io/metadata.name"
-"""Kubernetes puts it on every namespace."""
 DNS = [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
 
 
@@ -24,8 +23,6 @@ def network_policy(server: Server, defaults: EngineDefaults) -> dict[str, Any] |
     operator = {"namespaceSelector": {"matchLabels": {NAMESPACE_NAME: defaults.operator_namespace}}}
     metrics = _peers(asked.allow_metrics_from) if asked.allow_metrics_from else [EVERY_NAMESPACE]
     clients = _peers(asked.allow_from) if asked.allow_from else [{"podSelector": {}}]
-    if (scaling := server.spec.autoscaling) and scaling.min_replicas == 0:
-        clients.append(operator)  # what holds requests until a pod is there passes them on
     ingress = [
         {"ports": [_port(API_PORT)], "from": clients},
         {"ports": [_port(MANAGEMENT_PORT)], "from": [operator, *metrics]},

@@ -1,0 +1,241 @@
+"""A server at zero behind its Service: a real kube-proxy, operator and activators, and stand-ins for its engines."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import re
+import subprocess
+import time
+
+import pytest
+from stage import Activator, ApiError, Operator, chart, wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+ZERO = {"minReplicas": 0, "maxReplicas": 2, "scaleDownDelaySeconds": 1, "idleSeconds": 10}
+SLICES = "/apis/discovery.k8s.io/v1/namespaces/octavo-system/endpointslices"
+DEPLOYMENT = "/apis/apps/v1/namespaces/octavo-system/deployments/octavo-activator"
+ADDRESSES = ("10.250.0.11", "10.250.0.12")
+FULL = 3
+"""Requests that each activator holds for one server here."""
+numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def activators(cluster, api):
+    """Two activators as processes, with the chart's rights, and the objects by which the operator finds them."""
+    documents = chart("octavo", "activator", values=("operator.image=localhost/pause:1",))
+    cluster.kubectl("apply", "--server-side", "-f", "-", stdin=documents)
+    running = [
+        Activator(cluster, address, OCTAVO_ACTIVATOR_REQUESTS_PER_SERVER=str(FULL), OCTAVO_ACTIVATOR_HOLD_SECONDS="60")
+        for address in ADDRESSES
+    ]
+    for one in running:
+        one.wait_serving()
+    yield running
+    for one in running:
+        if one.process.poll() is None:
+            one.kill()
+            one.process.wait(10)
+    cluster.kubectl("delete", "--wait=false", "-f", "-", stdin=documents)
+    tell(api, ())
+
+
+@pytest.fixture(scope="module")
+def operator(cluster, api, activators):
+    running = Operator(cluster, "wakes", 18320, OCTAVO_ACTIVATOR="octavo-activator", OCTAVO_ACTIVATOR_REPLICAS="2")
+    try:
+        running.wait_leading()
+        yield running
+        assert running.process.poll() is None, f"the operator ended: {running.log()[-3000:]}"
+    finally:
+        running.stop()
+
+
+def tell(api, addresses):
+    """What the controller of EndpointSlices would say of the activator's pods, which are processes here."""
+    with contextlib.suppress(ApiError):
+        api.request("DELETE", f"{SLICES}/octavo-activator-test")
+    if addresses:
+        labels = {"kubernetes.io/service-name": "octavo-activator"}
+        body = {"metadata": {"name": "octavo-activator-test", "labels": labels}, "addressType": "IPv4"}
+        body["endpoints"] = [{"addresses": [address], "conditions": {"ready": True}} for address in addresses]
+        api.request("POST", SLICES, {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", **body})
+
+
+@pytest.fixture
+def asleep(stage, cluster, operator, activators):
+    """A server that fell asleep before anybody asked it, and the address of its Service."""
+    tell(stage.api, ADDRESSES)
+    cluster.run(["ip", "route", "replace", "local", "10.246.0.0/16", "dev", "lo"])
+    stage.serve(autoscaling=ZERO, replicas=0)
+    leads_to(stage, ADDRESSES)
+    made = Asleep(stage, cluster)
+    wait_for(lambda: ends(made.ask(path="/health"))[0] == "200", "kube-proxy to know the way", 30)
+    return made
+
+
+class Asleep:
+    def __init__(self, stage, cluster):
+        self.stage, self.cluster = stage, cluster
+        self.address = stage.get("services", "qwen")["spec"]["clusterIP"]
+        self.engine = ""
+
+    def ask(self, *more, path="/v1/chat/completions", body=None):
+        """curl on the node, by the address of the Service. Ends with a line of the status."""
+        command = ["curl", "-sSN", "--max-time", "90", "-w", "\n%{http_code}", f"http://{self.address}{path}"]
+        command += ["-d", json.dumps(body)] if body is not None else []
+        command = self.cluster.inside([*command, *more])
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def up(self):
+        """Its pod comes up on the staged node, at an address that leads to the stand-in."""
+        (pod,) = self.stage.wait_pods(1)
+        self.engine = f"10.246.0.{next(numbers)}"
+        pod["status"]["podIP"] = self.engine
+        self.stage.up(pod)
+
+
+def leads_to(stage, addresses):
+    def look():
+        found = stage.get("endpointslices", "qwen")
+        there = [endpoint["addresses"][0] for endpoint in (found or {}).get("endpoints") or []]
+        return found if found and sorted(there) == sorted(addresses) else None
+
+    return wait_for(look, f"the Service to lead to {addresses}: {stage.get('endpointslices', 'qwen')}", 30)
+
+
+def replicas(stage):
+    return stage.get("llmservers", "qwen")["spec"]["replicas"]
+
+
+def ends(process):
+    text, _ = process.communicate(timeout=100)
+    body, _, code = text.rpartition("\n")
+    return code, body
+
+
+def test_requests_wake_their_server_and_are_answered_and_then_it_sleeps_again(asleep, stage):
+    told = stage.wait_condition("Ready", "False", "ScaledToZero")
+    phase = stage.status()["phase"]
+    probes = [ends(asleep.ask(path=path)) for path in ("/health", "/v1/models", "/metrics")]
+    time.sleep(2)
+    still = replicas(stage)
+    plain, stream = asleep.ask(body={"n": 1}), asleep.ask(body={"n": 2, "stream": True})
+    wait_for(lambda: replicas(stage) == 1, "the wake", 30)
+    began = time.monotonic()
+    asleep.up()
+    answers = [ends(plain), ends(stream)]
+    took_s = time.monotonic() - began
+    stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=30)
+    leads_to(stage, ())
+
+    def by_itself():
+        code, text = ends(asleep.ask(body={"n": 3}))
+        return code if "X-Forwarded-For" not in text else None
+
+    straight = wait_for(by_itself, "the Service to lead to the pod alone", 30)
+    with stage.kubelet():
+        wait_for(lambda: replicas(stage) == 0, "it to go to sleep", 60)
+        slept = leads_to(stage, ADDRESSES)
+        wait_for(lambda: stage.status().get("phase") == "Asleep", "its last pod to be gone", 30)
+
+    assert "The first request wakes it, through the activator." in told["message"]
+    assert phase == "Asleep"
+    assert [code for code, _ in probes] == ["200", "200", "503"]
+    assert json.loads(probes[1][1])["data"][0]["id"] == "qwen"
+    assert still == 0, "what only looks wakes nothing"
+    assert [code for code, _ in answers] == ["200", "200"]
+    assert "POST /v1/chat/completions" in answers[0][1]
+    assert asleep.engine in answers[0][1]
+    assert ": octavo stage=" in answers[1][1]
+    assert straight == "200"
+    assert slept["metadata"]["ownerReferences"][0]["kind"] == "LLMServer"
+    print(f"from the pod's readiness to both answers: {took_s:.2f} s")
+    stage.wait_event("Normal", "Scaled")
+
+
+def test_requests_beyond_the_bound_are_told_when_to_come_again_and_the_others_are_answered(asleep, stage):
+    waiting = [asleep.ask("-i", body={"n": n}) for n in range(2 * FULL + 4)]
+    wait_for(lambda: sum(one.poll() is not None for one in waiting) >= 4, "those that are too many to be told", 30)
+    refused = [ends(one) for one in waiting if one.poll() is not None]
+    held = [one for one in waiting if one.returncode is None]
+    wait_for(lambda: replicas(stage) == 1, "the wake", 30)
+    asleep.up()
+    answered = [ends(one) for one in held]
+
+    assert {code for code, _ in refused} == {"503"}
+    assert all(1 <= int(re.search(r"Retry-After: (\d+)", text)[1]) <= 120 for _, text in refused)
+    assert all('"type": "ServiceUnavailableError"' in text for _, text in refused)
+    assert len(answered) <= 2 * FULL
+    assert {code for code, _ in answered} == {"200"}
+    assert len({re.search(r'"n": (\d+)', text.rpartition("\r\n\r\n")[2])[1] for _, text in answered}) == len(held)
+
+
+def test_an_activator_that_is_killed_takes_its_own_requests_along_and_no_others(asleep, stage, activators, cluster):
+    waiting = [asleep.ask(body={"n": n}) for n in range(FULL)]
+    wait_for(lambda: replicas(stage) == 1, "the wake", 30)
+
+    def counts():
+        found = [json.loads(one.get("/held")[:-3])["servers"] for one in activators]
+        return [sum(s["requests"] for s in servers) for servers in found]
+
+    first, _ = wait_for(lambda: (c := counts()) and sum(c) == FULL and c, "all to be held", 30)
+    activators[0].kill()
+    activators[0].process.wait(10)
+    tell(stage.api, ADDRESSES[1:])
+    leads_to(stage, ADDRESSES[1:])
+    later = asleep.ask(body={"n": 9})
+    asleep.up()
+    found = [ends(one) for one in waiting]
+    after = ends(later)
+    activators[0] = Activator(cluster, ADDRESSES[0], OCTAVO_ACTIVATOR_REQUESTS_PER_SERVER=str(FULL))
+    activators[0].wait_serving()
+
+    assert sorted(code for code, _ in found) == ["000"] * first + ["200"] * (FULL - first)
+    assert after[0] == "200"
+
+
+def test_an_activator_that_is_asked_to_end_answers_first_whom_it_holds(asleep, stage, activators, cluster):
+    tell(stage.api, ADDRESSES[:1])
+    leads_to(stage, ADDRESSES[:1])
+    waiting = asleep.ask(body={"n": 1})
+    wait_for(lambda: replicas(stage) == 1, "the wake", 30)
+    activators[0].kill(15)
+    tell(stage.api, ADDRESSES[1:])
+    time.sleep(3)  # it takes no more requests by now
+    runs = activators[0].process.poll() is None
+    asleep.up()
+    answer = ends(waiting)
+    status = activators[0].process.wait(30)
+    activators[0] = Activator(cluster, ADDRESSES[0], OCTAVO_ACTIVATOR_REQUESTS_PER_SERVER=str(FULL))
+    activators[0].wait_serving()
+
+    assert runs
+    assert answer[0] == "200"
+    assert status == 0
+
+
+def test_the_activator_runs_while_a_server_may_go_to_zero_and_not_otherwise(stage, operator, activators):
+    stage.serve(autoscaling=ZERO)
+    wait_for(lambda: stage.api.get(DEPLOYMENT)["spec"]["replicas"] == 2, "the activator to be started", 30)
+    own = wait_for(lambda: stage.get("endpointslices", "qwen"), "a port", 20)
+    stage.patch("qwen", {"autoscaling": None})
+    wait_for(lambda: stage.api.get(DEPLOYMENT)["spec"]["replicas"] == 0, "it to be ended", 30)
+    wait_for(lambda: stage.get("endpointslices", "qwen") is None, "the slice to go", 20)
+
+    assert 20000 <= own["ports"][0]["port"] < 20500
+
+
+def test_without_an_activator_a_server_at_zero_says_so(stage, operator):
+    tell(stage.api, ())
+    stage.serve(autoscaling=ZERO, replicas=0)
+    wait_for(lambda: "when a pod of the activator is ready" in stage.condition("Ready")["message"], "the sentence", 30)
+    stage.serve("secret", autoscaling=ZERO, replicas=0, expose={"tls": {"secretName": "t"}})
+    found = stage.wait_condition("Ready", "False", "ScaledToZero", "secret")
+
+    assert "expose.tls ends at the pods" in found["message"]
+    assert "kubectl scale llm secret" in found["message"]
+    assert stage.get("endpointslices", "secret") is None
