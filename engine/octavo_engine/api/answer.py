@@ -119,6 +119,7 @@ class Answer:
         self._tokenizer = tokenizer
         self._prompt_only = prompt_only
         self._tells_ids = tells_ids
+        self._tells_tokens = tells_ids or sampling.logprobs is not None
         self._token_text = _name_of if names_ids else tokenizer.decode_one
         self._looks_for_tools = format is not None and format.tools is not None
         self.error: str | None = None
@@ -135,8 +136,26 @@ class Answer:
         """What arrived since the last call. Raises ApiError when the engine failed on any choice."""
         return await self._pieces(await self._stream.next())
 
-    def listen(self, listener: Callable[[], None] | None) -> None:
-        self._stream.listen(listener)
+    def listen(
+        self, listener: Callable[[], None] | None, direct: Callable[[Sequence[int]], None] | None = None
+    ) -> None:
+        self._stream.listen(listener, direct)
+
+    def text_of(self) -> Callable[[Sequence[int]], str] | None:
+        """What turns a step's tokens into text and counts them, while the answer is no more than that: one choice that
+        has begun, and neither parsed nor told with its tokens nor looked through for stop strings. Else None."""
+        choice = self._choices[0]
+        decode = choice.text.decode
+        if len(self._choices) > 1 or not choice.started or self._tells_tokens or decode is None:
+            return None
+        if choice.parser is not None or self._prompt_only:
+            return None
+
+        def text_of(token_ids: Sequence[int]) -> str:
+            choice.num_tokens += len(token_ids)
+            return decode(token_ids)
+
+        return text_of
 
     def take(self) -> list[Piece]:
         """As `next`, of what is there. Not where prompts are scored."""

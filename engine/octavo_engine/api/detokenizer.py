@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +48,11 @@ class TextStream:
         self._min_tokens = sampling.min_tokens
         self._has_stop = bool(sampling.stop)
         self._count = 0
+
+    @property
+    def decode(self) -> Callable[[Sequence[int]], str] | None:
+        """What turns tokens that are not the last into text as `push` does, where there are no stop strings."""
+        return None if self._has_stop else self._decoder.push
 
     def push(self, token_ids: Sequence[int], *, last: bool = False, stop_token_id: int | None = None) -> TextDelta:
         """last: no more tokens follow. stop_token_id: the token that ended the output; its text is not part of it."""
@@ -146,13 +151,21 @@ class ByteLevelDecoder:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._table = _byte_table(tokenizer, skip_special_tokens)
+        self._texts = self._table.texts
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._inside = False  # of a character
 
     def push(self, token_ids: Sequence[int]) -> str:
         table = self._table
         if len(token_ids) == 1:
-            return self._utf8.decode(table[token_ids[0]])
-        return self._utf8.decode(b"".join([table[token_id] for token_id in token_ids]))
+            if not self._inside and (text := self._texts[token_ids[0]]) is not None:
+                return text
+            data = table[token_ids[0]]
+        else:
+            data = b"".join([table[token_id] for token_id in token_ids])
+        text = self._utf8.decode(data)
+        self._inside = bool(self._utf8.getstate()[0])
+        return text
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -201,10 +214,27 @@ class _ByteTable(dict[int, bytes]):
         super().__init__()
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self.texts = _TextTable(self)
 
     def __missing__(self, token_id: int) -> bytes:
         token = None if token_id in self._skipped else self._tokenizer.token(token_id)
         value = b"" if token is None else _token_bytes(token)
+        self[token_id] = value
+        return value
+
+
+class _TextTable(dict[int, str | None]):
+    """Token id → its text, where its bytes are whole characters by themselves, as they mostly are; else None."""
+
+    def __init__(self, table: _ByteTable) -> None:
+        super().__init__()
+        self._table = table
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            value = self._table[token_id].decode()
+        except UnicodeDecodeError:
+            value = None
         self[token_id] = value
         return value
 

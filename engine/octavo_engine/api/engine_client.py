@@ -77,11 +77,11 @@ class Output:
 
 
 class _Sequence:
-    """One live sequence. `ended`: its stream wants no more of it."""
+    """One live sequence. `ended`: its stream wants no more of it. `direct`: takes its tokens where they are read."""
 
     __slots__ = (
-        "arrived", "cached", "ended", "first_at", "id", "index", "last_at", "max_tokens", "num_tokens", "output",
-        "prefill_s", "prompt_tokens", "queue_s", "stream",
+        "arrived", "cached", "direct", "ended", "first_at", "id", "index", "last_at", "max_tokens", "num_tokens",
+        "output", "prefill_s", "prompt_tokens", "queue_s", "stream",
     )  # fmt: skip
 
     def __init__(self, id: str, stream: Stream, index: int, prompt: Prompt, arrived: float) -> None:
@@ -96,6 +96,7 @@ class _Sequence:
         self.queue_s: float | None = None
         self.prefill_s: float | None = None
         self.output: Output | None = None
+        self.direct: Callable[[Sequence[int]], None] | None = None
         self.ended = False
 
 
@@ -150,9 +151,16 @@ class Stream:
                 self._waiter = None
         return self.take()
 
-    def listen(self, listener: Callable[[], None] | None) -> None:
-        """Call this, once for each of the engine's messages that has something for the stream, until told None."""
+    def listen(
+        self, listener: Callable[[], None] | None, direct: Callable[[Sequence[int]], None] | None = None
+    ) -> None:
+        """Call this, once for each of the engine's messages that has something for the stream, until told None.
+
+        direct: gets the tokens of a stream's only sequence instead, where they are not its last. It must not raise.
+        """
         self._listener = listener
+        for sequence in self._open.values():
+            sequence.direct = direct
         if listener is not None and self._ready:
             listener()
 
@@ -229,6 +237,7 @@ class EngineClient(asyncio.Protocol):
         self.gone: asyncio.Future[Failure | None] = loop.create_future()
         """Done when the engine is gone: with its own account of why, or with None when it gave none."""
         self._fatal: Failure | None = None
+        self._stepped_at = 0.0
         self.due: list[Stream] = []
         """Streams that listen and have got something of the message that is being read."""
 
@@ -304,7 +313,7 @@ class EngineClient(asyncio.Protocol):
         """Our side is done with these; the engine may not know yet."""
         ids = []
         for sequence in sequences:
-            sequence.ended = True
+            sequence.ended, sequence.direct = True, None
             self._count_end(sequence, reason)
             if sequence.id in self._live:
                 ids.append(sequence.id)
@@ -365,16 +374,22 @@ class EngineClient(asyncio.Protocol):
 
     def _step(self, step: StepOutput) -> None:
         now = self._clock()
+        before, self._stepped_at = self._stepped_at, now
         self._board.step(step.load)
         metrics, live = self._metrics, self._live
-        prompt_tokens = generated = 0
+        prompt_tokens = generated = in_step = 0
         for event in step.events:
             sequence = live.get(event.request_id)
             if sequence is None:
                 continue
-            if new := len(event.token_ids):
+            token_ids = event.token_ids
+            if token_ids:
+                new = len(token_ids)
                 generated += new
-                if sequence.first_at is None:
+                # Nearly all got a token in the step before, and so have the same gap: it is looked up once.
+                if sequence.last_at is before:
+                    in_step += 1
+                elif sequence.first_at is None:
                     prompt_tokens += sequence.prompt_tokens
                     self._first_token(sequence, event, now)
                 else:
@@ -384,8 +399,12 @@ class EngineClient(asyncio.Protocol):
                     sequence.num_tokens += new
             if event.finish_reason is not None:
                 self._finish(sequence, event)
+            elif sequence.direct is not None:
+                sequence.direct(token_ids)
             elif not sequence.ended:
                 sequence.stream.put(sequence, event)
+        if in_step:
+            metrics.itl.observe(now - before, in_step)
         self._notify()
         metrics.step_done(step.stats, prompt_tokens, generated)
         if not live:

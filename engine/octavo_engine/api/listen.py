@@ -34,13 +34,7 @@ def listen(host: str, port: int, flag: str) -> socket.socket:
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
-            raise FatalError(
-                Failure(
-                    FailureCode.PORT_IN_USE,
-                    f"Port {port} of {host} is in use by another process.",
-                    f"end that process (`ss -ltnp 'sport = :{port}'` names it) or choose another port with {flag}",
-                )
-            ) from error
+            raise _in_use(f"Port {port} of {host}", f"`ss -ltnp 'sport = :{port}'`", f"port with {flag}") from error
         if error.errno == errno.EACCES:
             raise FatalError(
                 Failure(
@@ -64,13 +58,12 @@ def listen_unix(path: str) -> socket.socket:
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
-            raise FatalError(
-                Failure(
-                    FailureCode.PORT_IN_USE,
-                    f"{path} is there already and is in use, or is no socket.",
-                    "end the process that listens there, or choose another path with --uds",
-                )
-            ) from error
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise FatalError(
+                    Failure(FailureCode.PORT_IN_USE, f"{path} is there already and is no socket.",
+                            "remove it, or choose another path with --uds")
+                ) from error  # fmt: skip
+            raise _in_use(path, f"`ss -lxp src {path}`", "path with --uds") from error
         raise FatalError(
             Failure(
                 FailureCode.INVALID_CONFIG,
@@ -99,6 +92,16 @@ def _is_abandoned(path: str) -> bool:
 def port_of(sock: socket.socket) -> int:
     port: int = sock.getsockname()[1]
     return port
+
+
+def _in_use(what: str, who: str, other: str) -> FatalError:
+    return FatalError(
+        Failure(
+            FailureCode.PORT_IN_USE,
+            f"{what} is in use by another process.",
+            f"end that process ({who} names it) or choose another {other}",
+        )
+    )
 
 
 def _bad_host(flag: str, host: str, error: OSError) -> FatalError:

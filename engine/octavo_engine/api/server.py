@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import signal
@@ -44,6 +45,8 @@ log = logging.getLogger("octavo")
 
 BEAT_S = 1.0
 SCREEN_S = 0.2
+YOUNG_OBJECTS = 20_000
+"""More than there were at the last look make the collector look again."""
 LAST_WORDS_S = 5.0
 """How long the last events may take to reach their clients once nothing more will be generated."""
 
@@ -180,6 +183,11 @@ class _Server:
             created=int(time.time()),
             template_defaults=json.loads(self._config.default_chat_template_kwargs or "{}"),
         )
+        # What start-up made stays for good, and each step brings a list for each of its tokens, which live for as long
+        # as the step is read: collections after every 700 of them find nothing and take a twentieth of a busy loop.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(YOUNG_OBJECTS, 20, 20)
         self._board.ready(effective)
         self._screen.clear()
         self._screen.ready(effective, self._url, self._names[0], self._curl, self._page)

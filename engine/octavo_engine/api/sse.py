@@ -26,6 +26,7 @@ HEADERS = {
 
 _encode = msgspec.json.Encoder().encode
 _CONTENT, _NO_MORE = b',"delta":{"content":', b'},"logprobs":null,"finish_reason":null}]}\n\n'
+_NOTHING_MORE = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]}\n\n'
 
 
 class Writer(Protocol):
@@ -36,6 +37,9 @@ class Writer(Protocol):
 
     def chunk(self, piece: Piece, usage: dict[str, Any] | None) -> bytes:
         """The event or events for a piece; b"" when it has nothing to tell. usage: so far, where it is wanted."""
+
+    def text(self, text: str) -> bytes:
+        """As `chunk`, of the first choice's text alone, neither its first piece nor its last."""
 
     def end(self, usage: dict[str, Any], *, include_usage: bool) -> bytes:
         """The last events of a stream. usage: of the whole request; include_usage: the request asks for it."""
@@ -76,6 +80,7 @@ class ChatWriter(OpenAiWriter):
         self._id, self._created, self._model, self._role = request_id, created, model, role
         self._echo = echo
         self._head = _head(request_id, self.object, created, model)
+        self._text_head = self._head + b"0" + _CONTENT
         self._role_delta = (
             b',"delta":{"role":' + _encode(role) + b',"content":""},"logprobs":null,"finish_reason":null}'
         )
@@ -128,6 +133,9 @@ class ChatWriter(OpenAiWriter):
             content += b',"finish_reason":null' + ids + b"}"
             events.append(self._head + index + content + tail)
         return b"".join(events)
+
+    def text(self, text: str) -> bytes:
+        return self._text_head + _encode(text) + _NO_MORE
 
     def _delta(self, index: bytes, delta: dict[str, Any], tail: bytes) -> bytes:
         body = b',"delta":' + _encode(delta) + b',"logprobs":null,"finish_reason":null}'
@@ -191,6 +199,7 @@ class CompletionWriter(OpenAiWriter):
         self._id, self._created, self._model, self._prefixes = request_id, created, model, prefixes
         self._tells_prompt = tells_prompt
         self._head = _head(request_id, self.object, created, model)
+        self._text_head = self._head + b'0,"text":'
         self._offsets: dict[int, int] = {}
 
     def chunk(self, piece: Piece, usage: dict[str, Any] | None) -> bytes:
@@ -212,6 +221,9 @@ class CompletionWriter(OpenAiWriter):
             return b""
         more = b"," + _encode(ids)[1:] if ids else b"}"
         return head + b',"logprobs":' + logprobs + b',"finish_reason":null,"stop_reason":null' + more + tail
+
+    def text(self, text: str) -> bytes:
+        return self._text_head + _encode(text) + _NOTHING_MORE
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         """OpenAI's older form: parallel lists; offsets count the characters of the choice's tokens."""

@@ -6,6 +6,8 @@ A client's own trace goes on in it (W3C traceparent). No prompt, no answer, no k
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +19,10 @@ from octavo_engine.api.engine_client import Timing
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.status import Failure, FailureCode, FatalError
 
+log = logging.getLogger(__name__)
+
 SPAN = "llm_request"
+GRPC_PORT = 4317
 OPERATIONS = {"/v1/completions": "text_completion"}
 FLUSH_MS = 2000
 
@@ -128,14 +133,30 @@ def attributes(asked: Asked, ended: Ended, port: int) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _traces_url(endpoint: str) -> str:
+def _traces_url(endpoint: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Raises FatalError for what is not HTTP."""
     parts = urlsplit(endpoint)
+    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "")
+    wrong, port = "", None
+    try:
+        port = parts.port
+    except ValueError as error:
+        wrong = f"--otlp-traces-endpoint: got {endpoint!r}: {error}."
     if parts.scheme not in ("http", "https") or not parts.netloc:
+        wrong = f"--otlp-traces-endpoint: got {endpoint!r}; traces are sent over HTTP, not over gRPC."
+    elif protocol not in ("", "http/protobuf"):
+        wrong = f"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL: got {protocol!r}; traces are sent as http/protobuf alone."
+    if wrong:
         raise FatalError(
             Failure(
                 FailureCode.INVALID_CONFIG,
-                f"--otlp-traces-endpoint: got {endpoint!r}; traces are sent over HTTP.",
-                "give the collector's HTTP address, as http://collector:4318/v1/traces",
+                wrong,
+                "give the collector's HTTP address, as http://collector:4318/v1/traces (its port for gRPC is 4317)",
             )
         )
+    if port == GRPC_PORT:
+        log.warning(
+            "--otlp-traces-endpoint %s: collectors take gRPC on port %d, and traces are sent over HTTP, which is port "
+            "4318 with them", endpoint, GRPC_PORT,
+        )  # fmt: skip
     return endpoint if parts.path.strip("/") else endpoint.rstrip("/") + "/v1/traces"

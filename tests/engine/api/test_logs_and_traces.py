@@ -272,9 +272,28 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     assert "pip install 'octavo[otel]'" in refused.value.failure.fix
 
 
+@pytest.mark.parametrize("url", ["http://collector:port", "http://collector:99999"])
+def test_an_endpoint_with_a_port_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(FatalError, match=url):
+        Tracer(url, 8000)
+
+
 @pytest.mark.parametrize("url", ["grpc://collector:4317", "collector:4317", ""])
 def test_an_endpoint_that_is_not_http_is_refused(url: str) -> None:
     with pytest.raises(FatalError) as refused:
         Tracer(url, 8000)
 
     assert "http://collector:4318/v1/traces" in refused.value.failure.fix
+    assert "not over gRPC" in refused.value.failure.message
+
+
+def test_a_protocol_that_is_not_http_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "grpc")
+    with pytest.raises(FatalError, match="'grpc'"):
+        Tracer("http://collector:4318", 8000)
+
+
+def test_the_port_of_grpc_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    Tracer("http://127.0.0.1:4317", 8000).close()
+
+    assert "over HTTP, which is port 4318" in caplog.text

@@ -64,6 +64,13 @@ class MessagesWriter:
             self._stop = _stop(piece, self._called)
         return b"".join(events)
 
+    def text(self, text: str) -> bytes:
+        if self._open == "text":
+            return _TEXT_DELTA % (self._next_block, _encode(text))
+        events: list[bytes] = []
+        self._grow("text", {"type": "text_delta", "text": text}, events)
+        return b"".join(events)
+
     def end(self, usage: dict[str, Any], *, include_usage: bool) -> bytes:
         tokens = {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
         return _event("message_delta", delta=self._stop, usage=tokens) + _event("message_stop")

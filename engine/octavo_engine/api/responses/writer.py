@@ -16,8 +16,8 @@ from octavo_engine.api.sse import logprob_entries
 
 _encode = msgspec.json.Encoder().encode
 _TEXT_DELTA = (
-    b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","sequence_number":%d,'
-    b'"item_id":"%b","output_index":%d,"content_index":0,"delta":%b,"logprobs":[]}\n\n'
+    b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","sequence_number":%d%b%b,'
+    b'"logprobs":[]}\n\n'
 )
 
 Kind = Literal["reasoning", "message"]
@@ -31,6 +31,8 @@ class _Item:
     id: str
     texts: list[str] = field(default_factory=list)
     tokens: list[TokenChance] = field(default_factory=list)
+    place: bytes = b""
+    """Where its text stands, as each delta says it."""
 
 
 class ResponsesWriter:
@@ -69,6 +71,19 @@ class ResponsesWriter:
             self._finish_reason = piece.finish_reason
         return b"".join(events)
 
+    def text(self, text: str) -> bytes:
+        if self._open is not None and self._open.kind == "message":
+            return self._text_delta(self._open, text)
+        events: list[bytes] = []
+        self._grow("message", text, (), events)
+        return b"".join(events)
+
+    def _text_delta(self, item: _Item, text: str) -> bytes:
+        item.texts.append(text)
+        number = self._sequence
+        self._sequence = number + 1
+        return _TEXT_DELTA % (number, item.place, _encode(text))
+
     def end(self, usage: dict[str, Any], *, include_usage: bool) -> bytes:
         status = _status(self._finish_reason)
         return self._event(f"response.{status}", response=self._response(status, usage))
@@ -80,19 +95,19 @@ class ResponsesWriter:
     def _grow(self, kind: Kind, text: str, tokens: Sequence[TokenChance], events: list[bytes]) -> None:
         if self._open is None or self._open.kind != kind:
             self._close(events)
-            self._open = _Item(kind, self._item_id(kind))
-            place = {"output_index": len(self._output)}
+            id, place = self._item_id(kind), {"output_index": len(self._output)}
+            at = b',"item_id":"%b","output_index":%d,"content_index":0,"delta":' % (id.encode(), len(self._output))
+            self._open = _Item(kind, id, place=at)
             shell = {**self._item(self._open, "in_progress"), "content": []}
             events.append(self._event("response.output_item.added", **place, item=shell))
             part = {**self._part(self._open), "text": ""}
             events.append(self._event("response.content_part.added", **self._place(), part=part))
         item = self._open
+        if kind == "message" and not tokens:
+            events.append(self._text_delta(item, text))
+            return
         item.texts.append(text)
         item.tokens += tokens
-        if kind == "message" and not tokens:  # most events are this one
-            events.append(_TEXT_DELTA % (self._sequence, item.id.encode(), len(self._output), _encode(text)))
-            self._sequence += 1
-            return
         extra = {"logprobs": logprob_entries(tokens)} if kind == "message" else {}
         events.append(self._event(f"response.{_TEXT[kind]}.delta", **self._place(), delta=text, **extra))
 
