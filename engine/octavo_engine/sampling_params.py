@@ -24,6 +24,8 @@ MAX_LOGIT_BIAS = 1024
 MAX_BIAS = 100.0
 """Larger biases are taken as this, as OpenAI does it: it forces or forbids a token already."""
 MAX_BAD_WORDS = 256
+MAX_BAD_WORD_IDS = 4096
+"""Tokens of all their spellings together: what a device keeps for a request."""
 MAX_ALLOWED_TOKEN_IDS = 16384
 
 
@@ -234,6 +236,8 @@ class SamplingParams:
         for word in self.bad_words:
             if not isinstance(word, str) or not word.strip():
                 raise SamplingError("bad_words", word, "strings that are not empty")
+        if (spelled := sum(map(len, self.bad_words_ids))) > MAX_BAD_WORD_IDS:
+            raise SamplingError("bad_words", f"{spelled} tokens", f"at most {MAX_BAD_WORD_IDS} tokens in all spellings")
 
     def _refuse_what_is_not_here(self) -> None:
         for name, why in _NOT_HERE.items():

@@ -13,10 +13,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from octavo_engine.kernels.gpu import (
-    apply_mask,
+    adjusted,
     decode_attention,
     invariant_attention,
     invariant_linear,
+    logprobs,
     norm,
     prefill_attention,
     rope_kv,
@@ -28,6 +29,11 @@ from octavo_engine.kernels.gpu import (
 
 HALF, FLOAT, INT, LONG = "*bf16", "*fp32", "*i32", "*i64"
 TILE = "tensordesc<bf16[64,128]>"
+SHORT = "*i16"
+CHANGED = {
+    "VOCAB": 128256, "RECORD": adjusted.record_words(128256), "MASK": adjusted.mask_words(128256),
+    "ENTRIES": adjusted.ENTRIES, "HEADER": adjusted.HEADER,
+}  # fmt: skip
 HEADS = {"KV_HEADS": 8, "GROUP": 4}
 SHARED_MEMORY = {"80": 163 * 1024, "89": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}
 
@@ -45,7 +51,6 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
             [HALF, "i32", HALF, HALF, INT, INT, INT, "i32"] + [HALF] * 4 + ["fp32"],
             {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_SIZE": 64, "AT_ONCE": 4}, 1,
         ),
-        ("apply_mask", apply_mask._apply_mask, [HALF, INT, "i32"], {"VOCAB": 151936, "AT_ONCE": 4096}, 4),
         ("silu_mul", silu_mul._silu_mul, [HALF, HALF], {"INNER": 14336, "BLOCK": 1024}, 4),
         (
             "decode_attention", decode_attention._decode,
@@ -75,7 +80,29 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         ),
         (
             "pick", sample._pick, [FLOAT, INT, INT, INT, INT, INT, "i32", "i32", INT],
-            {"SLICES": 32, "SLICES_BLOCK": 32}, 1,
+            {"special": None, "SLICES": 32, "SLICES_BLOCK": 32}, 1,
+        ),
+        (
+            "note", adjusted._note, [INT, INT, SHORT, INT, INT, INT, INT, "i32"],
+            {**CHANGED, "BAD_WORDS": adjusted.BAD_WORDS}, 4,
+        ),
+        (
+            "adjusted_cutoff", adjusted._adjusted_cutoff,
+            [HALF, INT, INT, INT, SHORT, INT, INT, INT, FLOAT, INT, FLOAT, FLOAT, FLOAT],
+            {**CHANGED, "AT_ONCE": 4096}, 16,
+        ),
+        (
+            "adjusted_best", adjusted._adjusted_best,
+            [HALF, INT, INT, INT, SHORT, INT, INT, INT, FLOAT, LONG, FLOAT, FLOAT, INT],
+            {**CHANGED, "SLICE": 4096, "LANES": sample.LANES}, 4,
+        ),
+        (
+            "logprobs_of_slice", logprobs._of_slice, [HALF, INT, INT, "i32", FLOAT, FLOAT, INT],
+            {"VOCAB": 128256, "SLICE": 4096, "MOST": 20}, 4,
+        ),
+        (
+            "logprobs_of_row", logprobs._of_row, [HALF, INT, INT, "i32", FLOAT, FLOAT, INT, INT],
+            {"VOCAB": 128256, "SLICES": 32, "SLICES_BLOCK": 32, "MOST": 20, "MOST_BLOCK": 32}, 4,
         ),
         ("set_blocks", state._set_blocks, [INT, "i32", INT, "i32"], {"AT_ONCE": 256}, 4),
         ("set_sampling", state._set_sampling, [INT, FLOAT, INT, FLOAT, FLOAT, LONG], {"WORDS": 8}, 1),

@@ -20,7 +20,9 @@ tl = triton.language
 
 from octavo_engine.kernels import silu_mul as reference_silu_mul
 from octavo_engine.kernels.gpu import (
-    apply_mask,
+    decode_attention as decode_module,
+)
+from octavo_engine.kernels.gpu import (
     early_launch,
     norm,
     rope_kv,
@@ -28,9 +30,6 @@ from octavo_engine.kernels.gpu import (
     silu_mul,
     small_linear,
     state,
-)
-from octavo_engine.kernels.gpu import (
-    decode_attention as decode_module,
 )
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, Scratch, decode_attention, max_parts, plan_parts
 from octavo_engine.kernels.gpu.decode_attention import reference as reference_decode
@@ -327,53 +326,3 @@ def test_updates_reach_the_rows_they_name():
     for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
         assert torch.equal(getattr(where, name), getattr(expected, name)), name
     assert int(where.seed[2]) == ((-3 << 32) | (2**32 - 5))
-
-
-@pytest.mark.parametrize(("n", "vocab", "words"), [(1, 31, 1), (3, 4096, 128), (2, 5000, 157), (5, 9001, 300)])
-def test_a_mask_leaves_the_tokens_of_its_bits(n, vocab, words):
-    logits = random(n, vocab)
-    masks = torch.randint(-(2**31), 2**31, (n, words), dtype=torch.int32, device=DEVICE)
-    masks[0] = -1
-    expected = logits.clone()
-    apply_mask.reference(expected, masks)
-
-    apply_mask.apply_mask(logits, masks)
-
-    assert torch.equal(logits, expected)
-    assert not torch.isinf(logits[0]).any()
-
-
-def test_bits_are_counted_from_the_lowest_of_the_first_byte():
-    mask = bytearray(8)
-    for token in (0, 9, 33):
-        mask[token >> 3] |= 1 << (token & 7)
-
-    logits = torch.zeros(1, 40)
-    apply_mask.reference(logits, apply_mask.upload([bytes(mask)], torch.device("cpu")))
-
-    assert (logits[0] == 0).nonzero().flatten().tolist() == [0, 9, 33]
-
-
-def test_rows_under_a_mask_are_drawn_again_and_the_others_keep_their_tokens():
-    n, vocab = 4, 300
-    logits = random(n, vocab)
-    before = logits.clone()
-    where = sample.SamplingState.allocate(6, DEVICE)
-    where.temperature[2] = 1.0  # the row of the last logits; the others are greedy
-    # A batch of 7 tokens, of which four yield logits.
-    tokens, rows = ints([0, 2, 5, 6]), ints([0, 1, 4, 1, 1, 5, 2])
-    positions = ints([5, 1, 7, 2, 3, 9, 4])
-    token_ids, out = torch.zeros(6, 16, dtype=torch.int32, device=DEVICE), ints([-7] * n)
-    scratch = sample.SamplingScratch.allocate(n, vocab, DEVICE)
-    masks = torch.zeros(2, 10, dtype=torch.int32, device=DEVICE)
-    masks[0, 3], masks[1, 9] = 0b1000, 0b11
-
-    sample.sample(logits, tokens, rows, positions, where, scratch, token_ids, out)
-    free = out.tolist()
-    state = (rows, positions, where, scratch, token_ids, out)
-    apply_mask.sample_masked(logits, ints([1, 3]), masks, tokens, *state)
-
-    assert out.tolist()[:3] == [free[0], 99, free[2]]
-    assert out.tolist()[3] in (288, 289)
-    assert [int(token_ids[row, at]) for row, at in ((0, 6), (4, 8), (5, 10), (2, 5))] == out.tolist()
-    assert torch.equal(logits, before)

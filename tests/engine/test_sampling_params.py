@@ -49,6 +49,13 @@ def test_a_value_outside_its_range_is_refused_with_its_name(name: str, values: l
         assert str(refused.value).startswith(f"{name} must be ")
 
 
+def test_spellings_of_bad_words_are_bounded_together():
+    with pytest.raises(SamplingError, match="at most 4096 tokens in all spellings") as refused:
+        SamplingParams(bad_words=("a",), bad_words_ids=((5,) * 4000, (6,) * 97))
+
+    assert refused.value.param == "bad_words"
+
+
 @pytest.mark.parametrize(
     ("settings", "param"),
     [

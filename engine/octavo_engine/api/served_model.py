@@ -20,7 +20,7 @@ from octavo_engine.api.protocol import (
 )
 from octavo_engine.api.tokenizer import GenerationDefaults, Tokenizer
 from octavo_engine.api.tools import tools_for_template
-from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.sampling_params import SamplingError, SamplingParams
 
 S = TypeVar("S", str, list[int])
 
@@ -192,7 +192,10 @@ class ServedModel:
                 raise bad_request(text if name == "logit_bias" else f"{name}: {text}", name)
         if not sampling.bad_words:
             return sampling
-        return replace(sampling, bad_words_ids=self.tokenizer.spellings(sampling.bad_words))
+        try:
+            return replace(sampling, bad_words_ids=self.tokenizer.spellings(sampling.bad_words))
+        except SamplingError as error:
+            raise bad_request(str(error), error.param) from None
 
     def max_tokens(self, asked: int | None, prompt_tokens: int, param: str) -> int:
         """How many tokens an answer may have: what was asked for, within the room that the prompt leaves."""

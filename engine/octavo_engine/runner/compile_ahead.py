@@ -27,8 +27,9 @@ from triton.runtime import build, driver
 from triton.runtime.jit import JITFunction
 
 from octavo_engine.kernels.gpu import prebuilt
-from octavo_engine.kernels.gpu.apply_mask import apply_mask
+from octavo_engine.kernels.gpu.adjusted import Adjustments, mask_words, sample_adjusted
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
+from octavo_engine.kernels.gpu.logprobs import MOST, TOLD_WORDS, LogprobScratch, logprobs
 from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
 from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_sampling
 from octavo_engine.loader import weights
@@ -101,7 +102,14 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype) -> No
     step(usual, 0, 16)
     step(usual, 1, 16)
     step(deterministic, 16, 0)
-    apply_mask(usual.logits[:1], ints(1, -(-model.vocab_size // 32)))
+    vocab = model.vocab_size
+    sample_adjusted(
+        usual.logits, ints(1, 3), ints(1, mask_words(vocab)), ints(1), ints(1), ints(1), state,
+        Adjustments.allocate(max_seqs, vocab, device), scratch, token_ids, ints(max_seqs),
+    )  # fmt: skip
+    logprobs(
+        usual.logits, ints(1), ints(max_seqs), MOST, LogprobScratch.allocate(1, vocab, device), ints(1, TOLD_WORDS)
+    )
 
 
 @contextmanager

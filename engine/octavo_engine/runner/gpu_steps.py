@@ -17,28 +17,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo_engine.core.messages import TokenLogprobs
 from octavo_engine.core.step import Admission, Sampled, StepItem, StepPlan
-from octavo_engine.kernels import sampling
-from octavo_engine.kernels.gpu.apply_mask import apply_mask, sample_masked, upload
+from octavo_engine.kernels.gpu.adjusted import (
+    SPECIAL_WORDS,
+    Adjustments,
+    mask_words,
+    record_words,
+    sample_adjusted,
+)
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
 from octavo_engine.kernels.gpu.invariant_attention import tile_tokens
+from octavo_engine.kernels.gpu.logprobs import MOST, TOLD_WORDS, LogprobScratch, logprobs
 from octavo_engine.kernels.gpu.prebuilt import Compilations
 from octavo_engine.kernels.gpu.prefill_attention import max_tiles
 from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
 from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_sampling
-from octavo_engine.kernels.sampling import SampleRow
 from octavo_engine.models.config import DecoderConfig
 from octavo_engine.models.gpu_decoder import DeviceStep, GpuDecoder
 from octavo_engine.plan import Plan
-from octavo_engine.runner.chances import (
-    Chances,
-    Scores,
-    read_logprobs,
-    read_scores,
-    start_logprobs,
-    start_scores,
-)
+from octavo_engine.runner.chances import Scores, read_scores, start_scores
 from octavo_engine.runner.layout import MIXED_CHUNKS, Layout, Tiling, exact, pack
+from octavo_engine.runner.records import pack_record, pack_words
 
 RING = 3
 """Pinned buffers: one being filled and one for each step that may be under way, whose copy may not have run yet."""
@@ -60,13 +60,17 @@ MIXED_TOKENS = (*range(64, 513, 64), 640, 768, 1024)
 
 @dataclass(frozen=True)
 class Launched:
-    """A step under way. host: pinned, filled when done is reached; its ids lie at `places`."""
+    """A step under way. host: pinned, filled when done is reached; its ids lie at `places`.
+
+    asked: how many log-probabilities each of them wants; told: pinned, [n, TOLD_WORDS] of those that want some.
+    """
 
     host: Tensor
     places: Sequence[int]
     done: torch.cuda.Event
     rows: tuple[int, ...]
-    chances: list[Chances]
+    asked: Sequence[int | None]
+    told: Tensor
     scores: list[Scores]
 
 
@@ -106,8 +110,21 @@ class GpuSteps:
         self._launches = 0
         self._admissions: dict[int, Admission] = {}
         self._num_blocks_of: dict[int, int] = {}
-        self._slow: set[int] = set()
-        """Rows whose sampling needs their history: those go through the reference sampler after the fast one."""
+        vocab = decoder.config.vocab_size
+        self._adjustments = Adjustments.allocate(max_seqs, vocab, self._device)
+        self._adjusted: set[int] = set()
+        """Rows that change their logits: they are drawn again after the step's sampler."""
+        self._records = [_Record(vocab) for _ in range(RING)]
+        self._num_records = 0
+        self._masks = torch.zeros((max_seqs, mask_words(vocab)), dtype=torch.int32, device=self._device)
+        self._pinned_masks = [_Pinned(self._masks.numel()) for _ in range(RING)]
+        self._special = torch.zeros((SPECIAL_WORDS + 1) * max_seqs, dtype=torch.int32, device=self._device)
+        self._pinned_special = [_Pinned(self._special.numel()) for _ in range(RING)]
+        self._logprob_scratch = LogprobScratch.allocate(max_seqs, vocab, self._device)
+        self._told = torch.zeros((max_seqs, TOLD_WORDS), dtype=torch.int32, device=self._device)
+        self._told_hosts = [
+            torch.zeros((max_seqs, TOLD_WORDS), dtype=torch.int32, pin_memory=True) for _ in range(RING)
+        ]
         self._graphs: dict[Layout, torch.cuda.CUDAGraph] = {}
         self._uncaptured: list[Layout] = []
         self._eager = False
@@ -141,20 +158,14 @@ class GpuSteps:
             self._describe(turn, plan.items, layout)
             self._run(self._step(layout))
             places = list(range(len(sampled)))
-        # The one buffer that every step's logits are written to; in a graph with prompts nobody asks for more than ids.
-        logits = self._decoder.logits[: len(sampled)]
-        if slow := [index for index, item in enumerate(sampled) if item.row in self._slow]:
-            self._sample_slowly(slow, sampled, logits)
-        if masked := [i for i, item in enumerate(sampled) if item.mask is not None and item.row not in self._slow]:
-            self._sample_masked(masked, sampled, logits, self._step(layout))
         asked = [self._admissions[item.row].sampling.logprobs for item in sampled]
-        chances = start_logprobs(logits, self._out[: len(sampled)], asked)
+        told = self._sample_specially(turn, sampled, places, asked, layout)
         scores = start_scores(plan.items, self._admissions, self._decoder.logits_of)
         host, filled = self._hosts[turn], places[-1] + 1 if places else 0
         host[:filled].copy_(self._out[:filled], non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        return Launched(host, places, done, tuple(item.row for item in sampled), chances, scores)
+        return Launched(host, places, done, tuple(item.row for item in sampled), asked, told, scores)
 
     def collect(self, launched: Launched) -> Sampled:
         places = launched.places
@@ -166,7 +177,7 @@ class GpuSteps:
         for row, token in zip(launched.rows, tokens, strict=True):
             if token < 0:
                 self._scrub(row)
-        return Sampled(tokens, read_logprobs(launched.chances, len(places)), read_scores(launched.scores))
+        return Sampled(tokens, _read_told(launched.asked, launched.told), read_scores(launched.scores))
 
     def _scrub(self, row: int) -> None:
         """Zero the blocks of a request that gave NaN: attention multiplies what lies behind a sequence's end by 0."""
@@ -180,7 +191,7 @@ class GpuSteps:
         prompt_tokens = plan.num_tokens - decodes
         if sum(item.count == 1 for item in sampled) != decodes:
             return None  # a prompt's single token that is not its last
-        if prompt_tokens and (len(items) - decodes > MIXED_CHUNKS or any(self._is_special(item) for item in items)):
+        if prompt_tokens and (len(items) - decodes > MIXED_CHUNKS or any(item.num_scored for item in items)):
             return None
         fitting = (
             layout
@@ -189,12 +200,6 @@ class GpuSteps:
             and (layout.prompt_tokens > prompt_tokens if prompt_tokens else not layout.prompt_tokens)
         )
         return min(fitting, key=lambda layout: layout.tokens, default=None)
-
-    def _is_special(self, item: StepItem) -> bool:
-        """Whether more is wanted of it than the id that the sampler in the graph gives."""
-        sampling = self._admissions[item.row].sampling
-        asks = sampling.logprobs is not None or item.mask is not None
-        return asks or item.row in self._slow or item.num_scored > 0
 
     def _run(self, step: DeviceStep) -> None:
         logits = self._decoder.forward(step)
@@ -216,7 +221,10 @@ class GpuSteps:
                 self._admissions[row] = admission
                 self._num_blocks_of[row] = 0
                 admitted += _sampling_words(row, admission)
-                (self._slow.add if admission.sampling.reshapes else self._slow.discard)(row)
+                self._adjusted.discard(row)
+                if admission.sampling.reshapes:
+                    self._adjusted.add(row)
+                    self._write_record(row, admission)
             if item.new_blocks:
                 first = self._num_blocks_of[row]
                 self._num_blocks_of[row] = first + len(item.new_blocks)
@@ -256,35 +264,65 @@ class GpuSteps:
         ends = None if layout.ends is None else self._described[at : at + layout.ends]
         return DeviceStep(ids, rows, positions, layout.decodes, parts, tiles, ends)
 
-    # ---- sampling under a grammar
+    # ---- rows that want more than the draw of the step's sampler
 
-    def _sample_masked(self, indices: list[int], sampled: list[StepItem], logits: Tensor, step: DeviceStep) -> None:
-        """What was drawn from all tokens is drawn again for these; steps without a grammar pay nothing."""
-        masks = upload([item.mask for i in indices if (item := sampled[i]).mask is not None], self._device)
-        select = torch.tensor(indices, dtype=torch.int32).pin_memory().to(self._device, non_blocking=True)
-        sample_masked(
-            logits, select, masks, step.logit_tokens, step.rows, step.positions, self._state, self._scratch,
-            self._token_ids, self._out,
-        )  # fmt: skip
+    def _sample_specially(
+        self, turn: int, sampled: Sequence[StepItem], places: Sequence[int], asked: Sequence[int | None], layout: Layout
+    ) -> Tensor:
+        """Draw again what is drawn from changed logits, and work out log-probabilities; steps without pay nothing.
 
-    # ---- sampling that needs a request's history
+        Returns the pinned words of the rows that asked for log-probabilities; filled when the step is done.
+        """
+        masks = [item.mask for item in sampled if item.mask is not None]
+        numbers = iter(range(len(masks)))
+        special: list[int] = []
+        for item, place in zip(sampled, places, strict=True):
+            changed = item.row in self._adjusted
+            if changed or item.mask is not None:
+                special += (place, -1 if item.mask is None else next(numbers), int(changed))
+        telling = [place for place, count in zip(places, asked, strict=True) if count is not None]
+        told = self._told_hosts[turn][: len(telling)]
+        if not special and not telling:
+            return told
+        pinned = self._pinned_special[turn]
+        pinned.write(0, special)
+        pinned.write(len(special), telling)
+        total = len(special) + len(telling)
+        self._special[:total].copy_(pinned.tensor[:total], non_blocking=True)
+        if special:
+            if masks:
+                self._upload(turn, masks)
+            step = self._step(layout)
+            sample_adjusted(
+                self._decoder.logits, self._special[: len(special)].view(-1, SPECIAL_WORDS), self._masks,
+                self._every_token if step.logit_tokens is None else step.logit_tokens, step.rows, step.positions,
+                self._state, self._adjustments, self._scratch, self._token_ids, self._out,
+            )  # fmt: skip
+        if telling:
+            logprobs(
+                self._decoder.logits, self._special[len(special) : total], self._out,
+                max(count for count in asked if count is not None), self._logprob_scratch, self._told[: len(telling)],
+            )  # fmt: skip
+            told.copy_(self._told[: len(telling)], non_blocking=True)
+        return told
 
-    def _sample_slowly(self, indices: list[int], sampled: list[StepItem], logits: Tensor) -> None:
-        rows = []
-        for index in indices:
-            item = sampled[index]
-            admission, length = self._admissions[item.row], item.start + item.count
-            banned = admission.min_tokens_ids if length - admission.num_prompt < admission.sampling.min_tokens else ()
-            history = self._token_ids[item.row, :length]
-            mask = None if item.mask is None else upload([item.mask], self._device)[0]
-            rows.append(SampleRow(admission.sampling, admission.seed, history, admission.num_prompt, banned, mask))
-        select = torch.tensor(indices, device=self._device)
-        tokens = sampling.reference(logits[select], rows).int()
-        self._out[select] = tokens
-        for index, token in zip(indices, tokens.unbind(), strict=True):
-            item = sampled[index]
-            if item.start + item.count < self._plan.max_model_len:
-                self._token_ids[item.row, item.start + item.count] = token.clamp(min=0)
+    def _upload(self, turn: int, masks: Sequence[bytes]) -> None:
+        pinned = self._pinned_masks[turn].tensor
+        words = self._masks.shape[1]
+        for index, mask in enumerate(masks):
+            ctypes.memmove(pinned.data_ptr() + 4 * index * words, mask, min(len(mask), 4 * words))
+        total = len(masks) * words
+        self._masks.view(-1)[:total].copy_(pinned[:total], non_blocking=True)
+
+    def _write_record(self, row: int, admission: Admission) -> None:
+        record = self._records[self._num_records % RING]
+        self._num_records += 1
+        record.copied.synchronize()  # waits only where more than RING of them begin at once
+        record.words.write(0, pack_record(admission, self._decoder.config.vocab_size))
+        pack_words(admission, record.of_ids)
+        self._adjustments.records[row].copy_(record.words.tensor, non_blocking=True)
+        self._adjustments.words[row].copy_(record.of_ids, non_blocking=True)
+        record.copied.record()
 
     # ---- graphs
 
@@ -301,14 +339,22 @@ class GpuSteps:
             *(Layout.of_decodes(size, self._tiling) for size in sorted(sizes - first)),
             *(m for m in mixed if m.tokens <= self._max_tokens and m.decodes + MIXED_CHUNKS <= self._max_seqs),
         ]
-        # No graph has it, and the first grammar must not wait for a compiler.
-        vocab = self._decoder.config.vocab_size
-        apply_mask(self._decoder.logits[:1], upload([bytes(4 * -(-vocab // 32))], self._device))
+        # No graph has these, and the first one who asks for them must not wait for a compiler.
+        self._sample_nobody()
         for size in sorted(first, reverse=True):
             between()
             self._capture(Layout.of_decodes(size, self._tiling))
         if eager:
             self._uncaptured = []
+
+    def _sample_nobody(self) -> None:
+        nobody = torch.full((1,), self._max_seqs, dtype=torch.int32, device=self._device)
+        place, special = self._special[:1].zero_(), torch.tensor([[0, -1, 0]], dtype=torch.int32, device=self._device)
+        sample_adjusted(
+            self._decoder.logits, special, self._masks, self._every_token, nobody, place, self._state,
+            self._adjustments, self._scratch, self._token_ids, self._out,
+        )  # fmt: skip
+        logprobs(self._decoder.logits, place, self._out, MOST, self._logprob_scratch, self._told[:1])
 
     def prepare(self) -> bool:
         """Capture one more graph, while no step is under way; whether there was one left."""
@@ -348,6 +394,31 @@ class _Pinned:
 
     def write(self, at: int, words: list[int] | array[int]) -> None:
         self._view[at : at + len(words)] = words if isinstance(words, array) else array("i", words)
+
+
+class _Record:
+    """What one request's record is copied from."""
+
+    def __init__(self, vocab: int) -> None:
+        self.words = _Pinned(record_words(vocab))
+        self.of_ids = torch.zeros(vocab, dtype=torch.int16, pin_memory=True)
+        self.copied = torch.cuda.Event()
+
+
+def _read_told(asked: Sequence[int | None], told: Tensor) -> list[TokenLogprobs | None] | None:
+    """What `asked` wanted, from the words of kernels/gpu/logprobs.py; None when nobody asked."""
+    if not len(told):
+        return None
+    rows = iter(zip(told.tolist(), told.view(torch.float32).tolist(), strict=True))
+    read: list[TokenLogprobs | None] = []
+    for count in asked:
+        if count is None:
+            read.append(None)
+            continue
+        words, floats = next(rows)
+        likeliest = zip(words[2 : 2 + count], floats[2 + MOST : 2 + MOST + count], strict=True)
+        read.append(TokenLogprobs(floats[0], words[1], list(likeliest)))
+    return read
 
 
 def _sampling_words(row: int, admission: Admission) -> tuple[int, ...]:

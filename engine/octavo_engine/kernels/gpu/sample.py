@@ -84,7 +84,7 @@ def sample(
     )  # fmt: skip
     _pick[(n,)](
         scratch.best, scratch.index, tokens, rows, positions, token_ids, token_ids.stride(0), token_ids.shape[1], out,
-        SLICES=slices, SLICES_BLOCK=triton.next_power_of_2(slices), num_warps=1,
+        None, SLICES=slices, SLICES_BLOCK=triton.next_power_of_2(slices), num_warps=1,
     )  # fmt: skip
 
 
@@ -169,14 +169,20 @@ def _better(best, index, other_best, other_index):
 
 
 @triton.jit
+def _noisy(x, sharpness, bits):
+    """x * sharpness with Gumbel noise from uniform bits."""
+    # Exponential variates from the side of zero, where floats are dense: -log(1 - u) and for small u its series.
+    u = (bits.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    exponential = tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(1.0 - tl.minimum(u, 0.99999994)))
+    return x * sharpness - tl.log(exponential)
+
+
+@triton.jit
 def _score(base, column, lowest, sharpness, bits, VOCAB: tl.constexpr):
     """Logits with noise from uniform bits; -inf where cut, +inf where not finite."""
     x = tl.load(base + column, mask=column < VOCAB, other=float("-inf")).to(tl.float32)
     bad = (x != x) | (x == float("inf"))
-    # Exponential variates from the side of zero, where floats are dense: -log(1 - u) and for small u its series.
-    u = (bits.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    exponential = tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(1.0 - tl.minimum(u, 0.99999994)))
-    score = x * sharpness - tl.log(exponential)
+    score = _noisy(x, sharpness, bits)
     score = tl.where((x >= lowest) & (column < VOCAB), score, float("-inf"))
     return tl.where(bad, float("inf"), score)
 
@@ -225,11 +231,15 @@ def _noisy_best(
         tl.store(index + n * tl.num_programs(1) + part, tl.sum(tl.where(tl.arange(0, LANES) == chosen, at, 0), 0))
 
 
-@triton.jit(do_not_specialize=["stride_row", "max_len"], do_not_specialize_on_alignment=["tokens", "rows", "positions"])
+@triton.jit(
+    do_not_specialize=["stride_row", "max_len"],
+    do_not_specialize_on_alignment=["tokens", "rows", "positions", "special"],
+)
 def _pick(
-    best, index, tokens, rows, positions, token_ids, stride_row, max_len, out, SLICES: tl.constexpr,
+    best, index, tokens, rows, positions, token_ids, stride_row, max_len, out, special, SLICES: tl.constexpr,
     SLICES_BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """special: the rows of logits that were drawn, as adjusted.py has them; None: all."""
     n = tl.program_id(0)
     part = tl.arange(0, SLICES_BLOCK)
     x = tl.load(best + n * SLICES + part, mask=part < SLICES, other=float("-inf"))
@@ -237,8 +247,9 @@ def _pick(
     result = tl.load(index + n * SLICES + chosen)
     top = tl.max(x, 0)
     result = tl.where((top == float("inf")) | (top == float("-inf")), -1, result)
-    tl.store(out + n, result)
-    token = tl.load(tokens + n)
+    place = n if special is None else tl.load(special + 3 * n)
+    tl.store(out + place, result)
+    token = tl.load(tokens + place)
     position = tl.load(positions + token) + 1
     slot = token_ids + tl.load(rows + token).to(tl.int64) * stride_row + position
     tl.store(slot, tl.maximum(result, 0), mask=position < max_len)

@@ -1,0 +1,138 @@
+"""The GPU's road from plan to token: what requests ask for beyond a draw, in graphs and out of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if torch.cuda.is_available():
+    pytest.skip("the kernels are compiled here, and tests marked gpu run the real thing", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import interpreted
+
+from octavo_engine.kernels import sampling
+from octavo_engine.kernels.sampling import SampleRow
+from octavo_engine.runner.layout import Layout, Tiling
+from octavo_engine.sampling_params import SamplingParams
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*"),
+]
+GRAPHS = (
+    Layout.of_decodes(4, Tiling()), Layout.of_decodes(8, Tiling()), Layout.mixed(4, 32, Tiling()),
+    Layout.mixed(8, 64, Tiling()),
+)  # fmt: skip
+END = 2
+
+
+def sampling_of(**settings: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": 4, **settings})
+
+
+REQUESTS: dict[str, SamplingParams] = {
+    "plain": sampling_of(logprobs=3),
+    "repetition": sampling_of(repetition_penalty=3.0, logprobs=0),
+    "frequency": sampling_of(frequency_penalty=2.0, presence_penalty=1.0),
+    "bias": sampling_of(logit_bias={7: 6.0, 9: 6.0}, frequency_penalty=2.0, logprobs=20),
+    "allowed": sampling_of(allowed_token_ids=tuple(range(90, 120)), repetition_penalty=2.0),
+    "min_tokens": sampling_of(min_tokens=2, logit_bias={END: 50.0}),
+    "free": sampling_of(),
+}
+PROMPTS = {name: [3 + (5 * i + 31 * n) % 190 for i in range(3 + n + 14 * (n == 3))] for n, name in enumerate(REQUESTS)}
+
+
+def assert_greedy(name: str, tokens: list[int], told: list[Any]) -> None:
+    """Each token is one of the best, as the reference changes the reference's logits; and what is told is its own."""
+    prompt, params = PROMPTS[name], REQUESTS[name]
+    logits = interpreted.logits_of([*prompt, *tokens])[len(prompt) - 1 : -1]
+    for at, (row, token) in enumerate(zip(logits, tokens, strict=True)):
+        if params.logprobs is not None:
+            expected = row.log_softmax(-1)
+            assert abs(told[at].logprob - float(expected[token])) < 0.05
+            assert len(told[at].top) == params.logprobs
+            assert all(abs(float(expected[id]) - value) < 0.05 for id, value in told[at].top)
+        history = torch.tensor([*prompt, *tokens[:at]])
+        banned = (END,) if at < params.min_tokens else ()
+        changed = row.clone()
+        sampling._penalize(changed, SampleRow(params, 0, history, len(prompt), banned))
+        assert float(changed.max() - changed[token]) < 0.05, (name, at)
+
+
+def test_every_request_gets_the_tokens_that_its_own_changes_leave(monkeypatch: pytest.MonkeyPatch):
+    engine = interpreted.engine_of(interpreted.steps(monkeypatch, graphs=GRAPHS))
+    names = list(REQUESTS)
+
+    results = interpreted.generate(engine, [(PROMPTS[name], REQUESTS[name]) for name in names], (END,))
+    # And again, as the prefix cache has the longer prompts now: the device has not seen their first tokens.
+    again = interpreted.generate(engine, [(PROMPTS["bias"], REQUESTS["bias"])], (END,))
+
+    found = {name: result[0] for name, result in zip(names, results, strict=True)}
+    for name, (tokens, told) in [*zip(names, results, strict=True), ("bias", again[0])]:
+        assert_greedy(name, tokens, told)
+    assert len(found["min_tokens"]) == 3
+    assert found["min_tokens"][-1] == END
+    assert len(set(found["repetition"])) == 4
+    assert set(found["allowed"]) <= set(range(90, 120))
+    assert engine.scheduler.prefix_hits > 0
+
+
+def test_steps_with_prompts_and_changed_rows_are_graphs(monkeypatch: pytest.MonkeyPatch):
+    made = interpreted.steps(monkeypatch, graphs=GRAPHS)
+    launched = []
+    run = type(made)._run
+    monkeypatch.setattr(type(made), "_run", lambda self, step: (launched.append(step.ids.shape[0]), run(self, step)))
+    engine = interpreted.engine_of(made)
+    names = ["repetition", "bias", "plain"]
+
+    interpreted.generate(engine, [(PROMPTS[name], REQUESTS[name]) for name in names])
+
+    assert set(launched) <= {layout.tokens for layout in GRAPHS}, launched
+
+
+def test_counts_survive_a_preemption(monkeypatch: pytest.MonkeyPatch):
+    engine = interpreted.engine_of(interpreted.steps(monkeypatch))
+    step, count = engine.step, 0
+
+    def interrupted() -> Any:
+        nonlocal count
+        count += 1
+        if count in (3, 5):
+            engine.scheduler.preempt_all()
+        return step()
+
+    monkeypatch.setattr(engine, "step", interrupted)
+    results = interpreted.generate(engine, [(PROMPTS[name], REQUESTS[name]) for name in ("frequency", "bias")])
+
+    assert engine.scheduler.num_preemptions > 1
+    for name, (tokens, told) in zip(("frequency", "bias"), results, strict=True):
+        assert_greedy(name, tokens, told)
+
+
+def test_a_grammars_mask_holds_in_graphs_beside_changes(monkeypatch: pytest.MonkeyPatch):
+    made = interpreted.steps(monkeypatch, graphs=GRAPHS)
+    engine = interpreted.engine_of(made)
+    launch = made.launch
+
+    def masked(plan: Any) -> Any:
+        for item in plan.items:
+            if item.samples and item.row % 2:
+                item.mask = b"\x55" * 28
+        return launch(plan)
+
+    monkeypatch.setattr(made, "launch", masked)
+    names = ["plain", "repetition", "frequency", "free"]
+    results = interpreted.generate(engine, [(PROMPTS[name], REQUESTS[name]) for name in names])
+
+    tokens = [result[0] for result in results]
+    even = [all(token % 2 == 0 for token in row) for row in tokens]
+    assert even in ([True, False, True, False], [False, True, False, True])
