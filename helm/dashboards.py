@@ -218,6 +218,47 @@ OPERATOR: dict[str, list[Panel]] = {
             [("sum by (kind) (increase(octavo_operator_watch_lost_total[1h]))", "{{kind}}")],
         ),
     ],
+    "Activator": [
+        (
+            "Requests that wait",
+            "short",
+            "For servers that are asleep; the first of them wakes its server.",
+            [("sum by (server) (octavo_activator_held_requests)", "{{server}}")],
+        ),
+        (
+            "Wakes",
+            "short",
+            "In an hour. A server that is woken all the time is cheaper with one replica.",
+            [("sum by (server) (increase(octavo_activator_wakes_total[1h]))", "{{server}}")],
+        ),
+        (
+            "How long requests waited",
+            "s",
+            "Until an engine took them.",
+            [
+                (
+                    "histogram_quantile(0.5, sum by (le) (rate(octavo_activator_hold_seconds_bucket[1h])))",
+                    "p50",
+                ),
+                (
+                    "histogram_quantile(0.99, sum by (le) (rate(octavo_activator_hold_seconds_bucket[1h])))",
+                    "p99",
+                ),
+            ],
+        ),
+        (
+            "What became of requests",
+            "reqps",
+            "refused: beyond a bound. late: not awake in time. closed: its key may not wake the server.",
+            [("sum by (outcome) (rate(octavo_activator_requests_total[$__rate_interval]))", "{{outcome}}")],
+        ),
+        (
+            "Bodies that wait",
+            "bytes",
+            "Of activator.bytesMiB for each replica.",
+            [("octavo_activator_held_bytes", "{{pod}}")],
+        ),
+    ],
     "Process": [
         ("Memory", "bytes", "Resident.", [('process_resident_memory_bytes{job=~".*octavo.*"}', "{{pod}}")]),
         (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 MANAGEMENT_PORT = 8081
 POLL_S = 2.0
 """Between looks at which of its pods are ready, while it is needed."""
+SCALED_POLL_S = 30.0
+"""Between looks at whether its Deployment still has the replicas that it should have: a release may have set them."""
 ASK_TIMEOUT_S = 45.0
 """Longer than the activator waits with an answer while nothing changes."""
 RETRY_S = 1.0
@@ -44,6 +47,8 @@ class Activators:
         self._questions: dict[str, asyncio.Task[None]] = {}
         self._held: dict[str, frozenset[Key]] = {}
         self._session: aiohttp.ClientSession | None = None
+        self._scaled: int | None = None
+        self._scaled_at = 0.0
         self.addresses: tuple[str, ...] = ()
         """Of its pods that are ready."""
 
@@ -120,12 +125,17 @@ class Activators:
         return 0 if all(key in self._needed for key in self._cache.present()) else None
 
     async def _scale(self, wanted: int) -> None:
+        now = time.monotonic()
+        if self._scaled == wanted and now - self._scaled_at < SCALED_POLL_S:
+            return
+        self._scaled, self._scaled_at = wanted, now
         deployment = await self._cluster.get("Deployment", self._namespace, self._name)
         if deployment is None or deployment["spec"].get("replicas") == wanted:
             return
         answer = await self._cluster.scale(deployment, wanted)
         if isinstance(answer, Refusal):
             log.warning("the activator could not be scaled: %s", answer.message)
+            self._scaled = None
         else:
             log.info("activator scaled to=%d", wanted)
 

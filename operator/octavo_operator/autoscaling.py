@@ -59,7 +59,11 @@ class Autoscaling(Part):
         "scale by something else, leave autoscaling out and let it write to the scale subresource. Default: BuiltIn.",
     )
     min_replicas: int = Field(
-        1, ge=0, le=1000, description="Fewest replicas; 0 takes the last one away when nobody asks. Default: 1."
+        1,
+        ge=0,
+        le=1000,
+        description="Fewest replicas; 0 takes the last one away when nobody asks, and the activator holds the "
+        "next requests until one is back. Default: 1.",
     )
     max_replicas: int = Field(ge=1, le=1000, description="Most replicas.")
     target: Target = Field(Target(), description="How busy a replica should be. The busiest of these counts.")

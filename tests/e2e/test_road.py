@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import subprocess
 import time
 import urllib.parse
 import urllib.request
@@ -317,6 +318,76 @@ class Streams:
             last = json.loads(events[-2].removeprefix("data: ")) if whole else {}
             found.append(last["choices"][0]["finish_reason"] if whole else "\n".join(events[-2:])[-200:])
         return found
+
+
+def test_a_server_that_nobody_asks_sleeps_and_the_first_request_wakes_it(installed):
+    """No request is lost on the way down nor on the way up, and none needs to know that there was one."""
+    url = (
+        f"http://{installed.kubectl('get', 'service', SERVER, '-o', 'jsonpath={.spec.clusterIP}')}/v1/chat/completions"
+    )
+    zero = {"autoscaling": {"minReplicas": 0, "maxReplicas": 1, "scaleDownDelaySeconds": 0, "idleSeconds": 10}}
+    installed.kubectl("patch", "llm", SERVER, "--type=merge", "-p", json.dumps({"spec": zero}))
+    wait_for(lambda: has_activator(installed, 2), "the activator", 90)
+    # Somebody asks in the moment in which the last pod is told to go.
+    wait_for(lambda: server(installed)["spec"]["replicas"] == 0, "the server to fall asleep", 90, every_s=0.05)
+    falling = [ask_again(installed, url, n) for n in range(12)]
+    woken = [wait_for(lambda one=one: one.poll() is not None and one, "its answer", 180) for one in falling]
+    codes = [one.communicate()[0].split()[-1] for one in woken]
+    # And once it is fast asleep: one asks for a stream, one does not, and twenty at once are answered all the same.
+    wait_for(lambda: server(installed)["status"]["phase"] == "Asleep", "the server to sleep", 180)
+    asleep = server(installed)["status"]["message"]
+    health = installed.run(["curl", "-sS", "-w", "%{http_code}", url.replace("/v1/chat/completions", "/health")]).stdout
+    probed = server(installed)["spec"]["replicas"]
+    began = time.monotonic()
+    plain = [ask_again(installed, url, n) for n in range(20)]
+    body = json.dumps({**QUESTION, "stream": True})
+    curl = ["curl", "-sSN", "--max-time", "120", url, "-H", "Content-Type: application/json", "-d", body]
+    lines, first_token_s = [], 0.0
+    with subprocess.Popen(installed.inside(curl), stdout=subprocess.PIPE, text=True) as stream:
+        for line in stream.stdout or ():
+            if line.startswith("data: {") and not first_token_s:
+                first_token_s = time.monotonic() - began
+            lines.append(line.strip())
+    waited = [wait_for(lambda one=one: one.poll() is not None and one, "its answer", 120) for one in plain]
+    document = wait_for(lambda: ready_with(installed, 1), "the server to be Ready", 60)
+    slices = json.loads(
+        installed.kubectl("get", "endpointslices", "-l", f"kubernetes.io/service-name={SERVER}", "-o", "json")
+    )["items"]
+    leads = {s["metadata"]["name"]: [a for e in s.get("endpoints") or [] for a in e["addresses"]] for s in slices}
+    (pod,) = pods(installed)
+    back = {"autoscaling": None, "replicas": 1}
+    installed.kubectl("patch", "llm", SERVER, "--type=merge", "-p", json.dumps({"spec": back}))
+
+    print(f"from zero, request to first token: {first_token_s:.1f} s")
+    stages = [line for line in lines if line.startswith(": octavo stage=")]
+    print("\n".join(stages))
+    assert codes == ["200"] * 12
+    assert "The first request wakes it, through the activator." in asleep
+    assert health.endswith("200")
+    assert probed == 0, "a probe wakes nobody"
+    assert len(stages) >= 2
+    assert [line for line in lines if line][-1] == "data: [DONE]"
+    text = [json.loads(line[6:])["choices"] for line in lines if line.startswith("data: {")]
+    assert "Paris" in "".join(c[0]["delta"].get("content") or "" for c in text if c)
+    assert [one.communicate()[0].split()[-1] for one in waited] == ["200"] * 20
+    assert document["spec"]["replicas"] == 1
+    # The activator has stepped aside: the Service leads to the pod alone.
+    assert leads.pop(SERVER) == []
+    assert [address for addresses in leads.values() for address in addresses] == [pod["status"]["podIP"]]
+    wait_for(lambda: has_activator(installed, 0), "the activator to go, as no server sleeps any more", 60)
+
+
+def ask_again(cluster: Cluster, url: str, number: int) -> subprocess.Popen[str]:
+    """A short question; the last word that it prints is the status."""
+    body = json.dumps({**QUESTION, "max_tokens": 4, "seed": number})
+    curl = ["curl", "-sS", "--max-time", "150", "-w", " %{http_code}", url, "-H", "Content-Type: application/json"]
+    return subprocess.Popen(cluster.inside([*curl, "-d", body]), stdout=subprocess.PIPE, text=True)
+
+
+def has_activator(cluster: Cluster, replicas: int) -> bool:
+    path = "jsonpath={.spec.replicas} {.status.readyReplicas}"
+    found = cluster.kubectl("get", "deployment", "octavo-activator", "-n", "octavo-system", "-o", path).split()
+    return found == ([str(replicas)] * 2 if replicas else ["0"])
 
 
 def test_a_killed_engine_is_reported_and_comes_back(installed):

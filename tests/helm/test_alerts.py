@@ -110,6 +110,16 @@ STORIES = {
         | gauge("vllm:num_requests_running", 3, OTHER) | grows("octavo:steps_total", 60, OTHER),
         {**OF_MODEL, "pod": "qwen-1", "instance": "i", "engine": "0"},
     ),
+    "OctavoServerDoesNotWake": Story(
+        gauge("octavo_activator_held_requests", 2, 'server="ml/qwen", pod="a"'),
+        {'octavo_activator_held_requests{server="ml/qwen", pod="a"}': f"2x10 _x{FOR_LONG}"},
+        {"server": "ml/qwen"},
+    ),
+    "OctavoActivatorFull": Story(
+        grows("octavo_activator_requests_total", 6, 'pod="a", outcome="refused"'),
+        grows("octavo_activator_requests_total", 600, 'pod="a", outcome="forwarded"'),
+        {},
+    ),
     "OctavoOperatorAbsent": Story({}, gauge("octavo_operator_leader", 1, 'pod="a"'), {}),
     "OctavoOperatorTwoLeaders": Story(
         gauge("octavo_operator_leader", 1, 'pod="a"') | gauge("octavo_operator_leader", 1, 'pod="b"'),
@@ -224,7 +234,10 @@ NAME = re.compile(r"\b(?:vllm:|octavo:|octavo_)[a-z0-9_]+")
 
 def test_alerts_and_boards_name_metrics_that_there_are():
     """Those of the engine and the operator, as their code writes them down; a histogram has three names."""
-    sources = [ROOT / "engine/octavo_engine/api/metrics.py", ROOT / "operator/octavo_operator/metrics.py"]
+    operator = ROOT / "operator/octavo_operator"
+    sources = [
+        *(ROOT / "engine/octavo_engine/api/metrics.py", operator / "metrics.py", operator / "activator/metrics.py")
+    ]
     known: set[str] = set()
     for name in {n for source in sources for n in re.findall(r'"((?:vllm:|octavo)[a-z0-9_:]+)"', source.read_text())}:
         known |= {name, f"{name}_total", f"{name}_bucket", f"{name}_count", f"{name}_sum"}
@@ -235,11 +248,12 @@ def test_alerts_and_boards_name_metrics_that_there_are():
 
 
 def test_the_operators_board_shows_everything_that_it_measures():
-    source = (ROOT / "operator/octavo_operator/metrics.py").read_text()
-    measured = set(re.findall(r'"(octavo_operator_[a-z_]+)"', source))
+    operator = ROOT / "operator/octavo_operator"
+    source = (operator / "metrics.py").read_text() + (operator / "activator/metrics.py").read_text()
+    measured = set(re.findall(r'"(octavo_(?:operator|activator)_[a-z_]+)"', source))
     shown = json.dumps(boards().BOARDS["operator"])
 
-    assert len(measured) == 7
+    assert len(measured) == 12
     assert [name for name in measured if name not in shown] == []
 
 

@@ -68,14 +68,14 @@ class World:
     async def running(self, **bounds):
         engine = web.Application()
         engine.router.add_route("*", "/{path:.*}", self.handle)
-        engines = await _listen(engine, "127.0.0.1", [0], 1)
+        engines = await _listen(engine, "127.0.0.1", [0])
         proxy = Proxy(
             *(self, Watches(self, self.ask, read_s=0.05), Room(Bounds(**bounds)), self.held),
             engine_port=engines.addresses[0][1],
         )
         api = web.Application()
         api.router.add_route("*", "/{path:.*}", proxy.handle)
-        served = await _listen(api, "127.0.0.1", [0], 1)
+        served = await _listen(api, "127.0.0.1", [0])
         self.url = f"http://127.0.0.1:{served.addresses[0][1]}"
         try:
             async with aiohttp.ClientSession() as self.client:
@@ -306,6 +306,18 @@ async def test_a_server_that_does_not_wake_in_time_is_told_with_what_it_does():
         assert world.requests == []
 
 
+async def test_a_server_that_cannot_start_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("octavo_operator.activator.watch.FAILED_S", 0.3)
+    async with World().running() as world:
+        asking = world.post()
+        await world.waits()
+        world.facts_now = Facts(asks_for_keys=False, served_names=("qwen",), failed=True)
+        status, headers, body = await asyncio.wait_for(asking, SOON_S)
+
+        assert (status, headers["Retry-After"]) == (503, "60")
+        assert "cannot start" in json.loads(body)["error"]["message"]
+
+
 async def test_bodies_are_bounded_one_by_one_and_together():
     async with World().running(body_bytes=1000, bytes=1500) as world:
         large = await asyncio.wait_for(world.post(body={"x": "x" * 1000}), SOON_S)
@@ -442,7 +454,7 @@ def test_strangers_wake_a_server_ever_more_seldom_until_somebody_has_a_key():
 
 async def test_the_operator_is_told_at_once_for_whom_a_request_is_held():
     held, stop = Held(), asyncio.Event()
-    runner = await _listen(_management(held, stop), "127.0.0.1", [0], 1)
+    runner = await _listen(_management(held, stop), "127.0.0.1", [0])
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     try:
         async with aiohttp.ClientSession() as client:

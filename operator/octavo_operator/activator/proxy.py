@@ -18,9 +18,10 @@ closes its connection, so that the client's next one goes by the Service, and pa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -52,6 +53,7 @@ CONNECT_TIMEOUT_S = 3.0
 ERROR_BYTES = 64 * 2**10
 """Of an engine's refusal that is told within a stream."""
 API_RETRY_S = 5
+FAILED_RETRY_S = 60
 HOP_BY_HOP = frozenset(
     ("connection", "keep-alive", "proxy-authenticate", "proxy-connection", "te", "trailer", "transfer-encoding")
 ) | frozenset(("upgrade", "content-length", "expect"))
@@ -89,6 +91,16 @@ class Proxy:
         self._engine_port = engine_port
         self._keys = Keys()
         self._session: aiohttp.ClientSession | None = None
+        self._here = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    async def empty(self, timeout_s: float) -> bool:
+        """Waits until no request is here, and says whether that came within the timeout."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        return self._empty.is_set()
 
     async def close(self) -> None:
         if self._session is not None:
@@ -96,6 +108,8 @@ class Proxy:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         asked: Asked | None = None
+        self._here += 1
+        self._empty.clear()
         try:
             asked = await self._received(request)
             if asked.watch.pick() is None and not _wakes(request):
@@ -107,6 +121,10 @@ class Proxy:
         except asyncio.CancelledError:
             REQUESTS.labels("gone").inc()
             raise
+        finally:
+            self._here -= 1
+            if not self._here:
+                self._empty.set()
 
     async def _received(self, request: web.Request) -> Asked:
         port = request.transport.get_extra_info("sockname")[1] if request.transport else 0
@@ -186,7 +204,7 @@ class Proxy:
                 if answer is None:
                     asked.watch.refused(address)
                     continue
-                with closing(answer):
+                with contextlib.closing(answer):
                     # It is the engine's now: it waits no longer, and its body is kept no longer.
                     asked.body = b""
                     kept.close()
@@ -249,7 +267,7 @@ class Proxy:
             if (address := asked.watch.pick()) is not None:
                 return address
             left_s = deadline - time.monotonic()
-            if left_s <= 0 or asked.watch.facts is None:
+            if left_s <= 0 or asked.watch.facts is None or asked.watch.failed:
                 raise self._late(asked)
             if streams:
                 if asked.stream is None:
@@ -261,13 +279,12 @@ class Proxy:
         watch, (namespace, name) = asked.watch, asked.server
         if watch.facts is None:
             return RefusedError("late", 404, "This LLMServer was deleted while the request waited for it.")
-        return RefusedError(
-            "late",
-            503,
-            f"The server did not wake within {self._room.bounds.hold_s:.0f} s; it is at: {watch.words}. "
-            f"Why, tells: kubectl describe llm {name} -n {namespace}",
-            answers.retry_after_s(watch.waited_s, None, watch.eta_s),
-        )
+        why = f"kubectl describe llm {name} -n {namespace}"
+        if watch.failed:
+            return RefusedError("late", 503, f"The server cannot start. Why, tells: {why}", FAILED_RETRY_S)
+        message = f"The server did not wake within {self._room.bounds.hold_s:.0f} s; it is at: {watch.words}."
+        again_s = answers.retry_after_s(watch.waited_s, None, watch.eta_s)
+        return RefusedError("late", 503, f"{message} Why, tells: {why}", again_s)
 
     async def _try(self, asked: Asked, address: str) -> aiohttp.ClientResponse | None:
         """The engine's answer, of which the head is there; None where the engine did not take the request."""

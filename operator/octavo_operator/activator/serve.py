@@ -23,6 +23,8 @@ from octavo_operator.engine_client import EngineClient
 log = logging.getLogger(__name__)
 
 STATUSZ_TIMEOUT_S = 1.0
+LAST_S = 1.0
+"""For what is being sent when everything else is over."""
 LONGEST_ANSWER_S = 30.0
 """Of /held, while nothing changes."""
 
@@ -38,17 +40,22 @@ async def serve(settings: ActivatorSettings) -> int:
     proxy = Proxy(directory, Watches(directory, engines.statusz), room, held)
     collector = HeldCollector(lambda: held.counts, lambda: room.bytes)
     REGISTRY.register(collector)
-    management = await _listen(_management(held, stop), settings.listen_host, [settings.management_port], 1.0)
+    management = await _listen(_management(held, stop), settings.listen_host, [settings.management_port])
     try:
         api = web.Application()
         api.router.add_route("*", "/{path:.*}", proxy.handle)
-        requests = await _listen(api, settings.listen_host, list(settings.ports), settings.grace_s)
+        requests = await _listen(api, settings.listen_host, list(settings.ports))
         log.info("taking requests ports=%d-%d", settings.ports[0], settings.ports[-1])
         await stop.wait()
         # Not ready any more: the operator takes our address out of the Services. Who has it yet is still served.
         log.info("ending held=%d", sum(held.counts.values()))
         await asyncio.sleep(settings.leave_s)
-        await requests.cleanup()  # waits for the requests that are here
+        # Not by the runner's own waiting: it waits for every task of the process, and the operator's question is one.
+        for site in list(requests.sites):
+            await site.stop()
+        if not await proxy.empty(settings.grace_s):
+            log.warning("ended with requests after grace_s=%.0f", settings.grace_s)
+        await requests.cleanup()
     finally:
         await management.cleanup()
         await proxy.close()
@@ -58,9 +65,9 @@ async def serve(settings: ActivatorSettings) -> int:
     return 0
 
 
-async def _listen(app: web.Application, host: str, ports: list[int], shutdown_s: float) -> web.AppRunner:
+async def _listen(app: web.Application, host: str, ports: list[int]) -> web.AppRunner:
     # A handler is cancelled when its client hangs up: what it holds for it is given back at once.
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=shutdown_s)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=LAST_S)
     await runner.setup()
     for port in ports:
         await web.TCPSite(runner, host, port).start()

@@ -27,6 +27,8 @@ LOOK_S = 0.2
 """Between looks at the engines while a request is held."""
 READ_S = 1.0
 """Between reads of the API server, for each server."""
+FAILED_S = 15.0
+"""A server that has been Failed for this long is not waited for: its first restart may be all that it needs."""
 SERVERS = 1024
 """That are remembered, for how long their last wake took."""
 
@@ -43,6 +45,7 @@ class Watch:
         self.words = answers.words_of_stage(None)
         """What happens now, for clients."""
         self.eta_s: float | None = None
+        self._failed_since: float | None = None
         self.last_wake_s: float | None = None
         """How long the last wake took, from the first held request to an engine that is ready."""
         self._endpoints: list[Endpoint] = []
@@ -69,6 +72,11 @@ class Watch:
         self.ready = tuple(other for other in self.ready if other != address)
         if not self.ready:
             self._is_ready.clear()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is no use to wait: nothing comes up before somebody has mended something."""
+        return self._failed_since is not None and time.monotonic() - self._failed_since >= FAILED_S
 
     @property
     def waited_s(self) -> float:
@@ -125,6 +133,10 @@ class Watch:
             for endpoint, engine in both
             if (engine.stage is Stage.READY if engine is not None else endpoint.ready)
         )
+        if not (self.facts and self.facts.failed):
+            self._failed_since = None
+        elif self._failed_since is None:
+            self._failed_since = now
         loading = [engine for engine in told if engine is not None and engine.stage is not Stage.READY]
         farthest = max(loading, key=lambda engine: list(Stage).index(engine.stage), default=None)
         stage = self.facts.stage if self.facts else None
