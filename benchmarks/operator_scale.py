@@ -32,22 +32,23 @@ from operator_world import (
     CLIENTS,
     NAMESPACE,
     NODES,
+    PODS,
     ROOT,
+    SERVERS,
     Cpu,
-    PodWatch,
+    Watch,
     add_node,
     apply,
     create,
     drop_namespace,
+    exists,
     in_parallel,
+    is_ready,
     manifest,
     new_namespace,
     numbered,
     percentiles,
-    ready_pods,
     requests_of,
-    told_ready,
-    wait,
 )
 from stage import Api, Engines, Faults, Operator, chart
 
@@ -128,11 +129,11 @@ def total(turn: dict[str, Any]) -> float:
 
 def direct(cluster: Cluster, api: Api, names: Sequence[str]) -> dict[str, Any]:
     bodies = [body for name in names for body in objects(server(name), EngineDefaults(), pod_monitors_known=False)]
-    cpu, started = Cpu(cluster), time.monotonic()
-    in_parallel(lambda body: apply(api, body), bodies)
-    applied = time.monotonic() - started
-    wait(lambda: ready_pods(api) == len(names), 900)
-    settled = time.monotonic() - started
+    with Watch(api, PODS, is_ready) as pods:
+        cpu, started = Cpu(cluster), time.monotonic()
+        in_parallel(lambda body: apply(api, body), bodies)
+        applied = time.monotonic() - started
+        settled = pods.wait(names, 1800) - started
     return {
         "objects": len(bodies),
         "applied_s": round(applied, 1),
@@ -145,18 +146,15 @@ def by_operator(cluster: Cluster, api: Api, names: Sequence[str], profile: str |
     operator = start(cluster, python=(sys.executable, *(("-m", "cProfile", "-o", profile) if profile else ())))
     try:
         requests, looks = requests_of(operator), operator.metric("octavo_operator_look_seconds_count")
-        cpu, started = Cpu(cluster, operator), time.monotonic()
-        in_parallel(lambda name: create(api, name), names)
-        created = time.monotonic() - started
-        wait(lambda: ready_pods(api) == len(names), 900)
-        pods = time.monotonic() - started
-        wait(lambda: told_ready(api) == len(names), 900)
-        settled, spent = time.monotonic() - started, cpu.since()
+        with Watch(api, SERVERS, is_ready) as servers:
+            cpu, started = Cpu(cluster, operator), time.monotonic()
+            in_parallel(lambda name: create(api, name), names)
+            created = time.monotonic() - started
+            settled, spent = servers.wait(names, 1800) - started, cpu.since()
         requests = requests_of(operator) - requests
         writes = {key: count for key, count in requests.items() if key.split()[0] in ("apply", "create", "scale")}
         return {
             "created_s": round(created, 1),
-            "pods_ready_s": round(pods, 1),
             "settled_s": round(settled, 1),
             "cpu_s": spent,
             "operator_cpu_ms_per_server": round(1000 * spent["operator"] / len(names), 1),
@@ -174,20 +172,20 @@ def by_operator(cluster: Cluster, api: Api, names: Sequence[str], profile: str |
 
 def latency(cluster: Cluster, api: Api, samples: int, rate: float) -> dict[str, Any]:
     operator = start(cluster)
-    watch = PodWatch(api)
     try:
-        answered: dict[str, float] = {}
-        one_by_one = [f"calm-{number:04}" for number in range(samples)]
-        for name in one_by_one:
-            answered[name] = create(api, name)
-            watch.wait([name], 60)
-        at_a_rate = [f"rate-{number:04}" for number in range(samples)]
-        started = time.monotonic()
-        for number, name in enumerate(at_a_rate):
-            time.sleep(max(0.0, started + number / rate - time.monotonic()))
-            answered[name] = create(api, name)
-        watch.wait(at_a_rate, 60)
-        took = {name: max(0.0, watch.seen[name] - at) for name, at in answered.items()}
+        with Watch(api, PODS, exists) as pods:
+            answered: dict[str, float] = {}
+            one_by_one = [f"calm-{number:04}" for number in range(samples)]
+            for name in one_by_one:
+                answered[name] = create(api, name)
+                pods.wait([name], 60)
+            at_a_rate = [f"rate-{number:04}" for number in range(samples)]
+            started = time.monotonic()
+            for number, name in enumerate(at_a_rate):
+                time.sleep(max(0.0, started + number / rate - time.monotonic()))
+                answered[name] = create(api, name)
+            pods.wait(at_a_rate, 60)
+        took = {name: max(0.0, pods.seen[name] - at) for name, at in answered.items()}
         return {
             "samples": samples,
             "one_after_another_ms": percentiles(took[name] for name in one_by_one),
@@ -195,7 +193,6 @@ def latency(cluster: Cluster, api: Api, samples: int, rate: float) -> dict[str, 
             "at_the_rate_ms": percentiles(took[name] for name in at_a_rate),
         }
     finally:
-        watch.close()
         end(operator)
 
 
@@ -205,8 +202,9 @@ def idle(cluster: Cluster, api: Api, names: Sequence[str], seconds: float) -> di
     proxy = Faults(cluster, 18400)
     operator = start(cluster, server=proxy.url)
     try:
-        in_parallel(lambda name: create(api, name), names)
-        wait(lambda: told_ready(api) == len(names), 1800)
+        with Watch(api, SERVERS, is_ready) as servers:
+            in_parallel(lambda name: create(api, name), names)
+            servers.wait(names, 1800)
         time.sleep(15)  # the last events of that
         before = operator.metric("process_cpu_seconds_total")
         proxy.do(record=str(record))
