@@ -53,7 +53,7 @@ def changes(
         present = children.get(kind)
         if present is None:
             create.append(body)
-        elif not (_is_ours(present, owner_uid) or _is_left_to_us(present, body)):
+        elif not may_be_applied(present, body, owner_uid):
             foreign.append(kind)
         elif differs(body, present):
             if kind == "Job":
@@ -72,6 +72,11 @@ def changes(
         if not pod.terminating and not pod.over and _needs_annotations(pod, marks):
             annotate.append(_annotations(pod, marks, namespace))
     return Changes(tuple(create), tuple(update), tuple(delete), tuple(foreign), tuple(annotate))
+
+
+def may_be_applied(present: Object, body: Object, owner_uid: str) -> bool:
+    """Whether what has the name of `body` is the server's, or nobody's and left to it."""
+    return _is_ours(present, owner_uid) or _is_left_to_us(present, body)
 
 
 def with_digest(body: Object) -> Object:

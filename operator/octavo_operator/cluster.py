@@ -2,35 +2,42 @@
 
 Every error becomes one of two things. A write that the API server understood and refused (quota, admission, a schema,
 a name that somebody else has) is a `Refusal`, for the resource's status. Everything else (no answer, overload, missing
-rights) is `UnavailableError`: the caller looks again later.
+rights) is `UnavailableError`: the caller looks again later. An API server that says when to come again (429 or 5xx
+with Retry-After) is asked again then; where that is too far away, the error carries it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import aiohttp
 from kubernetes.aio import config
-from kubernetes.aio.client import ApiException
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
-from kubernetes.aio.dynamic import DynamicClient
 
+from octavo_engine import __version__
 from octavo_operator import names
 
 Document = dict[str, Any]
 REQUEST_TIMEOUT_S = 15.0
+PATIENCE_S = 10.0
+"""How long one request may wait, in all, for an API server that asks to be asked later."""
+RETRY_AFTER_MAX_S = 60.0
 CONNECTIONS = 32
+USER_AGENT = f"octavo-operator/{__version__}"
 PAGE = 500
 """Objects in one answer to a list: bounds the memory that a cluster with thousands of servers takes for a moment."""
 
 
-METHODS = {"apply": "patch", "scale": "patch", "create": "post", "replace": "put", "delete": "delete"}
+METHODS = {"apply": "PATCH", "scale": "PATCH", "create": "POST", "replace": "PUT", "delete": "DELETE"}
+"""Of verbs that write; the others read."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +88,12 @@ KINDS = {
 class UnavailableError(Exception):
     """The API server did not do what was asked, for a reason that time or an administrator mends."""
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int = 0, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.status = status
         """Of its answer; 0 where none came."""
+        self.retry_after_s = retry_after_s
+        """It is not to be asked again before."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +109,10 @@ Observer = Callable[[str, str, int], None]
 
 
 class Cluster:
-    def __init__(self, api: ApiClient, observer: Observer) -> None:
-        self._api = api
-        self._client = DynamicClient(api)
-        self._observer = observer
+    def __init__(
+        self, api: ApiClient, observer: Observer, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    ) -> None:
+        self._api, self._observer, self._sleep = api, observer, sleep
 
     @classmethod
     async def connect(cls, observer: Observer = lambda verb, kind, status: None) -> Cluster:
@@ -186,6 +195,20 @@ class Cluster:
             "apply", body["kind"], path, body=body, query=query, content_type="application/apply-patch+yaml"
         )
 
+    async def apply_new(self, body: Document) -> Document | Refusal:
+        """Like apply, where nothing of that name is: a Refusal with status 409 where something is, whoever made it.
+
+        For an object that is there, a version that it has long left behind is a conflict; for one that is made, the
+        API server takes no notice of it. That saves to look first.
+        """
+        metadata = body["metadata"]
+        path = KINDS[body["kind"]].path(metadata["namespace"], metadata["name"])
+        query = {"fieldManager": names.FIELD_MANAGER, "force": "false"}
+        body = {**body, "metadata": {**metadata, "resourceVersion": "1"}}
+        return await self._request(
+            "apply", body["kind"], path, body=body, query=query, content_type="application/apply-patch+yaml"
+        )
+
     async def scale(self, document: Document, replicas: int) -> Document | Refusal:
         """Sets spec.replicas by the scale subresource, unless somebody has changed the object since it was read."""
         kind, metadata = document["kind"], document["metadata"]
@@ -222,32 +245,57 @@ class Cluster:
         content_type: str = "application/json",
         accept: str | None = None,
     ) -> Document | Refusal:
-        method = {"apply": "patch", "scale": "patch", "create": "post", "replace": "put", "delete": "delete"}.get(
-            verb, "get"
+        method, waited = METHODS.get(verb, "GET"), 0.0
+        given = [(name, value) for name, value in (query or {}).items() if value is not None]
+        target = f"{path}?{urlencode(given)}" if given else path
+        headers = {"Content-Type": content_type, "Accept": accept or "application/json", "User-Agent": USER_AGENT}
+        while True:
+            try:
+                status, content, retry_after = await self._exchange(method, target, headers, body)
+            except (TimeoutError, aiohttp.ClientError, OSError) as error:
+                self._observer(verb, kind, 0)
+                what = f"{verb} {KINDS[kind].plural}: {type(error).__name__} {error}".rstrip()
+                raise UnavailableError(what) from error
+            self._observer(verb, kind, 200 if status < 300 else status)
+            if status < 300:
+                answer: Document = json.loads(content)
+                return answer
+            message = _message(status, content)
+            if status in (404, 409, 422) or (status in (400, 403, 405, 413) and method != "GET"):
+                return Refusal(status, message)
+            if retry_after is None or waited + retry_after > PATIENCE_S:
+                raise UnavailableError(f"{verb} {KINDS[kind].plural}: {message}", status, retry_after or 0.0)
+            # Nothing was done yet, or what can be done twice. A little later, as the others were told the same.
+            pause = retry_after * (1 + random.random() / 4)
+            waited += pause
+            await self._sleep(pause)
+
+    async def _exchange(
+        self, method: str, target: str, headers: dict[str, str], body: Document | None
+    ) -> tuple[int, bytes, float | None]:
+        """Status, content, and after how many seconds to come again where the API server says so."""
+        # Below the client's models and its dynamic client, which copy a document twice and cost as much as all else.
+        headers = dict(headers)
+        await self._api.update_params_for_auth(headers, [], ["BearerToken"], target, method, body)
+        answer = await self._api.call_api(
+            method,
+            self._api.configuration.host + target,
+            headers,
+            body,
+            _request_timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
         )
-        try:
-            answer: Document = await self._client.request(
-                method,
-                path,
-                body=body,
-                query_params=[(name, value) for name, value in (query or {}).items() if value is not None],
-                content_type=content_type,
-                header_params={"Accept": accept} if accept else {},
-                serializer=lambda _, document: document,
-                _request_timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
-            )
-        except ApiException as error:
-            self._observer(verb, kind, error.status or 0)
-            message = _message(error)
-            reads = method == "get"
-            if error.status in (404, 409, 422) or (error.status in (400, 403, 405, 413) and not reads):
-                return Refusal(error.status, message)
-            raise UnavailableError(f"{verb} {KINDS[kind].plural}: {message}", error.status or 0) from error
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            self._observer(verb, kind, 0)
-            raise UnavailableError(f"{verb} {KINDS[kind].plural}: {type(error).__name__} {error}".rstrip()) from error
-        self._observer(verb, kind, 200)
-        return answer
+        content: bytes = await answer.read()
+        return answer.status, content, _retry_after(answer.status, answer.headers)
+
+
+def _retry_after(status: int, headers: Mapping[str, str]) -> float | None:
+    """None where the API server does not ask for it. As Kubernetes' own clients take it: on 429 and on 5xx."""
+    text = headers.get("Retry-After")
+    if status != 429 and (status < 500 or text is None):
+        return None
+    # Seconds. The standard has dates too, which the API server does not send.
+    seconds = float(text) if text is not None and text.isdigit() else 1.0
+    return min(max(seconds, 1.0), RETRY_AFTER_MAX_S)
 
 
 def _or_none(answer: Document | Refusal) -> Document | None:
@@ -258,11 +306,11 @@ def _or_none(answer: Document | Refusal) -> Document | None:
     raise UnavailableError(answer.message)
 
 
-def _message(error: ApiException) -> str:
+def _message(status: int, content: bytes) -> str:
     """The API server's own sentence, from the Status object that it answers with."""
-    body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else str(error.body or "")
+    text = content.decode(errors="replace")
     try:
-        message = json.loads(body)["message"]
+        message = json.loads(text)["message"]
     except (ValueError, KeyError, TypeError):
-        message = body
-    return str(message).strip()[:1000] or f"{error.status} {error.reason}"
+        message = text
+    return str(message).strip()[:1000] or f"HTTP {status}"

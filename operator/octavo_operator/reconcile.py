@@ -2,7 +2,7 @@
 
 What the API server knows is in the cache, which the watches fill: a server that loads is looked at every second, and
 all that is asked then is its engines, which have no watch. Asked for directly are only objects that the watches do not
-tell of: those of kinds that a CRD brings, and those that stand where a child is to be made.
+tell of: those of kinds that a CRD brings, and what stands where a child could not be made.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from octavo_operator import metrics, names, observed, status, wake
 from octavo_operator.announce import Announcement, announcements
 from octavo_operator.cache import WATCHED, Cache, Seen
 from octavo_operator.causes import About, Cause, Wanted, refusal_of_object, refusal_of_pods
-from octavo_operator.changes import Changes, changes
+from octavo_operator.changes import Changes, changes, may_be_applied
 from octavo_operator.cluster import Cluster, Refusal, UnavailableError
 from octavo_operator.conditions import Finding, View, conditions, conditions_of_invalid
 from octavo_operator.desired import objects
@@ -144,7 +144,6 @@ class Reconciler:
         if waking and (slice := endpoint_slice(server, waking, leads=leads)):
             wanted.append(slice)
         scrape = pod_annotations(server, pod_monitors_known=world.pod_monitors_known)
-        world = await self._look_where_children_go(key, wanted, world)
         present = world.own("Deployment", server.uid)
         before = status.read_part(RevisionStatus, seen.resource.get("status", {}).get("revision"))
         waiting = waits(wanted, world.children)
@@ -202,12 +201,6 @@ class Reconciler:
         if port is None:
             return Waking(barrier=f"all {len(wake.PORTS)} ports of the activator stand for other servers")
         return Waking(port, self._activator.addresses)
-
-    async def _look_where_children_go(self, key: Key, wanted: Sequence[dict[str, Any]], world: World) -> World:
-        """The world with what has the name of a child that is to be made: another's, or ours and not told of yet."""
-        missing = [body["kind"] for body in wanted if body["kind"] not in world.children]
-        found = await self._get(missing, key)
-        return replace(world, children={**world.children, **found}) if found else world
 
     async def _restored(self, key: Key, rollout: Decision) -> Decision:
         """With the template of the revision that worked, from the ReplicaSet that it left behind."""
@@ -278,9 +271,10 @@ class Reconciler:
             if not isinstance(annotated, Refusal):
                 self._cache.put("Pod", annotated)
         for body in (*todo.create, *todo.update):
-            # Not by force where nothing was: whoever has made an object of that name meanwhile keeps it.
-            answer = await self._cluster.apply(body, force=body in todo.update)
-            if isinstance(answer, Refusal):
+            answer = await (self._cluster.apply(body) if body in todo.update else self._make(server, body))
+            if answer is None:
+                causes.append(_name_taken(body["kind"], server.name))
+            elif isinstance(answer, Refusal):
                 causes.append(refusal_of_object(body["kind"], answer.message))
             elif body["kind"] in WATCHED:
                 self._cache.put(body["kind"], answer)
@@ -302,6 +296,24 @@ class Reconciler:
         if why := world.refused_pods:
             causes.append(refusal_of_pods(why))
         return tuple(causes), unannotated
+
+    async def _make(self, server: Server, body: dict[str, Any]) -> dict[str, Any] | Refusal | None:
+        """The child that was not there; None where somebody else's object has its name.
+
+        Nothing is looked for before: what was not told of is mostly not there, and the API server says so if it is.
+        """
+        answer = await self._cluster.apply_new(body)
+        if not (isinstance(answer, Refusal) and answer.status == 409):
+            return answer
+        present = await self._cluster.get(body["kind"], server.namespace, server.name)
+        if present is None:
+            # It went meanwhile. Not by force: whoever makes an object of that name in this moment keeps it.
+            return await self._cluster.apply(body, force=False)
+        if not may_be_applied(present, body, server.uid):
+            return None
+        if body["kind"] in WATCHED:
+            self._cache.put(body["kind"], present)
+        raise UnavailableError(f"make {body['kind']}: it is there already, and no watch has told of it yet")
 
     async def _report_invalid(
         self, key: Key, seen: Seen, problems: Sequence[Problem], world: World, now: datetime

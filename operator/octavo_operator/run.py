@@ -107,7 +107,7 @@ async def _begin(reconciler: Reconciler, sweep: Sweep) -> None:
             return await sweep.fill()
         except UnavailableError as error:
             log.warning("the servers could not be read yet: %s", error)
-            await asyncio.sleep(1)
+            await asyncio.sleep(max(1.0, error.retry_after_s))
 
 
 async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
@@ -168,12 +168,13 @@ async def _first(*coroutines: object) -> int:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _on_error(key: Key, error: Exception) -> None:
+def _on_error(key: Key, error: Exception) -> float:
     metrics.ERRORS.inc()
     if isinstance(error, UnavailableError):
         log.warning("will look again server=%s/%s: %s", *key, error)
-    else:
-        log.exception("a look failed server=%s/%s", *key, exc_info=error)
+        return error.retry_after_s
+    log.exception("a look failed server=%s/%s", *key, exc_info=error)
+    return 0.0
 
 
 def _count(verb: str, kind: str, code: int) -> None:

@@ -50,7 +50,8 @@ class _Slot:
 
 
 class Workers:
-    def __init__(self, look: Look, on_error: Callable[[Key, Exception], None], *, concurrency: int = CONCURRENCY):
+    def __init__(self, look: Look, on_error: Callable[[Key, Exception], float], *, concurrency: int = CONCURRENCY):
+        """on_error: is told of each look that failed, and says after how many seconds, at least, it may look again."""
         self._look = look
         self._on_error = on_error
         self._slots: dict[Key, _Slot] = {}
@@ -92,8 +93,7 @@ class Workers:
                     outcome = await self._look(key, changed)
             except Exception as error:  # noqa: BLE001 -- whatever one server's look does must not stop the others'
                 failures += 1
-                self._on_error(key, error)
-                await asyncio.sleep(retry_delay(failures))
+                await asyncio.sleep(max(self._on_error(key, error), retry_delay(failures)))
                 continue
             failures = 0
             if outcome.gone and not slot.wake.is_set():

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
-from stage import Activator, ApiError, Faults, Operator, certificate, chart, says, wait_for
+from stage import KINDS, Activator, ApiError, Faults, Operator, certificate, chart, says, wait_for
 
 from octavo_engine.status import Failure, FailureCode, Load, Stage
 
@@ -141,11 +141,46 @@ def live(stage):
     stage.serve("slow")
     stage.wait_pods(1, "slow")
     time.sleep(5)  # its container is being created for so long that its events are read
+    taken(stage)
     stage.patch("slow", {"expose": {"service": {"port": 81}}})
     stage.delete("services", "slow")
     time.sleep(1)
     stage.delete("llmservers", "qwen")
     time.sleep(1)
+
+
+def taken(stage):
+    """Every child's name is somebody else's already: each is read to see whose."""
+    labels = {"matchLabels": {"x": "y"}}
+    containers = [{"name": "x", "image": "y"}]
+    template = {"metadata": {"labels": {"x": "y"}}, "spec": {"containers": containers}}
+    claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    scaled = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "taken"}
+    port = {"service": {"name": "x", "port": {"number": 80}}}
+    theirs = {
+        "deployments": {"replicas": 0, "selector": labels, "template": template},
+        "services": {"ports": [{"port": 80}]},
+        "poddisruptionbudgets": {"minAvailable": 0, "selector": labels},
+        "persistentvolumeclaims": claim,
+        "ingresses": {"defaultBackend": port},
+        "networkpolicies": {"podSelector": labels},
+        "jobs": {"suspend": True, "template": {"spec": {"containers": containers, "restartPolicy": "Never"}}},
+        "horizontalpodautoscalers": {"scaleTargetRef": scaled, "maxReplicas": 2},
+    }
+    for kind, spec in theirs.items():
+        group = "/apis/autoscaling/v2" if kind == "horizontalpodautoscalers" else KINDS[kind]
+        path = f"{group}/namespaces/{stage.namespace}/{kind}"
+        # The Deployment of the one with a cache waits for its download.
+        name = "taken-sleeps" if kind == "deployments" else "taken"
+        stage.api.request("POST", path, {"metadata": {"name": name}, "spec": spec})
+    body = {"metadata": {"name": "taken-sleeps"}, "addressType": "IPv4", "endpoints": []}
+    stage.create("endpointslices", {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", **body})
+    expose = {"ingress": {"hostname": "y.example"}, "networkPolicy": {}}
+    cache = {"mode": "Shared", "size": "1Gi", "prefetch": True}
+    stage.serve("taken", expose=expose, cache=cache, autoscaling={"mode": "HPA", "maxReplicas": 3})
+    stage.serve("taken-sleeps", autoscaling={"minReplicas": 0, "maxReplicas": 1}, replicas=0)
+    for name in ("taken", "taken-sleeps"):
+        stage.wait_condition("Ready", "False", "NameTaken", name)
 
 
 def is_new(pod, known):

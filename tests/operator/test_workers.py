@@ -22,6 +22,7 @@ class Looks:
         self.outcomes, self.takes_s = list(outcomes), takes_s
         self.seen: list[tuple] = []
         self.errors: list[Exception] = []
+        self.wait_s = 0.0
         self.running, self.most = 0, 0
         self.by_key: dict = {}
 
@@ -43,6 +44,7 @@ class Looks:
 
     def on_error(self, key, error):
         self.errors.append(error)
+        return self.wait_s
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +103,20 @@ async def test_a_failed_look_is_tried_again_with_everything_read_anew():
 
     assert looks.seen == [(A, True)] * 3
     assert [str(error) for error in looks.errors] == ["x", "y"]
+
+
+async def test_a_look_that_is_to_wait_longer_than_its_delay_does():
+    looks = Looks(RuntimeError("x"), Next())
+    looks.wait_s = 0.2
+    workers = Workers(looks, looks.on_error)
+    workers.wake(A)
+    await until(lambda: looks.errors)
+    await asyncio.sleep(0.1)
+    early = len(looks.seen)
+    await until(lambda: len(looks.seen) == 2)
+    await workers.close()
+
+    assert early == 1
 
 
 async def test_a_failure_of_one_key_leaves_the_others_alone():
