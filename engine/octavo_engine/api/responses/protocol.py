@@ -168,9 +168,9 @@ def _text(content: Any, where: str) -> str:
     texts = []
     for part in content:
         part = part if isinstance(part, dict) else {}
-        text = part.get("refusal" if part.get("type") == "refusal" else "text")
-        if part.get("type") not in _TEXTS or not isinstance(text, str):
-            kind = str(part.get("type"))[:50]
+        kind = str(part.get("type"))[:50]
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if kind not in _TEXTS or not isinstance(text, str):
             raise bad_request(f"{where}: parts of type {kind!r} are not supported; this model reads text.", where)
         texts.append(text)
     return "\n".join(texts)
