@@ -5,8 +5,10 @@ Run on a machine with a GPU: `pytest -m gpu tests/engine/test_gpu.py -s`.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +95,13 @@ def test_sampling_on_a_gpu_depends_on_the_seed_alone():
     assert beside[:3] == alone[:3]
 
 
-def test_graphs_keep_to_grammars_beside_free_requests():
+@pytest.fixture
+def grammars():
+    """What makes masks; it may have to be brought to a machine that has the device."""
+    return pytest.importorskip("llguidance", reason="needs llguidance: install its wheel beside torch's")
+
+
+def test_graphs_keep_to_grammars_beside_free_requests(grammars):
     llm = LLM(str(models.smollm2()), device="cuda", kv_cache_memory_bytes=2**30)
     form = StructuredOutputsParams(regex="[0-9]{3}-[a-f]{2,4}!")
     sampling = [
@@ -108,3 +116,59 @@ def test_graphs_keep_to_grammars_beside_free_requests():
     assert all(re.fullmatch("[0-9]{3}-[a-f]{2,4}!", text) for text in texts[1::2]), texts
     assert not any(re.fullmatch("[0-9]{3}-[a-f]{2,4}!", text) for text in texts[::2]), texts
     llm._engine.check_integrity()
+
+
+FORMS = {
+    "regex": StructuredOutputsParams(regex="[0-9]{3}-[a-f]{2,4}!"),
+    "choice": StructuredOutputsParams(choice=["Paris", "Rome", "Berlin"]),
+    "json": StructuredOutputsParams(
+        json={"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}, "size": {"enum": [1, 2]}},
+              "required": ["city", "size"], "additionalProperties": False},
+        disable_any_whitespace=True,
+    ),
+}  # fmt: skip
+
+
+def test_tokens_under_masks_are_those_of_a_cpu(grammars):
+    """float32 on both, so that only near ties differ; each form alone and beside others, a free request among them."""
+    settings: dict[str, Any] = {"dtype": "float32", "kv_cache_memory_bytes": 2**29, "max_num_seqs": 16}
+    gpu = LLM(str(models.smollm2()), device="cuda", **settings)
+    cpu = LLM(str(models.smollm2()), device="cpu", **settings)
+    greedy = [
+        SamplingParams(temperature=0, max_tokens=40, logprobs=1, structured_outputs=form) for form in FORMS.values()
+    ]
+    penalized = [dataclasses.replace(one, repetition_penalty=1.2, logit_bias=((11, -5.0),)) for one in greedy]
+    sampling = [*greedy, SamplingParams(temperature=0, max_tokens=40, logprobs=1), *penalized]
+    prompts = ["The capital of France is"] * len(sampling)
+
+    expected = cpu.generate(prompts, sampling, use_tqdm=False)
+    together = gpu.generate(prompts, sampling, use_tqdm=False)
+    alone = [gpu.generate([prompt], one, use_tqdm=False)[0] for prompt, one in zip(prompts, sampling, strict=True)]
+
+    for want, one, other in zip(expected, together, alone, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        pairs = zip(want.outputs[0].token_ids, one.outputs[0].token_ids, strict=False)
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        if at is None:
+            assert want.outputs[0].text == one.outputs[0].text
+            continue
+        ours, theirs = (output.outputs[0].logprobs[at] for output in (one, want))
+        values = [next(iter(found.values())).logprob for found in (ours, theirs)]
+        assert abs(values[0] - values[1]) < 1e-3, f"{want.outputs[0].text!r} and {one.outputs[0].text!r} part at {at}"
+
+
+def test_draws_under_masks_follow_the_distribution_of_what_is_allowed(grammars):
+    """A seed's draws are not a CPU's bit for bit; how often each allowed token comes must be."""
+    settings = {"kv_cache_memory_bytes": 2**29, "max_num_seqs": 64}
+    form = StructuredOutputsParams(choice=["A", "B", "C"])
+    shares = {}
+    for device in ("cpu", "cuda"):
+        llm = LLM(str(models.smollm2()), device=device, dtype="float32", **settings)
+        sampling = [SamplingParams(temperature=1, seed=i, max_tokens=2, structured_outputs=form) for i in range(600)]
+        outputs = llm.generate(["Question: A, B or C? Answer:"] * 600, sampling, use_tqdm=False)
+        texts = [output.outputs[0].text for output in outputs]
+        assert set(texts) <= {"A", "B", "C"}
+        shares[device] = [texts.count(text) / 600 for text in "ABC"]
+
+    for ours, theirs in zip(shares["cuda"], shares["cpu"], strict=True):
+        assert abs(ours - theirs) < 0.1, shares
