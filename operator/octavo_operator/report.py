@@ -111,6 +111,9 @@ class Status(_Model):
     )
     message: str = Field(description="The state in a sentence, with the next step where something is wrong.")
     url: str | None = Field(None, description="Base URL of the OpenAI API inside the cluster.")
+    activator_port: int | None = Field(
+        None, description="Port of the activator's pods that stands for this server, where a request wakes it."
+    )
     replicas: int = Field(description="Engine pods that exist.")
     ready_replicas: int = Field(description="Engine pods that take requests.")
     updated_replicas: int = Field(description="Engine pods of the present specification.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import aiohttp
 import pytest
@@ -38,6 +40,7 @@ class World:
         self.servers: tuple = (KEY,)
         self.requests: list[tuple[web.Request, bytes]] = []
         self.aborted = 0
+        self.asked_for: set = set()
         self.answer = _echo
         self.url = ""
         self.held = Held()
@@ -49,6 +52,7 @@ class World:
         return self.facts_now
 
     async def endpoints(self, key):
+        self.asked_for.add(key)
         return [Endpoint("127.0.0.1", ready=False)] if self.stage is not None else []
 
     async def ask(self, address):
@@ -95,6 +99,16 @@ class World:
     async def get(self, path, **more):
         async with self.client.get(self.url + path, **more) as answer:
             return answer.status, await answer.read()
+
+    async def raw(self, data):
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(data)
+        try:
+            return await asyncio.wait_for(reader.readline(), SOON_S)
+        finally:
+            writer.close()
+            await writer.wait_closed()
 
     async def waits(self, count=1):
         await until(lambda: self.held.counts.get(KEY, 0) == count)
@@ -366,9 +380,41 @@ async def test_a_port_that_stands_for_no_server_is_told_so():
         nobody = await world.post()
         world.servers = (KEY, ("ml", "b"))
         two = await world.post()
+        head = b"POST @10.0.0.1/ HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+        elsewhere = await world.raw(head)
+        absolute = await world.raw(head.replace(b"@10.0.0.1/", b"http://x@10.0.0.1/"))
 
         assert (nobody[0], two[0]) == (421, 421)
+        assert b" 400 " in elsewhere
+        assert b" 400 " in absolute
         assert "by the name of its Service" in json.loads(nobody[2])["error"]["message"]
+
+
+async def test_a_port_that_two_claim_is_his_of_whom_the_operator_says_so():
+    world = World()
+    world.stage, world.servers = Stage.READY, (("evil", "b"), KEY)
+    mine = Facts(asks_for_keys=False, served_names=("qwen",), port=20007)
+    async with world.running() as world:
+        port = int(world.url.rpartition(":")[2])
+        world.facts = lambda key: told({KEY: replace(mine, port=port), ("evil", "b"): mine}[key])
+        status, _, _ = await world.post()
+
+        assert status == 200
+        assert world.asked_for == {KEY}
+
+
+async def told(facts):
+    return facts
+
+
+async def test_a_body_that_was_compressed_is_passed_on_as_it_was_before():
+    world = World()
+    world.stage = Stage.READY
+    async with world.running() as world:
+        data, kind = gzip.compress(json.dumps(QUESTION).encode()), {"Content-Type": "application/json"}
+        headers = {"Content-Encoding": "gzip", **kind}
+        async with world.client.post(f"{world.url}/v1/chat/completions", data=data, headers=headers) as answer:
+            assert (await answer.json())["asked"] == QUESTION
 
 
 async def test_a_server_that_is_deleted_meanwhile_lets_its_clients_go():
@@ -518,7 +564,11 @@ def test_facts_and_endpoints_are_read_from_documents():
     document = {
         "metadata": {"name": "qwen"},
         "spec": {"model": {"source": "hf://o/n"}, "expose": {"apiKeysSecretRef": {"name": "k"}}},
-        "status": {"engine": {"maxModelLen": 8}, "pods": [{"stage": "terminating"}, {"stage": "pending"}]},
+        "status": {
+            "engine": {"maxModelLen": 8},
+            "activatorPort": 20007,
+            "pods": [{"stage": "terminating"}, {"stage": "pending"}],
+        },
     }
     ours = {"metadata": {"labels": {"endpointslice.kubernetes.io/managed-by": "octavo-operator"}}}
     theirs = {
@@ -530,7 +580,7 @@ def test_facts_and_endpoints_are_read_from_documents():
         ],
     }
 
-    assert read_facts(document) == Facts(True, ("qwen",), 8, "pending")
+    assert read_facts(document) == Facts(True, ("qwen",), 8, "pending", 20007)
     assert read_facts({"metadata": {"name": "q"}, "spec": {"model": {"servedNames": ["a"]}}}) == Facts(False, ("a",))
     assert read_endpoints(ours | {"endpoints": theirs["endpoints"]}) == []
     assert read_endpoints(theirs) == [Endpoint("10.0.0.1", True), Endpoint("10.0.0.2", False)]

@@ -105,6 +105,7 @@ def test_the_status_says_what_wakes_it(waking, scaling, words):
     assert words in sentence(of, waking)
     assert status.phase == "Asleep"
     assert words in status.message
+    assert status.activator_port == waking.port
 
 
 def test_keda_wakes_by_what_waits_and_counts_one_replica_for_it():

@@ -29,6 +29,8 @@ class Facts:
     max_model_len: int | None = None
     stage: str | None = None
     """Of the pod that is farthest along, as the operator tells it; None where there is no pod."""
+    port: int | None = None
+    """Of the activator, by the operator's word."""
     failed: bool = False
     """Its engine ended, or it cannot have what it needs; the resource says which."""
 
@@ -86,6 +88,7 @@ def read_facts(document: Mapping[str, Any]) -> Facts:
         served_names=tuple(spec["model"].get("servedNames") or [document["metadata"]["name"]]),
         max_model_len=(status.get("engine") or {}).get("maxModelLen"),
         stage=pods[0].get("stage") if pods else None,
+        port=status.get("activatorPort"),
         failed=status.get("phase") == names.FAILED,
     )
 

@@ -127,22 +127,32 @@ class Proxy:
                 self._empty.set()
 
     async def _received(self, request: web.Request) -> Asked:
+        if not request.raw_path.startswith("/"):
+            # Put behind an engine's address, anything else could name another one.
+            raise RefusedError("answered", 400, "The target of a request begins with a slash.")
         port = request.transport.get_extra_info("sockname")[1] if request.transport else 0
         try:
-            found = await self._directory.servers_at(port)
-            if len(found) != 1:
-                raise RefusedError(
-                    "answered",
-                    *(421, "No LLMServer has this port of the activator: ask a server by the name of its Service."),
-                )
-            watch = self._watches.of(found[0])
+            server = await self._server_at(port)
+            watch = self._watches.of(server)
             await watch.fresh()
         except UnavailableError as error:
             log.warning("the API server does not tell: %s", error)
             raise RefusedError("late", 503, "The cluster's API server does not answer.", API_RETRY_S) from error
         if watch.facts is None:
             raise RefusedError("answered", 404, "This LLMServer is gone.")
-        return Asked(request, found[0], watch, _credentials(request))
+        return Asked(request, server, watch, _credentials(request))
+
+    async def _server_at(self, port: int) -> Key:
+        found = await self._directory.servers_at(port)
+        if len(found) > 1:
+            # Who may write EndpointSlices in one namespace can say of a port what is another's. The resource's status
+            # is the operator's alone.
+            told = await asyncio.gather(*(self._directory.facts(key) for key in found))
+            found = tuple(key for key, facts in zip(found, told, strict=True) if facts and facts.port == port)
+        if len(found) != 1:
+            message = "No LLMServer has this port of the activator: ask a server by the name of its Service."
+            raise RefusedError("answered", 421, message)
+        return found[0]
 
     # ---- while it sleeps
 
@@ -298,7 +308,9 @@ class Proxy:
             )
         request = asked.request
         host = f"[{address}]" if ":" in address else address
-        headers = CIMultiDict((k, v) for k, v in request.headers.items() if k.lower() not in HOP_BY_HOP)
+        # The body is here as it was before it was compressed, so nothing is said of that either.
+        dropped = HOP_BY_HOP | {"content-encoding"}
+        headers = CIMultiDict((k, v) for k, v in request.headers.items() if k.lower() not in dropped)
         if request.remote:
             headers.add("X-Forwarded-For", request.remote)
         try:
