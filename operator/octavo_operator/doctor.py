@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from octavo_operator import names
+from octavo_operator import names, wake
 from octavo_operator.cluster import Cluster, UnavailableError
 from octavo_operator.crd import custom_resource_definition
 from octavo_operator.monitoring import What, called, selecting, why_none
@@ -156,6 +156,10 @@ async def _servers(cluster: Cluster, namespace: str, now: datetime) -> list[Verd
         name = f"{metadata['namespace']}/{metadata['name']}"
         if ready is None or status.get("observedGeneration") != metadata["generation"]:
             found.append(Verdict("FAIL", f"{name}: no operator has looked at it in its present form"))
+        elif ready["message"].startswith(wake.UNWAKEABLE):
+            found.append(Verdict("note", f"{name}: {ready['message']}"))
+        elif ready["message"].startswith(wake.UNATTENDED):
+            found.append(Verdict("FAIL", f"{name}: {ready['message']}"))
         elif ready["status"] == "True" or ready["reason"] in ("Suspended", "ScaledToZero"):
             fine += 1
         else:

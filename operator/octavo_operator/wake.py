@@ -90,14 +90,18 @@ def port_of(document: Mapping[str, Any]) -> int | None:
     return int(text) if text.isdigit() else None
 
 
+UNWAKEABLE = "Asleep. No request wakes it"
+UNATTENDED = "Asleep. A request will wake it when a pod of the activator is ready"
+
+
 def sentence(server: Server, waking: Waking) -> str:
     """What wakes the server that sleeps, for its status."""
     if waking.barrier:
         how = f"kubectl scale llm {server.name} -n {server.namespace} --replicas=1"
-        return f"Asleep. No request wakes it, as {waking.barrier}. By hand: {how}"
+        return f"{UNWAKEABLE}, as {waking.barrier}. By hand: {how}"
     if not waking.addresses:
         where = "kubectl get pods -A -l app.kubernetes.io/component=activator"
-        return f"Asleep. A request will wake it when a pod of the activator is ready: {where}"
+        return f"{UNATTENDED}: {where}"
     assert server.spec.autoscaling is not None
     if server.spec.autoscaling.mode == "KEDA":
         return "Asleep. A request waits at the activator, and KEDA wakes it by octavo_activator_held_requests."

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import random
+from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -73,8 +75,9 @@ class World:
         engine = web.Application()
         engine.router.add_route("*", "/{path:.*}", self.handle)
         engines = await _listen(engine, "127.0.0.1", [0])
+        self.room = Room(Bounds(**bounds))
         proxy = Proxy(
-            *(self, Watches(self, self.ask, read_s=0.05), Room(Bounds(**bounds)), self.held),
+            *(self, Watches(self, self.ask, read_s=0.05), self.room, self.held),
             engine_port=engines.addresses[0][1],
         )
         api = web.Application()
@@ -283,6 +286,62 @@ async def test_half_an_answer_is_told_as_such():
 
         assert body.startswith(b"data: x\n\n")
         assert b"The engine ended before its answer did." in body
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_whatever_happens_each_request_ends_once_and_is_computed_at_most_once(seed):
+    """Engines come, drain, refuse and die, and clients hang up, at random."""
+    rng = random.Random(seed)
+    taken: Counter = Counter()
+    whole: Counter = Counter()
+
+    async def engine(request):
+        number = json.loads(await request.read())["number"]
+        if world.stage is not Stage.READY or rng.random() < 0.1:
+            return web.json_response({}, status=503)
+        taken[number] += 1
+        await asyncio.sleep(rng.random() * 0.02)
+        if rng.random() < 0.1:
+            request.transport.abort()
+            return web.Response()
+        if rng.random() < 0.5:
+            return await _tokens(request)
+        return web.json_response({"number": number})
+
+    async def client(number):
+        await asyncio.sleep(rng.random() * 2)
+        body = {"number": number, "stream": rng.random() < 0.5}
+        asking = world.post(body=body)
+        if rng.random() < 0.2:
+            await asyncio.sleep(rng.random() * 0.2)
+            asking.cancel()
+        try:
+            status, _, text = await asking
+        except asyncio.CancelledError:
+            return "gone"
+        if status == 200 and b'"error"' not in text:
+            whole[number] += 1
+        return status
+
+    async def weather():
+        while True:
+            world.stage = rng.choice((None, Stage.LOADING_WEIGHTS, Stage.READY, Stage.READY, Stage.DRAINING))
+            await asyncio.sleep(0.1 + rng.random() * 0.2)
+
+    async with World().running(requests_per_server=30) as world:
+        world.answer = engine
+        blowing = asyncio.create_task(weather())
+        clients = [asyncio.create_task(client(number)) for number in range(120)]
+        await asyncio.sleep(2)
+        blowing.cancel()
+        world.stage = Stage.READY
+        ends = await asyncio.wait_for(asyncio.gather(*clients), 3 * SOON_S)
+
+        assert set(ends) <= {200, 502, 503, "gone"}
+        assert 200 in ends
+        assert max(taken.values()) == 1, "a request was computed twice"
+        assert all(taken[number] == 1 for number in whole)
+        await until(lambda: world.held.counts == {} and world.room.requests == {} and world.room.bytes == 0)
 
 
 # ---- bounds

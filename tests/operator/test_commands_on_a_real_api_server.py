@@ -84,6 +84,8 @@ def test_diff_of_a_new_server_shows_all_of_it(stage, cluster):
 def test_doctor_finds_a_server_that_is_not_ready_and_what_the_cluster_lacks(stage, cluster):
     stage.serve(hardware={"nodeSelector": {"gpu": "h900"}})
     stage.wait_condition("Schedulable", "False", "NoMatchingNode")
+    stage.serve("sleeps", autoscaling={"minReplicas": 0, "maxReplicas": 1}, replicas=0)
+    stage.wait_condition("Ready", "False", "ScaledToZero", "sleeps")
     found = command(cluster, "doctor")
     lines = found.stdout.splitlines()
 
@@ -94,6 +96,10 @@ def test_doctor_finds_a_server_that_is_not_ready_and_what_the_cluster_lacks(stag
     assert any("nvidia.com/gpu" in line for line in lines)
     assert any(line.startswith("note  no PodMonitor kind") for line in lines)
     assert any(line.startswith(f"FAIL  {stage.namespace}/qwen") and "hardware.nodeSelector" in line for line in lines)
+    asleep = (
+        f"note  {stage.namespace}/sleeps: Asleep. No request wakes it, as the activator is off: set activator.enabled"
+    )
+    assert any(line.startswith(asleep) for line in lines), lines
 
 
 def test_doctor_says_that_the_definition_is_of_another_version(stage, cluster, api):

@@ -45,13 +45,18 @@ def activators(cluster, api):
 
 @pytest.fixture(scope="module")
 def operator(cluster, api, activators):
-    running = Operator(cluster, "wakes", 18320, OCTAVO_ACTIVATOR="octavo-activator", OCTAVO_ACTIVATOR_REPLICAS="2")
+    """A list with the one that runs, so that a test may put another in its place."""
+    running = [an_operator(cluster)]
     try:
-        running.wait_leading()
+        running[0].wait_leading()
         yield running
-        assert running.process.poll() is None, f"the operator ended: {running.log()[-3000:]}"
+        assert running[0].process.poll() is None, f"the operator ended: {running[0].log()[-3000:]}"
     finally:
-        running.stop()
+        running[0].stop()
+
+
+def an_operator(cluster):
+    return Operator(cluster, "wakes", 18320, OCTAVO_ACTIVATOR="octavo-activator", OCTAVO_ACTIVATOR_REPLICAS="2")
 
 
 def tell(api, addresses, ending=()):
@@ -220,6 +225,24 @@ def test_an_activator_that_is_asked_to_end_answers_first_whom_it_holds(asleep, s
     assert runs
     assert answer[0] == "200"
     assert status == 0
+
+
+def test_a_request_that_comes_while_no_operator_is_there_wakes_its_server_when_one_is(asleep, stage, operator, cluster):
+    operator[0].kill()
+    operator[0].process.wait(10)
+    waiting = asleep.ask(body={"n": 1, "stream": True})
+    time.sleep(2)
+    meanwhile = replicas(stage), waiting.poll()
+    operator[0] = an_operator(cluster)
+    operator[0].wait_leading()
+    wait_for(lambda: replicas(stage) == 1, "the wake", 60)
+    asleep.up()
+    code, text = ends(waiting)
+
+    assert meanwhile == (0, None)
+    assert code == "200"
+    assert text.count(": octavo stage=") >= 2
+    assert "POST /v1/chat/completions" in text
 
 
 def test_the_activator_runs_while_a_server_may_go_to_zero_and_not_otherwise(stage, operator, activators):
