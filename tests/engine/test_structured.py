@@ -17,10 +17,10 @@ tokenizers = pytest.importorskip("tokenizers")
 import models
 from octavo_engine.core.messages import Grammar
 from octavo_engine.sampling_params import SamplingError, SamplingParams
-from octavo_engine.structured import grammar as grammars
-from octavo_engine.structured.grammar import check, from_response_format, grammar_of
+from octavo_engine.structured.grammar import check, either, from_response_format, grammar_of
 from octavo_engine.structured.matcher import Gate, Matcher, Matchers
 from octavo_engine.structured.params import MAX_CHARS, StructuredOutputsError, StructuredOutputsParams, from_document
+from octavo_engine.structured.parts import _closed
 from octavo_engine.structured.settings import StructuredOutputsSettings
 
 EOS = 2
@@ -162,7 +162,7 @@ def test_a_hostile_grammar_is_compiled_or_refused_in_bounded_time(params: dict[s
 def test_objects_are_closed_where_asked_and_only_where_properties_are_named() -> None:
     schema = {"properties": {"properties": {"type": "object", "properties": {"x": {}}}, "y": {"type": "object"}}}
 
-    closed = grammars._closed(schema)
+    closed = _closed(schema)
 
     assert closed["additionalProperties"] is False
     assert closed["properties"]["properties"]["additionalProperties"] is False
@@ -262,6 +262,84 @@ def test_free_text_holds_to_schemas_between_tags(matchers, vocabulary) -> None:
     assert EOS in allowed(matcher)
     with pytest.raises(AssertionError):
         feed(matchers, begin(matchers, text), vocabulary.encode("Let me see. <call=sub>").ids)
+
+
+YES = {"type": "const_string", "value": "yes"}
+NUMBER = {"type": "json_schema", "json_schema": {"type": "integer"}}
+CALL = {"type": "tag", "begin": "<call=add>", "content": NUMBER, "end": "</call>"}
+ANY = {"type": "any_text"}
+THOUGHT = {"type": "tag", "begin": "<think>", "content": ANY, "end": "</think>"}
+CALLS = {"type": "triggered_tags", "triggers": ["<call="], "tags": [CALL]}
+
+
+def any_of(elements: list[Any]) -> dict[str, Any]:
+    return {"type": "or", "elements": elements}
+
+
+def sequence(*elements: Any) -> dict[str, Any]:
+    return {"type": "sequence", "elements": elements}
+
+
+def separated(separator: str, **more: Any) -> dict[str, Any]:
+    return {"type": "tags_with_separator", "tags": [CALL], "separator": separator, **more}
+
+
+def end(matchers: Matchers, matcher: Matcher, ids: list[int]) -> None:
+    """As `feed`, of an answer that may end there."""
+    feed(matchers, matcher, ids)
+    assert matcher.complete or EOS in allowed(matcher)
+
+
+@pytest.mark.parametrize(
+    ("format", "good", "bad"),
+    [
+        (YES, ["yes"], ["no", "yes!"]),
+        ({"type": "regex", "pattern": "[ab]+/c"}, ["ab/c"], ["c"]),
+        (ANY, ["", "What? <call=no>"], []),
+        (CALL, ["<call=add>4</call>"], ["4", "<call=add>x"]),
+        (any_of([CALL, YES]), ["yes", "<call=add>4</call>"], ["x"]),
+        (sequence(THOUGHT, CALL), ["<think>a < b\n</think><call=add>4</call>"], ["<call=add>", "<think>a</think>b"]),
+        (sequence(ANY, {"type": "const_string", "value": "!"}, NUMBER), ["well, then!5"], ["well!x"]),
+        (CALLS, ["", "just words", "so <call=add>4</call> and <call=add>5</call>."], ["so <call=sub>"]),
+        ({**CALLS, "at_least_one": True, "stop_after_first": True}, ["so <call=add>4</call>"],
+         ["so <call=add>4</call>."]),
+        (separated(", ", at_least_one=True), ["<call=add>4</call>", "<call=add>4</call>, <call=add>5</call>"],
+         ["", "<call=add>4</call><"]),
+        (separated(""), ["", "<call=add>4</call><call=add>5</call>"], ["x"]),
+    ],
+)  # fmt: skip
+def test_formats_within_formats_hold(matchers, vocabulary, format: Any, good: list[str], bad: list[str]) -> None:
+    text = grammar_of(from_response_format({"type": "structural_tag", "format": format}))
+
+    for answer in good:
+        end(matchers, begin(matchers, text), vocabulary.encode(answer).ids)
+    for answer in bad:
+        matcher = begin(matchers, text)
+        with pytest.raises(AssertionError):
+            end(matchers, matcher, vocabulary.encode(answer).ids)
+
+
+@pytest.mark.parametrize(
+    ("format", "said"),
+    [
+        (sequence(ANY, NUMBER), "any text must come last"), (sequence(any_of([ANY, NUMBER]), NUMBER), "come last"),
+        (sequence(CALLS, NUMBER), "come last"), ({**CALL, "content": CALLS}, "come last"),
+        ({**CALLS, "triggers": ["["]}, "no trigger begins"), ({**ANY, "excludes": ["x"]}, "excludes"),
+        ({"type": "grammar", "grammar": "a"}, "must be one of"), ({**CALL, "end": ["b", "c"]}, "one text"),
+        ({}, "must be one of"), ("x", "must be one of"), ({"type": "const_string"}, "needs `value`"),
+        (any_of([]), "needs `elements`"),
+        (any_of([any_of([any_of([YES])] * 20)] * 20), "more than 256"),
+    ],
+)  # fmt: skip
+def test_formats_that_cannot_be_had_are_refused_with_a_reason(format: Any, said: str) -> None:
+    with pytest.raises(StructuredOutputsError, match=said):
+        check(grammar_of(StructuredOutputsParams(structural_tag={"format": format})))
+
+
+def test_a_form_of_any_kind_may_stand_beside_calls() -> None:
+    """A regular expression could not: it was a grammar of another kind."""
+    for params in ({"regex": "[a/]+"}, {"choice": ["x"]}, {"grammar": 'start: "x"'}, {"json_object": True}):
+        check(either('start: "call"', grammar_of(StructuredOutputsParams(**params))))
 
 
 def test_the_form_holds_after_the_thinking(matchers, vocabulary) -> None:

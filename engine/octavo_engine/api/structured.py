@@ -13,8 +13,9 @@ from octavo_engine.api.output.parser import OutputFormat
 from octavo_engine.api.output.reasoning import CLOSE, OPEN
 from octavo_engine.api.tokenizer import Tokenizer
 from octavo_engine.core.messages import Grammar
-from octavo_engine.structured.grammar import OnSpecial, check, either, grammar_of
+from octavo_engine.structured.grammar import check, either, grammar_of
 from octavo_engine.structured.params import StructuredOutputsError, StructuredOutputsParams
+from octavo_engine.structured.parts import OnSpecial
 from octavo_engine.structured.settings import StructuredOutputsSettings
 
 LIMIT_S = 5.0

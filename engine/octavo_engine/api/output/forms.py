@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo_engine.api.output.qwen3_coder import kinds_of, refers
-from octavo_engine.structured.grammar import OnSpecial, json_part, literal, quoted, tagged_text
+from octavo_engine.structured.parts import OnSpecial, json_part, literal, quoted
+from octavo_engine.structured.tags import tagged_text
 
 MAX_CALLS = 32
 """In one answer whose calls are demanded: small models would otherwise call until their tokens run out."""
