@@ -22,7 +22,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from octavo_engine import __version__
-from octavo_engine.api import openapi, sse, ui
+from octavo_engine.api import openapi, orca, sse, ui
 from octavo_engine.api.access_log import AccessLog
 from octavo_engine.api.answer import Answer, Piece, PromptToken, TokenChance
 from octavo_engine.api.anthropic import protocol as anthropic
@@ -121,6 +121,9 @@ class Api:
                 web.post("/v1/chat/completions", self.chat_completions),
                 web.post("/v1/completions", self.completions),
                 web.post("/v1/responses", self.responses),
+                web.get("/v1/responses/{id}", self.no_response),
+                web.delete("/v1/responses/{id}", self.no_response),
+                web.post("/v1/responses/{id}/cancel", self.no_response),
                 web.post("/v1/messages", self.messages),
                 web.post("/v1/messages/count_tokens", self.count_tokens),
                 web.post("/tokenize", self.tokenize),
@@ -188,6 +191,8 @@ class Api:
         if REQUEST_ID in request:
             response.headers["X-Request-Id"] = request[REQUEST_ID]
         response.headers.update(self.cors.response(request.headers.get("Origin")))
+        if (format := request.headers.get(orca.ASKS)) is not None and response.status < 400:
+            response.headers.update(orca.report(format, self.board.load))
 
     # ---- generating
 
@@ -221,6 +226,12 @@ class Api:
             return await self._chat(request, responses.chat_request(asked), writer)
         except ApiError as error:
             raise responses.renamed(error) from None
+
+    async def no_response(self, request: web.Request) -> web.StreamResponse:
+        id = request.match_info["id"][:MAX_REQUEST_ID_CHARS]
+        raise ApiError(
+            404, "NotFoundError", f"Response with id {id!r} not found: no response is stored here.", param="id"
+        )
 
     async def _chat(
         self, request: web.Request, body: ChatRequest, make_writer: Callable[[str, int, str], sse.Writer]

@@ -61,7 +61,10 @@ def unknown_model(name: str) -> ApiError:
 
 
 def unauthorized() -> ApiError:
-    return ApiError(401, "AuthenticationError", "Missing or wrong API key: send one as `Authorization: Bearer KEY`.")
+    return ApiError(
+        401, "AuthenticationError",
+        "Missing or wrong API key: send one as `Authorization: Bearer KEY` or as `X-Api-Key: KEY`.",
+    )  # fmt: skip
 
 
 def overloaded(message: str, retry_after_s: int) -> ApiError:

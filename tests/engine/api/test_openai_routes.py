@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import aiohttp
+import openai
 import pytest
 
 
@@ -508,3 +510,34 @@ async def test_two_requests_with_one_id_do_not_share_their_answers(server, http)
             return (await response.json())["choices"][0]["text"]
 
     assert await asyncio.gather(one("a"), one("b")) == ["a" * 50, "b" * 50]
+
+
+async def test_no_response_is_found_again_and_why_is_told(server, http) -> None:
+    async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.NotFoundError, match="no response is stored here"):
+            await client.responses.retrieve("resp_1")
+        with pytest.raises(openai.NotFoundError, match="no response is stored here"):
+            await client.responses.cancel("resp_1")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_load_comes_in_the_head_when_it_is_asked_for(server, http, stream) -> None:
+    async def told(format: str) -> str | None:
+        body = {"prompt": "ab", "max_tokens": 2, "stream": stream}
+        headers = {"endpoint-load-metrics-format": format}
+        async with http.post(server.url + "/v1/completions", json=body, headers=headers) as answer:
+            await answer.read()
+            found: str | None = answer.headers.get("endpoint-load-metrics")
+            return found
+
+    as_json, text = await told("JSON"), await told("text")
+
+    assert as_json is not None
+    assert text is not None
+    figures = json.loads(as_json.removeprefix("JSON "))["named_metrics"]
+    assert figures.keys() == {"kv_cache_usage_perc", "num_requests_waiting"}
+    assert all(isinstance(value, float) for value in figures.values())
+    assert re.fullmatch(
+        r"TEXT named_metrics\.kv_cache_usage_perc=[\d.]+, named_metrics\.num_requests_waiting=0\.0", text
+    )
+    assert await told("XML") is None
