@@ -470,6 +470,22 @@ class ServerConfig:
         60.0, "/livez fails when requests run and no step finished for this long.", group="Life cycle", low=1,
         high=86400, metavar="SECONDS",
     )  # fmt: skip
+    verify_prompt: str | None = _setting(
+        None, "Asked before the server is ready, as one message of a user where the model has a chat template; it ends "
+        "with SELF_TEST_FAILED where the answer is not as the next three say.", group="Life cycle", metavar="TEXT",
+        managed=True,
+    )  # fmt: skip
+    verify_max_tokens: int = _setting(
+        16, "Longest answer to --verify-prompt.", group="Life cycle", low=1, high=1024, metavar="TOKENS", managed=True
+    )
+    verify_expect: str | None = _setting(
+        None, "What the answer to --verify-prompt must contain, as it is written.", group="Life cycle", metavar="TEXT",
+        managed=True,
+    )  # fmt: skip
+    verify_min_tokens_per_s: float | None = _setting(
+        None, "How fast the answer to --verify-prompt must come, the wait for its first token included.",
+        group="Life cycle", low=0.01, high=1e6, metavar="TOKENS", managed=True,
+    )  # fmt: skip
     termination_log: str = _setting(
         DEFAULT_TERMINATION_LOG, "File for the death certificate; written only if its folder exists.",
         group="Life cycle", metavar="FILE", managed=True,
@@ -498,6 +514,10 @@ class ServerConfig:
             if name not in GENERATION_DEFAULTS or isinstance(value, bool) or not isinstance(value, (int, float)):
                 expected = "numbers for " + ", ".join(GENERATION_DEFAULTS)
                 raise ConfigError("--override-generation-config", {name: value}, expected)
+        if self.verify_prompt is not None and not self.verify_prompt.strip():
+            raise ConfigError("--verify-prompt", self.verify_prompt, "a question that is not empty")
+        if self.verify_prompt is None and (self.verify_expect, self.verify_min_tokens_per_s) != (None, None):
+            raise ConfigError("--verify-prompt", None, "a question, for --verify-expect and --verify-min-tokens-per-s")
         if self.allow_credentials and "*" in self.allowed_origins:
             raise ConfigError("--allow-credentials", True, "--allowed-origins with names, as browsers demand")
         if self.port == self.management_port and self.port != 0 and self.uds is None:

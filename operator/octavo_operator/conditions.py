@@ -71,6 +71,8 @@ class View:
     causes: tuple[Cause, ...] = ()
     """Beside those of single pods: objects that could not be applied, pods that may not be made."""
     rollout: Decision | None = None
+    altered: tuple[tuple[str, str], ...] = ()
+    """Children that the cluster keeps otherwise than applied: kind, and where they differ first."""
     monitoring: Monitoring = field(default_factory=Monitoring)
     waking: Waking | None = None
     """How the server is woken when it sleeps; None where it does not."""
@@ -184,6 +186,13 @@ def _progressing(view: View) -> Finding:
         return Finding(names.PROGRESSING, "False", "RolledBack", view.rollout.report.reason or "", trouble=True)
     if view.rollout and view.rollout.held == "idle":
         return Finding(names.PROGRESSING, "True", "WaitingForIdle", view.rollout.report.reason or "")
+    if view.settled and view.altered:
+        where = " and ".join(f"the {kind} at {at}" for kind, at in view.altered)
+        message = (
+            f"The cluster keeps {where} otherwise than it was applied: a webhook changes it, or the API server does "
+            "not know the field. It is left so, and tried again when the specification changes."
+        )
+        return Finding(names.PROGRESSING, "False", "KeptOtherwise", message, trouble=True)
     if view.settled:
         return Finding(names.PROGRESSING, "False", "Settled", "Everything is as specified.")
     if view.cause:
@@ -255,6 +264,9 @@ def _verified(view: View) -> Finding:
     """By the engine's own generation before it calls itself ready: the operator holds no key to ask for one."""
     for replica in view.live:
         if replica.pod.revision == view.revision and replica.ready and replica.stage == Stage.READY:
+            if (asked := view.server.spec.rollout.verify) is not None:
+                answer = "answered rollout.verify" + (f" with {asked.expect!r} in it" if asked.expect else "")
+                return Finding(names.VERIFIED, "True", "Answered", f"An engine of revision {view.revision} {answer}.")
             message = f"An engine of revision {view.revision} generated, and the result was sound."
             return Finding(names.VERIFIED, "True", "Generated", message)
     for replica in view.replicas:

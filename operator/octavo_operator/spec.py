@@ -51,15 +51,23 @@ ARG = "^--[a-z][a-z0-9_-]*(=.*)?$"
 
 def _low(name: str) -> int | None:
     """Lowest value of an engine setting that the engine takes, so that resource and flag cannot disagree."""
-    return _bound(name, "low")
+    return _bound(EngineConfig, name, "low")
 
 
 def _high(name: str) -> int | None:
-    return _bound(name, "high")
+    return _bound(EngineConfig, name, "high")
 
 
-def _bound(name: str, which: str) -> int | None:
-    bound = next(f for f in fields(EngineConfig) if f.name == name).metadata[which]
+def _server_low(name: str) -> int | None:
+    return _bound(ServerConfig, name, "low")
+
+
+def _server_high(name: str) -> int | None:
+    return _bound(ServerConfig, name, "high")
+
+
+def _bound(config: type[EngineConfig | ServerConfig], name: str, which: str) -> int | None:
+    bound = next(f for f in fields(config) if f.name == name).metadata[which]
     return None if bound is None else int(bound)
 
 
@@ -302,6 +310,37 @@ class Observability(Part):
     )
 
 
+class Verify(Part):
+    """One request of the operator's user, which every new pod must answer before it gets any other."""
+
+    prompt: str = Field(
+        min_length=1,
+        max_length=2048,
+        pattern=r"\S",
+        description="What is asked, as a user's message where the model has a chat template, else as a text to be gone "
+        "on with. The answer is the likeliest one (temperature 0).",
+    )
+    max_tokens: int = Field(
+        16,
+        ge=_server_low("verify_max_tokens"),
+        le=_server_high("verify_max_tokens"),
+        description="Longest answer, in tokens. Default: 16.",
+    )
+    expect: str | None = Field(
+        None,
+        min_length=1,
+        max_length=512,
+        description="What the answer must contain, as it is written. Default: any text will do.",
+    )
+    min_tokens_per_second: int | None = Field(
+        None,
+        ge=1,
+        le=100000,
+        description="How fast the answer must come, the wait for its first token included. Default: it does not "
+        "matter.",
+    )
+
+
 class Rollout(Part):
     """How pods are replaced when their template changes."""
 
@@ -317,6 +356,12 @@ class Rollout(Part):
         "in any case. Default: false.",
     )
     idle_timeout_seconds: int = Field(300, ge=0, le=86400, description="Longest wait of waitForIdle. Default: 300.")
+    verify: Verify | None = Field(
+        None,
+        description="What a new pod must answer, beside the generation that it warms up with. One that does not is "
+        "never ready, and a revision of such pods is rolled back. A change restarts the pods, as they are asked when "
+        "they start. Default: nothing is asked.",
+    )
     update_policy: Literal["OnSpecChange", "Always"] = Field(
         "OnSpecChange",
         description="What becomes of changes that come with another version of the operator or another default image. "
@@ -450,7 +495,9 @@ class Server:
     def args(self) -> list[str]:
         """The engine container's arguments."""
         extra = self.spec.engine.args or []
-        return ["serve", *to_args(self.engine_config), *to_args(self.server_config), *extra]
+        words = ["serve", *to_args(self.engine_config), *to_args(self.server_config), *extra]
+        # The kubelet would put variables in the place of $(NAME), the token's among them.
+        return [word.replace("$", "$$") for word in words]
 
 
 @dataclass(frozen=True)
@@ -510,7 +557,8 @@ _NOT_OF_PODS = ("replicas", "autoscaling", "suspend", "rollout", "observability"
 
 def _asked(raw: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in raw.items() if name not in _NOT_OF_PODS}
-    exposed = raw.get("expose") or {}
+    exposed, rollout = raw.get("expose") or {}, raw.get("rollout") or {}
+    kept |= {"verify": rollout["verify"]} if rollout.get("verify") else {}
     return {**kept, "expose": {name: exposed[name] for name in ("apiKeysSecretRef", "tls") if name in exposed}}
 
 
@@ -570,6 +618,10 @@ FIELD_OF_FLAG = {
     "--max-num-seqs": "spec.engine.maxNumSeqs",
     "--max-num-batched-tokens": "spec.engine.maxNumBatchedTokens",
     "--served-model-name": "spec.model.servedNames",
+    "--verify-prompt": "spec.rollout.verify.prompt",
+    "--verify-max-tokens": "spec.rollout.verify.maxTokens",
+    "--verify-expect": "spec.rollout.verify.expect",
+    "--verify-min-tokens-per-s": "spec.rollout.verify.minTokensPerSecond",
 }
 
 
@@ -600,6 +652,12 @@ def _engine_config(spec: Spec) -> EngineConfig:
 
 
 def _server_config(spec: Spec, name: str) -> ServerConfig:
+    verify = spec.rollout.verify
+    asked: dict[str, Any] = {}
+    if verify is not None:
+        asked = {"verify_prompt": verify.prompt, "verify_max_tokens": verify.max_tokens, "verify_expect": verify.expect}
+        if verify.min_tokens_per_second is not None:
+            asked["verify_min_tokens_per_s"] = float(verify.min_tokens_per_second)
     return ServerConfig(
         host="0.0.0.0",
         port=API_PORT,
@@ -610,6 +668,7 @@ def _server_config(spec: Spec, name: str) -> ServerConfig:
         ssl_keyfile=f"{TLS_PATH}/tls.key" if spec.expose.tls else None,
         drain_timeout_s=float(spec.lifecycle.drain_timeout_seconds),
         startup_stall_s=float(spec.lifecycle.startup_stall_seconds),
+        **asked,
     )
 
 

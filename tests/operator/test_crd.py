@@ -158,6 +158,12 @@ GOOD: dict[str, dict[str, Any]] = {
             },
         },
     },
+    "a question for new pods": {
+        "model": HF,
+        "rollout": {
+            "verify": {"prompt": "2 + 2 = ?\nA number.", "maxTokens": 8, "expect": "4", "minTokensPerSecond": 5}
+        },
+    },
     "whole gpu": {"model": HF, "engine": {"gpuMemoryUtilization": "1.0"}},
     "amount as number": {"model": PVC, "engine": {"kvCacheMemory": 1073741824}},
     "hardware": {
@@ -341,6 +347,12 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "service type": ({"model": HF, "expose": {"service": {"type": "ExternalName"}}}, ("ClusterIP",)),
     "monitor": ({"model": HF, "observability": {"podMonitor": "Perhaps"}}, ("Auto", "Enabled", "Disabled")),
     "strategy": ({"model": HF, "rollout": {"strategy": "BlueGreen"}}, ("Surge", "InPlace", "Recreate")),
+    "an empty question": ({"model": HF, "rollout": {"verify": {"prompt": " "}}}, ("verify.prompt",)),
+    "no question": ({"model": HF, "rollout": {"verify": {"expect": "4"}}}, ("verify.prompt", "Required")),
+    "question as an argument": (
+        {"model": HF, "engine": {"args": ["--verify-prompt=x"]}},
+        ("'--verify-prompt=x'", "a field of its own"),
+    ),
     "our label": (
         {"model": HF, "podTemplate": {"metadata": {"labels": {"octavo.dev/server": "x"}}}},
         ("'octavo.dev/server'", "choose another name"),

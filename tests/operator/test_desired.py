@@ -9,7 +9,7 @@ from build import server
 
 from octavo_engine.config import ArgumentParser, EngineConfig, ServerConfig, add_arguments, from_namespace
 from octavo_operator.desired import objects
-from octavo_operator.desired.deployment import revision
+from octavo_operator.desired.deployment import deployment, revision
 from octavo_operator.desired.monitoring import pod_annotations
 from octavo_operator.desired.service import url
 from octavo_operator.settings import EngineDefaults
@@ -245,6 +245,24 @@ def test_affinity_goes_to_the_pod_and_spreading_counts_the_pods_of_one_revision(
             "matchLabelKeys": ["octavo.dev/revision"],
         }
     ]
+
+
+def test_a_word_with_a_dollar_reaches_the_engine_as_it_was_written():
+    """The kubelet reads $(NAME) in arguments as a variable's value, and $$ as $."""
+    made = server(engine={"args": ["--chat-template=$(HF_TOKEN) $5"]})
+    (container,) = deployment(made, EngineDefaults())["spec"]["template"]["spec"]["containers"]
+
+    assert container["args"][-1] == "--chat-template=$$(HF_TOKEN) $$5"
+
+
+def test_a_question_for_new_pods_is_a_change_that_somebody_asked_for():
+    plain = server(rollout={"strategy": "Surge"})
+    asking = server(rollout={"verify": {"prompt": "2+2=", "expect": "4"}})
+    words = deployment(asking, EngineDefaults())["spec"]["template"]["spec"]["containers"][0]["args"]
+
+    assert {"--verify-prompt=2+2=", "--verify-expect=4"} <= set(words)
+    assert asking.asked != plain.asked
+    assert plain.asked == server().asked
 
 
 def test_another_restart_id_is_another_template():

@@ -253,6 +253,23 @@ def test_configuration_stays_while_an_engine_starts_again_and_goes_with_a_new_sp
     assert "engine" not in suspended
 
 
+def test_what_the_cluster_keeps_otherwise_is_told_of_a_server_that_serves():
+    seen = replace(view([ready()], SERVING), altered=(("Deployment", "spec.template.spec.containers[engine].image"),))
+    (found,) = [finding for finding in conditions(seen) if finding.type == "Progressing"]
+
+    assert (found.status, found.reason, found.trouble) == ("False", "KeptOtherwise", True)
+    assert "keeps the Deployment at spec.template.spec.containers[engine].image otherwise" in found.message
+    assert condition(seen, "Ready") == ("True", "AllReplicasReady")
+
+
+def test_what_new_pods_were_asked_is_told_when_one_has_answered():
+    asked = view([ready()], SERVING, rollout={"verify": {"prompt": "2+2=", "expect": "4"}})
+    (found,) = [finding for finding in conditions(asked) if finding.type == "Verified"]
+
+    assert (found.status, found.reason) == ("True", "Answered")
+    assert found.message == "An engine of revision r1 answered rollout.verify with '4' in it."
+
+
 def test_a_restart_is_told_when_it_is_done_and_the_one_before_stays_until_then():
     asked = {"restart": {"id": "tuesday"}}
     before = {"restart": {"id": "monday"}}

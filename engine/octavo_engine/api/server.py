@@ -36,6 +36,7 @@ from octavo_engine.api.served_model import ServedModel
 from octavo_engine.api.tls import Tls
 from octavo_engine.api.tokenizer import GenerationDefaults, Tokenizer, chosen_defaults
 from octavo_engine.api.tracing import Tracer
+from octavo_engine.api.verify import verify
 from octavo_engine.config import EngineConfig, ServerConfig
 from octavo_engine.core.messages import Shutdown, Start
 from octavo_engine.plan import LARGE_STEP
@@ -173,7 +174,7 @@ class _Server:
         text = await asyncio.to_thread(_load_text, folder.path, text_folder.path, self._config)
         tokenizer, template, defaults = text
         effective = await self._client.ready
-        self._api.model = ServedModel(
+        model = ServedModel(
             names=self._names,
             root=self._engine_config.model,
             tokenizer=tokenizer,
@@ -183,11 +184,13 @@ class _Server:
             created=int(time.time()),
             template_defaults=json.loads(self._config.default_chat_template_kwargs or "{}"),
         )
+        await verify(self._client, model, self._config)
         # What start-up made stays for good, and each step brings a list for each of its tokens, which live for as long
         # as the step is read: collections after every 700 of them find nothing and take a twentieth of a busy loop.
         gc.collect()
         gc.freeze()
         gc.set_threshold(YOUNG_OBJECTS, 20, 20)
+        self._api.model = model
         self._board.ready(effective)
         self._screen.clear()
         self._screen.ready(effective, self._url, self._names[0], self._curl, self._page)

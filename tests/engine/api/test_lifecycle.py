@@ -142,6 +142,7 @@ def test_port_0_takes_a_free_one_and_prints_it(start) -> None:
         (["serve"], "--model"),
         (["srve", "x"], "did you mean serve?"),
         (["serve", "a", "--model", "b"], "twice"),
+        (["serve", "a", "--verify-expect=b"], "--verify-prompt"),
     ],
 )
 def test_bad_usage_is_one_line_a_certificate_and_status_2(tmp_path: Path, arguments, words) -> None:
@@ -173,6 +174,42 @@ def test_a_failure_while_loading_is_the_processs_own(start) -> None:
 
     assert server.wait_exit() == ExitStatus.KV_CACHE_TOO_SMALL
     assert certificate(server).message == "The script says so."
+
+
+def test_the_question_of_verify_prompt_is_answered_before_the_server_is_ready(start) -> None:
+    """The scripted engine says its prompt again, with the template around it."""
+    flags = ("--verify-prompt=sum", "--verify-expect=<user>sum", "--verify-min-tokens-per-s=0.5")
+    server = start(*flags)
+    metrics = server.get("/metrics")[1]
+
+    assert server.get("/readyz")[0] == 200
+    assert "vllm:request_success_total{" in metrics
+    assert server.get("/statusz")[1]["load"]["running"] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "fix"),
+    [
+        (["--verify-expect=four"], "lacks 'four': '<user>sum", "--verify-expect"),
+        (["--verify-expect=sum", "--verify-max-tokens=3"], "lacks 'sum': '<us'", "--verify-max-tokens"),
+        (["--verify-min-tokens-per-s=999999"], "tokens a second, expected 999999 or more", "or lower"),
+    ],
+)
+def test_an_answer_that_is_not_as_it_should_be_ends_the_start_with_the_answer(start, flags, message, fix) -> None:
+    server = start("--verify-prompt=sum", *flags, ready=False)
+
+    assert server.wait_exit() == ExitStatus.SELF_TEST_FAILED
+    failure = certificate(server)
+    assert failure.code is FailureCode.SELF_TEST_FAILED
+    assert message in failure.message
+    assert fix in failure.fix
+
+
+def test_a_question_that_does_not_fit_is_named(start) -> None:
+    server = start(f"--verify-prompt={'x' * 600}", ready=False)
+
+    assert server.wait_exit() == ExitStatus.SELF_TEST_FAILED
+    assert "--verify-prompt cannot be asked" in certificate(server).message
 
 
 def test_importing_the_server_brings_in_neither_torch_nor_transformers() -> None:
