@@ -6,7 +6,7 @@ Pure; called by status.py for each pod, and once for what keeps pods from being 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -123,13 +123,30 @@ def refusal_of_object(kind: str, message: str) -> Cause:
     """A child that the API server does not take."""
     if kind == "Deployment" and "must specify a volume type" in message:
         # An API server without the feature drops the field, and then misses what it dropped.
-        text = "The cluster does not mount images (Kubernetes' ImageVolume): enable it, or use another model.source."
-        return Cause(About.OBJECTS, "ImageVolumeMissing", text)
+        return Cause(About.OBJECTS, "ImageVolumeMissing", _NO_IMAGE_VOLUMES)
     # The first where the cluster has the group, in another version, the second where it has nothing of it.
     if kind in _PROJECTS and ("could not find the requested resource" in message or "page not found" in message):
         text = f"The cluster has no {kind}, which expose asks for: install {_PROJECTS[kind]}, or remove the field."
         return Cause(About.OBJECTS, "KindMissing", text)
     return Cause(About.OBJECTS, "ObjectRefused", f"The API server refused the {kind}: {message}")
+
+
+_NO_IMAGE_VOLUMES = (
+    "The cluster does not mount images: Kubernetes' ImageVolume must be enabled in its API servers and kubelets, and "
+    "the nodes' container runtime must know it (containerd 2.1, CRI-O 1.31). Enable it, or use another model.source, "
+    "such as pvc://."
+)
+
+
+def alteration(at: Collection[str], image_volumes: Collection[str]) -> Cause | None:
+    """What follows from a Deployment that the cluster keeps otherwise than applied, where that is known to be fatal.
+
+    image_volumes: names of the volumes that are images. An API server without the feature drops them without a word.
+    """
+    lost = tuple(f"spec.template.spec.volumes[{name}]" for name in image_volumes)
+    if any(place.startswith(lost) for place in at):
+        return Cause(About.OBJECTS, "ImageVolumeMissing", _NO_IMAGE_VOLUMES)
+    return None
 
 
 def refusal_of_pods(message: str) -> Cause:
@@ -209,13 +226,16 @@ def _missing(message: str) -> Cause | None:
         kind = {"secret": "Secret", "configmap": "ConfigMap"}[match[1].lower()]
         text = f"The {kind} {match[2]} was not found in this namespace: create it, or correct its name in the spec."
         return Cause(About.START, f"{kind}Missing", text)
-    if match := re.search(r"couldn't find key ([^ ]+) in Secret ([^ ]+)", message):
-        name = match[2].rpartition("/")[2]
-        text = f"The Secret {name} has no key {match[1]}: add it, or correct the key in the LLMServer."
-        return Cause(About.START, "SecretKeyMissing", text)
+    if match := re.search(r"couldn't find key ([^ ]+) in (Secret|ConfigMap) ([^ ]+)", message):
+        name = match[3].rpartition("/")[2]
+        text = f"The {match[2]} {name} has no key {match[1]}: add it, or correct the key in the LLMServer."
+        return Cause(About.START, f"{match[2]}KeyMissing", text)
     if match := re.search(r"references non-existent secret key: ([^ ]+)", message):
         text = f"The Secret of expose.apiKeysSecretRef has no key {match[1]}: add it, or correct the key."
         return Cause(About.START, "SecretKeyMissing", text)
+    if match := re.search(r"references non-existent config key: ([^ ]+)", message):
+        text = f"A ConfigMap of podTemplate.spec.volumes has no key {match[1]}: add it, or correct the key."
+        return Cause(About.START, "ConfigMapKeyMissing", text)
     return None
 
 

@@ -7,7 +7,7 @@ and other people's fields are there too; a digest of what was applied, kept on t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,37 @@ class Changes:
     """Pods, as far as we set them: annotations for Prometheus, and for the choice of pods to end."""
 
 
+@dataclass(frozen=True)
+class Altered:
+    """An answer to an apply that is not what was applied: by a webhook, or by an API server that drops a field."""
+
+    at: tuple[str, ...]
+    """Where it differs."""
+    wanted: str
+    answered: str
+    """Digests of both, by which it is known as the same."""
+
+    @classmethod
+    def read(cls, body: Object, answer: Object) -> Altered | None:
+        at = tuple(differences(body, answer))
+        return cls(at, digest(body), digest(_asked(answer))) if at else None
+
+    def is_still_so(self, body: Object, present: Object) -> bool:
+        return self.wanted == digest(body) and self.answered == digest(_asked(present))
+
+
+def _asked(document: Object) -> Object:
+    """Without what changes by itself: the status, and all metadata but labels and annotations."""
+    marks = {name: document["metadata"].get(name) for name in ("labels", "annotations")}
+    # Of a Deployment, its controller counts revisions in an annotation.
+    notes = {k: v for k, v in (marks["annotations"] or {}).items() if not k.startswith("deployment.kubernetes.io/")}
+    kept = {name: value for name, value in document.items() if name not in ("metadata", "status")}
+    return {**kept, "labels": marks["labels"], "annotations": notes}
+
+
+NOTHING_ALTERED: Mapping[str, Altered] = {}
+
+
 def changes(
     owner_uid: str,
     desired: Iterable[Object],
@@ -39,11 +70,13 @@ def changes(
     namespace: str,
     costs: Mapping[str, int] | None = None,
     held: Collection[str] = (),
+    altered: Mapping[str, Altered] = NOTHING_ALTERED,
 ) -> Changes:
     """children: by kind, the object with the server's name. scrape: annotations that the pods should carry.
 
     costs: by pod, what the Deployment's controller goes by when it chooses which pods end.
     held: kinds that are left as they are for now, made or not.
+    altered: by kind, what the cluster made otherwise of what was applied. Asked for again, it would do so again.
     """
     create, update, delete, foreign = [], [], [], []
     wanted = {body["kind"]: with_digest(body) for body in desired}
@@ -55,7 +88,7 @@ def changes(
             create.append(body)
         elif not may_be_applied(present, body, owner_uid):
             foreign.append(kind)
-        elif differs(body, present):
+        elif differs(body, present) and not (kind in altered and altered[kind].is_still_so(body, present)):
             if kind == "Job":
                 # What a Job does cannot be changed: another takes its place at the next look, when it is gone.
                 delete.append(present)
@@ -87,23 +120,34 @@ def with_digest(body: Object) -> Object:
 
 def differs(wanted: Any, present: Any) -> bool:
     """Whether `present` lacks something of `wanted`. What it has beside that is none of our business."""
+    return next(differences(wanted, present), None) is not None
+
+
+def differences(wanted: Any, present: Any, path: str = "") -> Iterator[str]:
+    """Where `present` lacks something of `wanted`: spec.template.spec.volumes[models]."""
     if isinstance(wanted, Mapping):
-        if not isinstance(present, Mapping):
-            return bool(wanted) or present is not None  # {} is as good as absent
-        return any(differs(value, present.get(key)) for key, value in wanted.items())
-    if isinstance(wanted, list):
-        return _list_differs(wanted, present if isinstance(present, list) else [])
-    if wanted == present:
-        return False
-    return not _same_quantity(wanted, present)
+        if isinstance(present, Mapping):
+            for key, value in wanted.items():
+                yield from differences(value, present.get(key), f"{path}.{key}" if path else str(key))
+        elif wanted or present is not None:  # {} is as good as absent
+            yield path
+    elif isinstance(wanted, list):
+        yield from _in_list(wanted, present if isinstance(present, list) else [], path)
+    elif wanted != present and not _same_quantity(wanted, present):
+        yield path
 
 
-def _list_differs(wanted: list[Any], present: list[Any]) -> bool:
+def _in_list(wanted: list[Any], present: list[Any], path: str) -> Iterator[str]:
     if wanted and all(isinstance(item, Mapping) and "name" in item for item in wanted):
         # A list by name, such as containers and volumes: a webhook may have added its own to it.
         there = {item["name"]: item for item in present if isinstance(item, Mapping) and "name" in item}
-        return any(differs(item, there.get(item["name"])) for item in wanted)
-    return len(wanted) != len(present) or any(map(differs, wanted, present))
+        for item in wanted:
+            yield from differences(item, there.get(item["name"]), f"{path}[{item['name']}]")
+    elif len(wanted) != len(present):
+        yield path
+    else:
+        for number, (value, there) in enumerate(zip(wanted, present, strict=True)):
+            yield from differences(value, there, f"{path}[{number}]")
 
 
 def _same_quantity(wanted: Any, present: Any) -> bool:

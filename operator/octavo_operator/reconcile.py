@@ -18,8 +18,8 @@ from octavo_engine.status import Statusz
 from octavo_operator import metrics, names, observed, status, wake
 from octavo_operator.announce import Announcement, announcements
 from octavo_operator.cache import WATCHED, Cache, Seen
-from octavo_operator.causes import About, Cause, Wanted, refusal_of_object, refusal_of_pods
-from octavo_operator.changes import Changes, changes, may_be_applied
+from octavo_operator.causes import About, Cause, Wanted, alteration, refusal_of_object, refusal_of_pods
+from octavo_operator.changes import Altered, Changes, changes, may_be_applied
 from octavo_operator.cluster import Cluster, Refusal, UnavailableError
 from octavo_operator.conditions import Finding, View, conditions, conditions_of_invalid
 from octavo_operator.desired import objects
@@ -84,6 +84,8 @@ class _Known:
     """Pods that run and whose engine did not answer at the last look."""
     scaling: History | None = None
     """What was recommended lately, where the operator itself scales the server."""
+    altered: dict[str, Altered] = field(default_factory=dict)
+    """By kind, children that the cluster keeps otherwise than they were applied."""
     settled_with: dict[str, object] | None = None
     """What the engines said at the last look, where nothing was left to be done then."""
 
@@ -153,8 +155,10 @@ class Reconciler:
         wanted[0] = rollout.deployment
         costs = deletion_costs(found, present, server.spec.desired_replicas)
         held = {"Deployment"} if waiting and present is None else set[str]()
-        todo = changes(server.uid, wanted, world.children, world.pods, scrape, server.namespace, costs, held)
-        causes, unannotated = await self._apply(key, server, todo, world)
+        todo = changes(
+            server.uid, wanted, world.children, world.pods, scrape, server.namespace, costs, held, known.altered
+        )
+        causes, unannotated = await self._apply(key, server, todo, world, {body["kind"]: body for body in wanted})
         view = View(
             server=server,
             replicas=found,
@@ -163,6 +167,7 @@ class Reconciler:
             pod_monitors_known=world.pod_monitors_known,
             monitoring=self._monitoring,
             unannotated=unannotated,
+            altered=tuple((kind, known.altered[kind].at[0]) for kind in sorted(known.altered)),
             causes=causes,
             prefetch=await self._look_at_prefetch(key, server) if waiting else None,
             waking=waking,
@@ -261,7 +266,7 @@ class Reconciler:
         await self._cluster.create(_event(seen.resource, Announcement("Normal", "Scaled", message), now))
 
     async def _apply(
-        self, key: Key, server: Server, todo: Changes, world: World
+        self, key: Key, server: Server, todo: Changes, world: World, wanted: Mapping[str, dict[str, Any]]
     ) -> tuple[tuple[Cause, ...], str | None]:
         """Carries the changes out. Returns what stands in the way, and why pods could not be annotated."""
         causes = [_name_taken(kind, server.name) for kind in todo.foreign]
@@ -274,7 +279,9 @@ class Reconciler:
             answer = await (self._cluster.apply(body) if body in todo.update else self._make(server, body))
             if answer is None:
                 causes.append(_name_taken(body["kind"], server.name))
-            elif isinstance(answer, Refusal):
+                continue
+            self._note_alteration(key, body, answer)
+            if isinstance(answer, Refusal):
                 causes.append(refusal_of_object(body["kind"], answer.message))
             elif body["kind"] in WATCHED:
                 self._cache.put(body["kind"], answer)
@@ -293,6 +300,12 @@ class Reconciler:
                 *key, len(todo.create), len(todo.update), len(todo.delete), len(todo.annotate), len(causes),
             )  # fmt: skip
             self._known[key].polled = None
+        for kind in set(self._known[key].altered) - wanted.keys():
+            del self._known[key].altered[kind]
+        if (altered := self._known[key].altered.get("Deployment")) is not None:
+            volumes = wanted["Deployment"]["spec"]["template"]["spec"]["volumes"]
+            if fatal := alteration(altered.at, [volume["name"] for volume in volumes if "image" in volume]):
+                causes.append(fatal)
         if why := world.refused_pods:
             causes.append(refusal_of_pods(why))
         return tuple(causes), unannotated
@@ -314,6 +327,14 @@ class Reconciler:
         if body["kind"] in WATCHED:
             self._cache.put(body["kind"], present)
         raise UnavailableError(f"make {body['kind']}: it is there already, and no watch has told of it yet")
+
+    def _note_alteration(self, key: Key, body: dict[str, Any], answer: dict[str, Any] | Refusal) -> None:
+        altered = None if isinstance(answer, Refusal) else Altered.read(body, answer)
+        if altered is None:
+            self._known[key].altered.pop(body["kind"], None)
+            return
+        self._known[key].altered[body["kind"]] = altered
+        log.warning("kept otherwise server=%s/%s kind=%s at=%s", *key, body["kind"], altered.at[0])
 
     async def _report_invalid(
         self, key: Key, seen: Seen, problems: Sequence[Problem], world: World, now: datetime

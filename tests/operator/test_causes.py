@@ -6,7 +6,7 @@ import pytest
 from build import NOW, end, pod
 
 from octavo_engine.status import Failure, FailureCode
-from octavo_operator.causes import Wanted, cause_of, refusal_of_object, refusal_of_pods
+from octavo_operator.causes import About, Wanted, alteration, cause_of, refusal_of_object, refusal_of_pods
 from octavo_operator.failures import last_failure
 from octavo_operator.observed import PodEvent
 from octavo_operator.report import LastFailure
@@ -237,6 +237,19 @@ def test_a_sidecar_that_does_not_run_is_told_also_while_the_engine_does(engine_i
     assert found is not None
     assert found.reason == "SidecarFailed"
     assert "proxy: it ended with 1. no such upstream. Next: correct it in podTemplate." in found.message
+
+
+VOLUME = "spec.template.spec.volumes[models]"
+
+
+def test_a_deployment_without_the_image_volume_that_it_was_given_is_told_as_what_the_cluster_lacks():
+    cause = alteration(["spec.template.spec.containers[engine].volumeMounts", VOLUME], ["models"])
+    assert cause is not None
+
+    assert (cause.about, cause.reason) == (About.OBJECTS, "ImageVolumeMissing")
+    assert "use another model.source" in cause.message
+    assert alteration(["spec.template.spec.volumes[tmp]"], ["models"]) is None
+    assert alteration(["spec.template.spec.containers[engine].image"], ["models"]) is None
 
 
 def test_an_image_volume_that_the_api_server_dropped_is_told_as_what_the_cluster_lacks():

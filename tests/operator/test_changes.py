@@ -10,7 +10,7 @@ import pytest
 from build import pod, server
 
 from octavo_operator import names
-from octavo_operator.changes import changes, differs, with_digest
+from octavo_operator.changes import Altered, changes, differences, differs, with_digest
 from octavo_operator.desired import objects
 from octavo_operator.desired.monitoring import SCRAPE_ANNOTATIONS
 from octavo_operator.prefetch import waits
@@ -122,6 +122,45 @@ def test_an_object_of_somebody_else_is_never_taken_over(owners):
 )
 def test_only_what_is_wanted_is_compared(wanted, present, differ):
     assert differs(wanted, present) is differ
+
+
+@pytest.mark.parametrize(
+    ("wanted", "present", "at"),
+    [
+        ({"a": {"b": [{"name": "x", "c": 1}]}}, {"a": {"b": [{"name": "x", "c": 2}]}}, "a.b[x].c"),
+        ({"a": [{"b": 1}, {"b": 2}]}, {"a": [{"b": 1}, {"b": 3}]}, "a[1].b"),
+        ({"a": [{"name": "x", "image": {}}]}, {"a": []}, "a[x]"),
+        ({"a": 1, "b": 2}, {"a": 1, "b": 2}, None),
+    ],
+)
+def test_where_it_differs_is_told_as_people_write_it(wanted, present, at):
+    assert next(differences(wanted, present), None) == at
+
+
+def test_what_the_cluster_makes_otherwise_is_not_asked_for_again_until_something_changes():
+    """A webhook that puts a mirror's address before images: asking again would go on for ever, each second."""
+    bodies = desired()
+    body = with_digest(bodies[0])
+    answer = copy.deepcopy(body)
+    answer["spec"]["template"]["spec"]["containers"][0]["image"] = "mirror/x"
+    answer["metadata"]["annotations"]["deployment.kubernetes.io/revision"] = "2"
+    altered = Altered.read(body, answer)
+    assert altered is not None
+
+    def updates(present: dict[str, Any], wanted: list[dict[str, Any]]) -> list[str]:
+        known = {"Deployment": altered}
+        todo = changes(OURS, wanted, {"Deployment": present}, [], {}, "default", altered=known)
+        return [one["kind"] for one in todo.update]
+
+    edited = copy.deepcopy(answer)
+    edited["spec"]["replicas"] = 7
+    again = copy.deepcopy(answer) | {"status": {"replicas": 1}}
+    again["metadata"] |= {"resourceVersion": "9", "annotations": {**answer["metadata"]["annotations"]}}
+    again["metadata"]["annotations"]["deployment.kubernetes.io/revision"] = "3"
+    assert altered.at == ("spec.template.spec.containers[engine].image",)
+    assert updates(again, bodies) == []
+    assert updates(edited, bodies) == ["Deployment"]
+    assert updates(answer, desired(replicas=5)) == ["Deployment"]
 
 
 def test_what_others_add_never_counts_and_what_they_change_always_does():

@@ -342,6 +342,26 @@ def test_a_service_of_that_name_that_is_somebody_elses_is_left_alone(stage):
     assert stage.get("services", "qwen")["spec"]["selector"] == {"octavo.dev/server": "qwen"}
 
 
+def test_an_image_as_a_models_disk_where_the_cluster_cannot_is_told_and_not_asked_for_each_second(operator, stage):
+    """Kubernetes 1.34 drops the volume without a word unless it is told to know it."""
+    stage.serve(model={"source": "oci://r.example/model:1"})
+    told = stage.wait_condition("Ready", "False", "ImageVolumeMissing")
+    before = stage.get("deployments", "qwen")["metadata"]
+    # The others are looked at each second or less, and this one is woken besides.
+    stage.api.merge(stage.path("llmservers", "qwen"), {"spec": {"lifecycle": {"drainTimeoutSeconds": 9}}})
+    wait_for(lambda: stage.status(), "another look")
+    changed = stage.get("deployments", "qwen")["metadata"]
+    time.sleep(2)
+    after = stage.get("deployments", "qwen")["metadata"]
+
+    assert "use another model.source" in told["message"]
+    assert changed["generation"] > before["generation"]
+    assert after["generation"] == changed["generation"]
+    stage.wait_event("Warning", "ImageVolumeMissing")
+    stage.patch("qwen", {"model": {"source": "hf://org/name"}})
+    wait_for(lambda: "ImageVolume" not in str(stage.status() or "ImageVolume"), "the cause to be gone")
+
+
 def test_a_spec_that_this_version_cannot_serve_is_a_condition_until_it_is_corrected(stage, operator):
     stage.serve(hardware={"gpus": 2})
     ready = stage.wait_condition("Ready", "False", "InvalidSpec")

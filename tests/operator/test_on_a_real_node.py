@@ -39,20 +39,62 @@ def test_four_gpus_are_given_and_the_fifth_pod_waits_with_the_reason(stage):
     assert stage.condition("Ready")["reason"] == "InsufficientGPU"
 
 
-def test_a_claim_that_is_not_there_is_named(stage):
-    serve(stage, model={"source": "pvc://models/folder"})
-    found = stage.wait_condition("Schedulable", "False", "ClaimMissing")
-
-    assert "PersistentVolumeClaim models was not found" in found["message"]
-    assert stage.condition("ModelCached")["reason"] == "ClaimMissing"
-
-
 @pytest.fixture(scope="module")
 def engine(cluster) -> str:
     """An image on the node that answers as an engine does (tests/cluster/node/engine.c)."""
     archive = images.program_archive(NODE_FILES / "engine.c", "localhost/engine:1")
     cluster.run(["ctr", "-n", "k8s.io", "images", "import", str(archive)])
     return "localhost/engine:1"
+
+
+def test_a_claim_that_is_not_there_is_named_and_its_coming_is_enough(stage, engine):
+    serve(stage, model={"source": "pvc://models/folder"}, engine={"image": engine})
+    found = stage.wait_condition("Schedulable", "False", "ClaimMissing", timeout_s=60)
+    cached = stage.condition("ModelCached")
+    volume = {"capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteMany"], "storageClassName": ""}
+    volume |= {"hostPath": {"path": "/tmp"}, "claimRef": {"namespace": stage.namespace, "name": "models"}}
+    volumes = "/api/v1/persistentvolumes"
+    stage.api.request("POST", volumes, {"metadata": {"name": stage.namespace}, "spec": volume})
+    try:
+        asked = {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
+        asked["resources"] = {"requests": {"storage": "1Gi"}}
+        stage.create("persistentvolumeclaims", {"metadata": {"name": "models"}, "spec": asked})
+        stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=120)
+        on_claim = stage.wait_condition("ModelCached", "True", "OnClaim", timeout_s=60)
+    finally:
+        stage.api.request("DELETE", f"{volumes}/{stage.namespace}")
+
+    assert "PersistentVolumeClaim models was not found" in found["message"]
+    assert "create it in this namespace" in found["message"]
+    assert cached["reason"] == "ClaimMissing"
+    assert "PersistentVolumeClaim models" in on_claim["message"]
+
+
+def test_a_config_map_that_is_not_there_is_named_and_its_coming_is_enough(stage, engine):
+    reference = {"valueFrom": {"configMapKeyRef": {"name": "settings", "key": "level"}}}
+    container = {"name": "engine", "env": [{"name": "LEVEL", **reference}]}
+    container["volumeMounts"] = [{"name": "settings", "mountPath": "/settings"}]
+    volumes = [{"name": "settings", "configMap": {"name": "settings", "optional": True}}]
+    serve(stage, engine={"image": engine}, podTemplate={"spec": {"containers": [container], "volumes": volumes}})
+    found = stage.wait_condition("Ready", "False", "ConfigMapMissing", timeout_s=60)
+    maps = f"/api/v1/namespaces/{stage.namespace}/configmaps"
+    stage.api.request("POST", maps, {"metadata": {"name": "settings"}, "data": {"other": "x"}})
+    key = stage.wait_condition("Ready", "False", "ConfigMapKeyMissing", timeout_s=120)
+    stage.api.merge(f"{maps}/settings", {"data": {"level": "info"}})
+    stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=120)
+
+    assert "The ConfigMap settings was not found in this namespace: create it" in found["message"]
+    assert "The ConfigMap settings has no key level: add it" in key["message"]
+    stage.wait_event("Warning", "ConfigMapMissing")
+
+
+def test_a_config_map_of_files_that_is_not_there_is_named(stage, engine):
+    container = {"name": "engine", "volumeMounts": [{"name": "files", "mountPath": "/files"}]}
+    spec = {"containers": [container], "volumes": [{"name": "files", "configMap": {"name": "files"}}]}
+    serve(stage, engine={"image": engine}, podTemplate={"spec": spec})
+    found = stage.wait_condition("Ready", "False", "ConfigMapMissing", timeout_s=60)
+
+    assert "The ConfigMap files was not found" in found["message"]
 
 
 def test_an_image_that_cannot_be_pulled_is_named_and_its_coming_is_enough(stage, cluster, engine):
