@@ -55,8 +55,8 @@ def defined(api) -> Iterator[None]:
 
 
 def is_served(api, name: str) -> bool:
-    conditions = (api.get(f"{CRDS}/{name}") or {}).get("status", {}).get("conditions", [])
-    return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
+    conditions = (api.get(f"{CRDS}/{name}") or {}).get("status", {}).get("conditions")
+    return any(c["type"] == "Established" and c["status"] == "True" for c in conditions or ())
 
 
 @pytest.fixture(scope="module")
