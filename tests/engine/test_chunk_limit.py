@@ -58,3 +58,21 @@ def test_a_prompt_always_goes_on_even_where_a_token_costs_more_than_is_allowed()
     limit.observe(4, 0, 0.01)
     limit.observe(4, 64, 10.0)
     assert limit.tokens(4) == CHUNK_UNIT
+
+
+@pytest.mark.parametrize("decodes", [8, 32])
+def test_short_prompts_do_not_hold_up_the_long_one_behind_them(decodes: int):
+    limit = ChunkLimit(2.5)
+    before = settle(limit, decodes)
+    for _ in range(20):
+        limit.observe(decodes, 20, seconds(decodes, 20))  # 3 ms for 20 tokens: 150 us each, where a long one's cost 21
+        assert limit.tokens(decodes) >= before - CHUNK_UNIT
+
+
+def test_costs_that_rise_are_followed_however_low_they_began():
+    limit = ChunkLimit(2.5)
+    limit.observe(8, 0, 0.006)
+    limit.observe(8, 8192, 0.006)  # nothing, so far
+    assert limit.tokens(8) > 8192
+    limit.observe(8, 8192, 0.180)
+    assert limit.tokens(8) < 1024

