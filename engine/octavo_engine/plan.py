@@ -84,6 +84,11 @@ def choose_dtype(config: EngineConfig, checkpoint_dtype: str, kind: str) -> str:
     return checkpoint_dtype
 
 
+def choose_kv_dtype(config: EngineConfig, dtype: str) -> str:
+    """One of models/config.py's KV_DTYPE_BYTES, for weights of this type."""
+    return {"auto": dtype, "fp8": "fp8_e4m3"}.get(config.kv_cache_dtype, config.kv_cache_dtype)
+
+
 def step_size(config: EngineConfig, memory: DeviceMemory) -> tuple[int, int]:
     """Requests and tokens of the largest step, as configured or, where that is left open, as suits the device."""
     large = memory.kind == "cuda" and memory.total_bytes >= LARGE_GPU_BYTES
@@ -109,7 +114,8 @@ def make_plan(config: EngineConfig, model: DecoderConfig, dtype: str, memory: De
 
     weights = model.num_parameters * DTYPE_BYTES[dtype]
     budget = memory.budget_bytes(config.gpu_memory_utilization)
-    per_token = model.kv_bytes_per_token(dtype)
+    kv_dtype = choose_kv_dtype(config, dtype)
+    per_token = model.kv_bytes_per_token(kv_dtype)
     block_bytes = per_token * config.block_size
     activation = activation_bytes(tokens, requests, config.block_size, model, dtype, wanted)
     fixed = config.kv_cache_memory_bytes is not None or config.num_gpu_blocks_override is not None
@@ -139,7 +145,7 @@ def make_plan(config: EngineConfig, model: DecoderConfig, dtype: str, memory: De
     if fits < max_model_len or max_model_len < 2:
         raise _kv_too_small(config, max(max_model_len, 2), fits, per_token, kv_budget)
     return Plan(
-        dtype=dtype, kv_dtype=dtype, budget_bytes=budget, weights_bytes=weights, activation_bytes=activation,
+        dtype=dtype, kv_dtype=kv_dtype, budget_bytes=budget, weights_bytes=weights, activation_bytes=activation,
         kv_bytes_per_token=per_token, block_size=config.block_size, num_blocks=num_blocks,
         max_model_len=max_model_len, max_num_seqs=requests, max_num_batched_tokens=tokens,
     )  # fmt: skip
@@ -200,6 +206,8 @@ def _kv_too_small(config: EngineConfig, wanted: int, fits: int, per_token: int, 
     )
     larger = "--kv-cache-memory-bytes" if config.kv_cache_memory_bytes is not None else "--gpu-memory-utilization"
     fix = f"set --max-model-len <= {fits}" if fits >= 2 else f"raise {larger} or use a device with more memory"
+    if config.kv_cache_dtype == "auto" and 2 * fits >= wanted:
+        fix += ", or set --kv-cache-dtype fp8"
     return FatalError(Failure(FailureCode.KV_CACHE_TOO_SMALL, message, fix, need=_gib(need), have=_gib(have)))
 
 

@@ -344,7 +344,6 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = tuple(
             ("--hf-overrides", "config.json is taken as it is", ["{}"]),
             ("--hf-token", "set HF_TOKEN: every process sees a command line"),
             ("--io-processor-plugin", NO_FOREIGN_CODE),
-            ("--kv-cache-dtype", "the KV cache has the type of the weights", ["auto"]),
             ("--kv-events-config", "events of the KV cache are not published"),
             ("--kv-offloading-size", NO_TRANSFER, ["0"]),
             ("--kv-transfer-config", NO_TRANSFER),

@@ -30,6 +30,7 @@ from octavo_engine.kernels.gpu import (
 HALF, FLOAT, INT, LONG = "*bf16", "*fp32", "*i32", "*i64"
 TILE = "tensordesc<bf16[64,128]>"
 SHORT = "*i16"
+UNSCALED = {"key_scale": None, "value_scale": None}
 CHANGED = {
     "VOCAB": 128256, "RECORD": adjusted.record_words(128256), "MASK": adjusted.mask_words(128256),
     "ENTRIES": adjusted.ENTRIES, "HEADER": adjusted.HEADER,
@@ -49,26 +50,27 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         (
             "rope_kv", rope_kv._rope_kv,
             [HALF, "i32", HALF, HALF, INT, INT, INT, "i32"] + [HALF] * 4 + ["fp32"],
-            {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_SIZE": 64, "AT_ONCE": 4}, 1,
+            {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_SIZE": 64, "AT_ONCE": 4,
+             **UNSCALED}, 1,
         ),
         ("silu_mul", silu_mul._silu_mul, [HALF, HALF], {"INNER": 14336, "BLOCK": 1024}, 4),
         (
             "decode_attention", decode_attention._decode,
             [HALF, "i32", HALF, HALF, HALF, HALF, INT, "i32", INT, FLOAT, FLOAT, INT, HALF, "fp32", "fp32", "fp32"],
             {**HEADS, "query_norm": None, "key_norm": None, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_SIZE": 64, "ROWS": 16,
-             "WINDOW": 0, "SOFTCAP": False, "STAGES": 2, "WORDS": decode_attention.PART_WORDS}, 2,
+             "WINDOW": 0, "SOFTCAP": False, "STAGES": 2, "WORDS": decode_attention.PART_WORDS, **UNSCALED}, 2,
         ),
         (
             "prefill_attention", prefill_attention._prefill,
             [HALF, "i32", TILE, TILE, INT, "i32", INT, HALF, "i32", "fp32", "fp32", "fp32"],
             {**HEADS, "DIM": 128, "DIM_BLOCK": 128, "BLOCK_SIZE": 64, "TILE": 64, "WINDOW": 0, "SOFTCAP": False,
-             "STAGES": 3, "OVERLAP": False, "QUERY_IN_REGISTERS": False}, 4,
+             "STAGES": 3, "OVERLAP": False, "QUERY_IN_REGISTERS": False, "value_scale": None}, 4,
         ),
         (
             "invariant_attention", invariant_attention._invariant,
             [HALF, "i32", TILE, TILE, INT, "i32", INT, HALF, "i32", "fp32", "fp32"],
             {**HEADS, "DIM": 128, "DIM_BLOCK": 128, "BLOCK_SIZE": 64, "TILE": 64, "WINDOW": 0, "SOFTCAP": False,
-             "STAGES": 3}, 4,
+             "STAGES": 3, "value_scale": None}, 4,
         ),
         (
             "cutoff", sample._cutoff, [HALF, INT, INT, INT, FLOAT, INT, FLOAT, FLOAT, FLOAT],
@@ -144,10 +146,25 @@ def main() -> None:
     backend, arch, warp_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, warp_size)
     can_launch_early = backend == "cuda" and int(arch) >= 90
-    for name, kernel, types, values, warps in kernels(SHARED_MEMORY[arch]):
+    # Triton compiles e4m3 from compute capability 8.9 on, and runner/device.py refuses it before.
+    eight_bits = "fp8e5" if arch == "80" else "fp8e4nv"
+    found = kernels(SHARED_MEMORY[arch])
+    found += [with_cache_of(eight_bits, *of) for of in found if "value_scale" in of[3]]
+    for name, kernel, types, values, warps in found:
         for early in (False, True) if "EARLY" in kernel.arg_names and can_launch_early else (False,):
             shared = compile_one(kernel, types, {**values, "EARLY": early}, warps, target)
             print(f"{name}-early" if early else name, shared, flush=True)
+
+
+def with_cache_of(
+    kind: str, name: str, kernel: Any, types: list[str], values: dict[str, Any], warps: int
+) -> tuple[str, Any, list[str], dict[str, Any], int]:
+    """The variant of a kernel for keys and values in eight bits: their two arguments, and a scale or two at the end."""
+    first = [n for n in kernel.arg_names if n not in values].index("keys")
+    cache = [types[first].replace("bf16", kind)] * 2
+    scales = ["fp32"] * sum(value in ("key_scale", "value_scale") for value in values)
+    rest = {name: value for name, value in values.items() if name not in ("key_scale", "value_scale")}
+    return f"{name}-{kind}", kernel, [*types[:first], *cache, *types[first + 2 :], *scales], rest, warps
 
 
 def compile_one(kernel: Any, types: list[str], values: dict[str, Any], warps: int, target: GPUTarget) -> int:

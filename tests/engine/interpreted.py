@@ -71,6 +71,7 @@ class Replayed:
 def steps(
     monkeypatch: pytest.MonkeyPatch, model: DecoderConfig = MODEL, *, max_seqs: int = 16, max_tokens: int = 96,
     block_size: int = 16, graphs: tuple[Layout, ...] = (), deterministic: bool = False,
+    kv_dtype: torch.dtype = torch.float16,
 ) -> GpuSteps:  # fmt: skip
     """A loaded runner. graphs: layouts that are replayed where they fit; without them every step is launched."""
     zeros = torch.zeros
@@ -92,9 +93,7 @@ def steps(
         block_size=block_size, num_blocks=blocks, max_model_len=length, max_num_seqs=max_seqs,
         max_num_batched_tokens=max_tokens,
     )  # fmt: skip
-    cache = torch.zeros(
-        model.num_layers, 2, blocks + 1, model.num_kv_heads, block_size, model.head_dim, dtype=torch.float16
-    )
+    cache = torch.zeros(model.num_layers, 2, blocks + 1, model.num_kv_heads, block_size, model.head_dim).to(kv_dtype)
     ids = torch.zeros(max_seqs + 1, length, dtype=torch.int32)
     tables = torch.zeros(max_seqs + 1, -(-length // block_size), dtype=torch.int32)
     cos, sin = rotary.tables(model.rope, model.head_dim, length, CPU)

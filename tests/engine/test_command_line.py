@@ -398,7 +398,7 @@ def octavo(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["serve", "m", "--max-nun-seqs=3"], "did you mean --max-num-seqs?"),
         (["serve", "m", "--swap-spase=3"], "did you mean --swap-space?"),
-        (["serve", "m", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype: got 'fp8', expected auto"),
+        (["serve", "m", "--kv-cache-dtype", "int8"], "--kv-cache-dtype: got 'int8', expected one of auto, fp8,"),
         (["serve", "m", "-sc", '{"method": "ngram"}'], "no speculative decoding"),
         (["serve", "m", "-tp", "2"], "--tensor-parallel-size: got 2"),
         (["serve", "m", "--ssl-keyfile=k.pem"], "--ssl-certfile"),

@@ -224,6 +224,18 @@ def test_what_is_left_of_the_budget_becomes_blocks():
     assert result.max_concurrency == result.kv_tokens / 8192
 
 
+def test_a_cache_of_eight_bits_has_twice_the_blocks_and_is_named_where_it_would_fit():
+    sixteen, eight = (plan(model_of(LLAMA_8B), gpu(80), kv_cache_dtype=kind) for kind in ("auto", "fp8"))
+
+    assert (sixteen.kv_dtype, eight.kv_dtype) == ("bfloat16", "fp8_e4m3")
+    assert eight.kv_bytes_per_token * 2 == sixteen.kv_bytes_per_token
+    assert eight.num_blocks // 2 == sixteen.num_blocks
+    for kind, named in (("auto", True), ("fp8", False)):
+        with pytest.raises(FatalError) as refused:
+            plan(model_of(LLAMA_8B), gpu(24), max_model_len=131072 if kind == "fp8" else 50000, kv_cache_dtype=kind)
+        assert ("--kv-cache-dtype fp8" in str(refused.value.failure.fix)) is named
+
+
 def test_what_others_hold_on_a_gpu_is_not_ours():
     ours, shared = plan(model_of(LLAMA_8B), gpu(80)), plan(model_of(LLAMA_8B), gpu(80, free_gib=40))
 

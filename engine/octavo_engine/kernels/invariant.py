@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo_engine.kernels import silu_mul
+from octavo_engine.kernels.kv_scales import UNSCALED, KvScales, restored
 from octavo_engine.kernels.paged_attention import Gather
 
 BLOCK_ROWS = (16, 8, 4, 2, 1)
@@ -40,8 +41,9 @@ class Invariant:
         return torch.cat([silu_mul.reference(row) for row in gate_up.split(1)])
 
     def attention(
-        self, query: Tensor, kv_cache: Tensor, gathers: Sequence[Gather], scale: float, window: int | None = None
-    ) -> Tensor:
+        self, query: Tensor, kv_cache: Tensor, gathers: Sequence[Gather], scale: float, window: int | None = None,
+        scales: KvScales = UNSCALED,
+    ) -> Tensor:  # fmt: skip
         """As kernels/paged_attention.py, computed in float32."""
         _, num_blocks, kv_heads, block_size, dim = kv_cache.shape
         flat = kv_cache.view(2, num_blocks * kv_heads, block_size * dim)
@@ -51,7 +53,10 @@ class Invariant:
         for g in gathers:
             rows = torch.arange(query.shape[0], device=query.device)[g.queries].view(g.num_sequences, g.q_len)
             for index, tokens, positions in zip(g.index, rows.tolist(), g.positions.tolist(), strict=True):
-                keys, values = (_tiles(part[index], positions[-1] + 1, dim) for part in flat)
+                keys, values = (
+                    _tiles(restored(part[index], of_part, torch.float32), positions[-1] + 1, dim)
+                    for part, of_part in zip(flat, (scales.key, scales.value), strict=True)
+                )
                 for token, position in zip(tokens, positions, strict=True):
                     out[token] = _attend(heads[token], keys, values, position, window).view(-1, dim)
         return out

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo_engine.kernels.kv_scales import UNSCALED, KvScales, restored
+
 
 @dataclass(frozen=True)
 class Gather:
@@ -71,8 +73,9 @@ def plan_gathers(
 
 
 def reference(
-    query: Tensor, kv_cache: Tensor, gathers: Sequence[Gather], scale: float, window: int | None = None
-) -> Tensor:
+    query: Tensor, kv_cache: Tensor, gathers: Sequence[Gather], scale: float, window: int | None = None,
+    scales: KvScales = UNSCALED,
+) -> Tensor:  # fmt: skip
     """softmax(q·k * scale, over the keys that q may see) · v.
 
     query: [num_tokens, num_heads, head_dim]; kv_cache: [2, num_blocks, num_kv_heads, block_size, head_dim].
@@ -87,6 +90,7 @@ def reference(
         n, flat = g.num_sequences, g.index.view(-1)
         k = keys.index_select(0, flat).view(n, num_kv_heads, -1, head_dim)[:, :, : g.context]
         v = values.index_select(0, flat).view(n, num_kv_heads, -1, head_dim)[:, :, : g.context]
+        k, v = restored(k, scales.key, query.dtype), restored(v, scales.value, query.dtype)
         q = query[g.queries].view(n, g.q_len, num_kv_heads, group, head_dim)
         mask = _mask(g, window)
         if g.q_len == 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from octavo_engine.kernels.kv_scales import UNSCALED, KvScales, stored
+
 
 def reference(
     query: Tensor,
@@ -14,6 +16,7 @@ def reference(
     kv_cache: Tensor,
     blocks: Tensor,
     offsets: Tensor,
+    scales: KvScales = UNSCALED,
 ) -> Tensor:
     """Rotate query and key, store key and value, return the rotated query.
 
@@ -27,8 +30,8 @@ def reference(
     key = _rotate(key, cos, sin)
     # [num_blocks, block_size, num_kv_heads, head_dim] as a view: one assignment writes all tokens.
     keys, values = kv_cache.transpose(2, 3)
-    keys[blocks, offsets] = key
-    values[blocks, offsets] = value
+    keys[blocks, offsets] = stored(key, scales.key, kv_cache.dtype)
+    values[blocks, offsets] = stored(value, scales.value, kv_cache.dtype)
     return _rotate(query, cos, sin)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from octavo_engine.checkpoint import TensorInfo, read_headers
 from octavo_engine.host import available_cpus
+from octavo_engine.kernels.kv_scales import KvScales
 from octavo_engine.models.config import DecoderConfig
 from octavo_engine.models.layout import ALIGNMENT, Placement, placements, slots
 from octavo_engine.status import Failure, FailureCode, FatalError
@@ -38,8 +39,16 @@ DTYPES = {
 OnProgress = Callable[[int, int], None]
 """(bytes done, bytes in all)"""
 
-IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
-"""Buffers that old exports contain and that follow from the config."""
+KV_SCALES = {
+    "key": ("k_scale", "attn.k_scale", "k_proj.k_scale", "k_proj.output_scale", "kv_scale"),
+    "value": ("v_scale", "attn.v_scale", "v_proj.v_scale", "v_proj.output_scale", "kv_scale"),
+}
+"""What tools that calibrate a cache of eight bits call its scales, behind model.layers.N.self_attn."""
+IGNORED_SUFFIXES = (
+    *(".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
+    *(f".self_attn.{name}" for names in KV_SCALES.values() for name in names),
+)
+"""Buffers that old exports contain and that follow from the config; scales, which `kv_scales` reads."""
 
 
 def allocate(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -207,6 +216,35 @@ def _unreadable(file: Path, why: str) -> FatalError:
 def load(folder: Path, config: DecoderConfig, tensors: dict[str, Tensor], on_progress: OnProgress) -> None:
     """Fill `tensors` from the checkpoint. Raises FatalError (MODEL_INVALID, WEIGHTS_CORRUPT)."""
     Loading(folder, config, tensors).wait(on_progress)
+
+
+def kv_scales(folder: Path, num_layers: int) -> list[KvScales]:
+    """The checkpoint's own scales of each layer's keys and values, 1 where it has none. Raises FatalError."""
+    headers = read_headers(folder)
+
+    def scale(layer: int, part: str) -> float:
+        names = (f"model.layers.{layer}.self_attn.{name}" for name in KV_SCALES[part])
+        info = next((headers[name] for name in names if name in headers), None)
+        if info is None:
+            return 1.0
+        value = float("nan")
+        if info.dtype in DTYPES and info.num_bytes == DTYPES[info.dtype].itemsize:
+            kept = torch.empty(1, dtype=DTYPES[info.dtype])
+            with info.file.open("rb") as file:
+                piece = Piece(info.file, info.offset, info.num_bytes, kept.dtype, info.name, 0)
+                _read_exactly(file.fileno(), piece, kept)
+            value = float(kept[0])
+        if not 0 < value < math.inf:
+            raise FatalError(
+                Failure(
+                    FailureCode.MODEL_INVALID,
+                    f"{info.file}: {info.name} is no scale of the KV cache (one number above 0).",
+                    "calibrate the checkpoint again, or leave --kv-cache-dtype at auto",
+                )
+            )
+        return value
+
+    return [KvScales(scale(layer, "key"), scale(layer, "value")) for layer in range(num_layers)]
 
 
 def fill_with_noise(config: DecoderConfig, tensors: dict[str, Tensor], seed: int, on_progress: OnProgress) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo_engine.kernels import paged_attention, rms_norm, rope_kv_write, silu_mul
+from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 from octavo_engine.kernels.paged_attention import Gather
 from octavo_engine.models.config import DecoderConfig
 
@@ -39,8 +40,9 @@ class Operations(Protocol):
     def silu_mul(self, gate_up: Tensor) -> Tensor: ...
 
     def attention(
-        self, query: Tensor, kv_cache: Tensor, gathers: Sequence[Gather], scale: float, window: int | None = None
-    ) -> Tensor: ...
+        self, query: Tensor, kv_cache: Tensor, gathers: Sequence[Gather], scale: float, window: int | None = None,
+        scales: KvScales = UNSCALED,
+    ) -> Tensor: ...  # fmt: skip
 
 
 class Fastest:
@@ -56,10 +58,12 @@ class Decoder:
 
     def __init__(
         self, config: DecoderConfig, tensors: dict[str, Tensor], cos: Tensor, sin: Tensor,
-        operations: Operations | None = None,
+        operations: Operations | None = None, kv_scales: Sequence[KvScales] = (),
     ) -> None:  # fmt: skip
+        """kv_scales: of each layer, for a cache of eight bits."""
         self.config = config
         self._operations: Operations = operations or Fastest()
+        self._kv_scales = kv_scales or [UNSCALED] * config.num_layers
         self._tensors = tensors
         self._cos, self._sin = cos, sin
         # Looked up once: thirty layers of dictionary look-ups by built-up names cost half a millisecond a step.
@@ -93,7 +97,7 @@ class Decoder:
         x = F.embedding(batch.input_ids, self._tensors["embedding"])  # [T, hidden]
         for layer, weights in enumerate(self._layers):
             x, residual = rms_norm.reference(x, weights["attention_norm"], config.norm_eps, residual)
-            x = self._attention(x, weights, cos, sin, batch, kv_cache[layer], config.windows[layer])
+            x = self._attention(x, weights, cos, sin, batch, kv_cache[layer], layer)
             x, residual = rms_norm.reference(x, weights["mlp_norm"], config.norm_eps, residual)
             x = linear(x, weights["gate_up"], weights.get("gate_up_bias"))  # [T, 2 * intermediate]
             x = linear(self._operations.silu_mul(x), weights["down"], weights.get("down_bias"))
@@ -102,15 +106,18 @@ class Decoder:
 
     def _attention(
         self, x: Tensor, weights: dict[str, Tensor], cos: Tensor, sin: Tensor, batch: Batch, kv_cache: Tensor,
-        window: int | None,
+        layer: int,
     ) -> Tensor:  # fmt: skip
         config, linear = self.config, self._operations.linear
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        scales = self._kv_scales[layer]
         qkv = linear(x, weights["qkv"], weights.get("qkv_bias")).view(-1, heads + 2 * kv_heads, dim)
         query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
         if config.qk_norm:
             query = rms_norm.reference_heads(query, weights["query_norm"], config.norm_eps)
             key = rms_norm.reference_heads(key, weights["key_norm"], config.norm_eps)
-        query = rope_kv_write.reference(query, key, value, cos, sin, kv_cache, batch.blocks, batch.offsets)
-        out = self._operations.attention(query, kv_cache, batch.gathers, 1.0 / math.sqrt(dim), window)
+        query = rope_kv_write.reference(query, key, value, cos, sin, kv_cache, batch.blocks, batch.offsets, scales)
+        out = self._operations.attention(
+            query, kv_cache, batch.gathers, 1.0 / math.sqrt(dim), config.windows[layer], scales
+        )
         return linear(out.view(-1, heads * dim), weights["output"], weights.get("output_bias"))

@@ -9,6 +9,7 @@ tokens. Called by runner/gpu_steps.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ from octavo_engine.kernels.gpu.small_linear import (
     shared_memory_bytes,
     small_linear,
 )
+from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 from octavo_engine.models.config import DecoderConfig
 
 FUSED_TOKENS = 64
@@ -59,11 +61,14 @@ class GpuDecoder:
     def __init__(
         self, config: DecoderConfig, tensors: dict[str, Tensor], cos: Tensor, sin: Tensor, kv_cache: Tensor,
         token_ids: Tensor, block_tables: Tensor, max_tokens: int, max_seqs: int, deterministic: bool = False,
+        kv_scales: Sequence[KvScales] = (),
     ) -> None:  # fmt: skip
+        """kv_scales: of each layer, for a cache of eight bits."""
         self.config = config
         self._tensors = tensors
         self._cos, self._sin = cos, sin
         self._kv_cache = kv_cache
+        self._kv_scales = kv_scales or [UNSCALED] * config.num_layers
         self._loads = [CacheLoads.of(layer) for layer in kv_cache]
         self._token_ids, self._block_tables = token_ids, block_tables
         self._layers = [
@@ -198,30 +203,32 @@ class GpuDecoder:
         config, window = self.config, self.config.windows[index]
         cache, many = self._kv_cache[index], step.num_decodes
         norms = weights.get("query_norm"), weights.get("key_norm")
+        scales = self._kv_scales[index]
         if self._deterministic:
             assert step.tiles is not None
             rope_kv(
-                qkv, self._cos, self._sin, step.rows, step.positions, self._block_tables, cache, *norms, config.norm_eps
+                qkv, self._cos, self._sin, step.rows, step.positions, self._block_tables, cache, *norms,
+                config.norm_eps, scales,
             )  # fmt: skip
             invariant_attention(
                 qkv, self._loads[index], self._block_tables, step.tiles, attended, config.num_kv_heads, cache.shape[3],
-                self._scale, window,
+                self._scale, window, scales=scales,
             )  # fmt: skip
             return
         if many:
             decode_attention(
                 qkv, self._cos, self._sin, cache, self._block_tables, step.parts[window], self._scratch,
                 attended[:many], self._scale, query_norm=norms[0], key_norm=norms[1], eps=config.norm_eps,
-                window=window,
+                window=window, scales=scales,
             )  # fmt: skip
         if step.tiles is not None:
             rope_kv(
                 qkv[many:], self._cos, self._sin, step.rows[many:], step.positions[many:], self._block_tables, cache,
-                *norms, config.norm_eps,
+                *norms, config.norm_eps, scales,
             )  # fmt: skip
             prefill_attention(
                 qkv, self._loads[index], self._block_tables, step.tiles, attended, config.num_kv_heads,
-                cache.shape[3], self._scale, window,
+                cache.shape[3], self._scale, window, scales=scales,
             )  # fmt: skip
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -35,6 +35,7 @@ from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_samp
 from octavo_engine.loader import weights
 from octavo_engine.models.config import DecoderConfig
 from octavo_engine.models.gpu_decoder import FUSED_TOKENS, DeviceStep, GpuDecoder
+from octavo_engine.runner.device import E4M3_CAPABILITY
 from octavo_engine.runner.gpu_steps import GRAPH_SIZES
 
 ARCHITECTURES = {
@@ -55,12 +56,13 @@ def compile_kernels(
     compilations = prebuilt.use()
     folder.mkdir(parents=True, exist_ok=True)
     with _absent_gpu(target, shared_memory, folder) as launched:
-        _launch_all(model, block_size, dtype)
+        _launch_all(model, block_size, dtype, e4m3=int(target.arch) >= 10 * E4M3_CAPABILITY[0] + E4M3_CAPABILITY[1])
         _build_launchers(launched)
     return compilations.count
 
 
-def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype) -> None:
+def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype, e4m3: bool) -> None:
+    """e4m3: whether the device has that type of eight bits."""
     device = torch.device("meta")
     max_seqs, max_tokens, columns = 256, 512, 64
 
@@ -73,10 +75,13 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype) -> No
     half = torch.empty((columns * block_size, model.head_dim // 2), dtype=dtype, device=device)
     token_ids, block_tables = ints(max_seqs, columns * block_size), ints(max_seqs, columns)
     tensors = weights.allocate(model, dtype, device)
-    usual, deterministic = (
-        GpuDecoder(model, tensors, half, half, kv_cache, token_ids, block_tables, max_tokens, max_seqs, kind)
-        for kind in (False, True)
-    )
+
+    def decoder_of(cache: Tensor, deterministic: bool) -> GpuDecoder:
+        return GpuDecoder(
+            model, tensors, half, half, cache, token_ids, block_tables, max_tokens, max_seqs, deterministic
+        )
+
+    usual, deterministic = decoder_of(kv_cache, False), decoder_of(kv_cache, True)
     state = SamplingState.allocate(max_seqs, device)
     scratch = SamplingScratch.allocate(max_seqs, model.vocab_size, device)
     set_blocks(ints(1, 3), block_tables)
@@ -88,7 +93,7 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype) -> No
         described = DeviceStep(
             ints(total), ints(total), ints(total), num_decodes=decodes,
             parts={window: ints(max_parts(decodes, model.num_kv_heads), PART_WORDS) for window in windows},
-            tiles=ints(1, 4) if chunk or decoder is deterministic else None,
+            tiles=ints(1, 4) if chunk or decoder._deterministic else None,
             logit_tokens=torch.empty(1, dtype=torch.int32, device=device) if chunk else None,
         )  # fmt: skip
         logits = decoder.forward(described)
@@ -102,6 +107,10 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype) -> No
     step(usual, 0, 16)
     step(usual, 1, 16)
     step(deterministic, 16, 0)
+    for kind in (torch.float8_e4m3fn, torch.float8_e5m2) if e4m3 else (torch.float8_e5m2,):
+        small = torch.empty(kv_cache.shape, dtype=kind, device=device)
+        step(decoder_of(small, False), 1, 16)
+        step(decoder_of(small, True), 16, 0)
     vocab = model.vocab_size
     sample_adjusted(
         usual.logits, ints(1, 3), ints(1, mask_words(vocab)), ints(1), ints(1), ints(1), state,

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from octavo_engine.config import EngineConfig
+from octavo_engine.config import ConfigError, EngineConfig
 from octavo_engine.host import host_memory
 from octavo_engine.plan import DeviceMemory
 from octavo_engine.status import Failure, FailureCode, FatalError
 
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TORCH_DTYPES = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}  # fmt: skip
+E4M3_CAPABILITY = (8, 9)
+"""From here on a GPU converts that type itself; before, Triton does not compile it."""
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -27,6 +32,18 @@ def choose_device(config: EngineConfig) -> torch.device:
             "check nvidia-smi and the driver; in a container, ask for a GPU (nvidia.com/gpu); or use --device cpu",
         )
     )
+
+
+def check_kv_dtype(kv_dtype: str, device: torch.device) -> None:
+    """Raises ConfigError for a type of the KV cache that this device cannot read."""
+    if kv_dtype != "fp8_e4m3" or device.type == "cpu" or torch.version.hip:
+        return
+    if (capability := torch.cuda.get_device_capability(device)) < E4M3_CAPABILITY:
+        raise ConfigError(
+            "--kv-cache-dtype", "fp8_e4m3",
+            f"fp8_e5m2 on {torch.cuda.get_device_name(device)}: e4m3 needs compute capability 8.9, this one has "
+            f"{capability[0]}.{capability[1]}",
+        )  # fmt: skip
 
 
 def memory_of(device: torch.device) -> DeviceMemory:

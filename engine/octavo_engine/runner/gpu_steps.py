@@ -182,7 +182,7 @@ class GpuSteps:
     def _scrub(self, row: int) -> None:
         """Zero the blocks of a request that gave NaN: attention multiplies what lies behind a sequence's end by 0."""
         blocks = self._block_tables[row, : self._num_blocks_of[row]].long()
-        self._kv_cache[:, :, blocks] = 0
+        self._kv_cache.view(torch.uint8)[:, :, blocks] = 0  # eight-bit floats cannot be filled
 
     def _graph_for(self, plan: StepPlan, sampled: list[StepItem]) -> Layout | None:
         """The smallest graph that fits this step, or None."""

@@ -22,6 +22,7 @@ from octavo_engine.core.step import Admission, Sampled, StepItem, StepPlan
 from octavo_engine.host import available_cpus
 from octavo_engine.kernels import sampling
 from octavo_engine.kernels.invariant import Invariant, block_rows
+from octavo_engine.kernels.kv_scales import UNSCALED, is_scaled
 from octavo_engine.kernels.paged_attention import plan_gathers
 from octavo_engine.kernels.sampling import SampleRow
 from octavo_engine.layers import rotary
@@ -30,7 +31,7 @@ from octavo_engine.models.config import DecoderConfig, load_config
 from octavo_engine.models.decoder import Batch, Decoder
 from octavo_engine.plan import ATTENTION_SCRATCH_BYTES, Plan, choose_dtype, make_plan
 from octavo_engine.runner.chances import read_logprobs, read_scores, start_logprobs, start_scores
-from octavo_engine.runner.device import TORCH_DTYPES, choose_device, memory_of
+from octavo_engine.runner.device import TORCH_DTYPES, check_kv_dtype, choose_device, memory_of
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.status import Effective, Failure, FailureCode, FatalError, Stage
 
@@ -66,7 +67,11 @@ class ModelRunner:
         dtype_name = choose_dtype(config, model.dtype, device.type)
         memory = memory_of(device)
         plan = make_plan(config, model, dtype_name, memory)
-        dtype = TORCH_DTYPES[dtype_name]
+        dtype, kv_dtype = TORCH_DTYPES[dtype_name], TORCH_DTYPES[plan.kv_dtype]
+        check_kv_dtype(plan.kv_dtype, device)
+        # Read before anything else of the checkpoint: graphs hold them as numbers.
+        scaled = is_scaled(kv_dtype) and config.load_format != "dummy"
+        self._kv_scales = weights.kv_scales(folder, model.num_layers) if scaled else [UNSCALED] * model.num_layers
         with _out_of_memory(plan):
             tensors = weights.allocate(model, dtype, device)
             # A row and a block more than planned: what pads a step to the size of a CUDA graph needs a place.
@@ -75,7 +80,7 @@ class ModelRunner:
             fresh = torch.empty if device.type == "cpu" else torch.zeros
             self._kv_cache = fresh(
                 (model.num_layers, 2, plan.num_blocks + padding, model.num_kv_heads, plan.block_size, model.head_dim),
-                dtype=dtype, device=device,
+                dtype=kv_dtype, device=device,
             )  # fmt: skip
             rows, columns = plan.max_num_seqs + padding, -(-plan.max_model_len // plan.block_size)
             self._token_ids = torch.zeros((rows, plan.max_model_len), dtype=torch.int32, device=device)
@@ -101,7 +106,7 @@ class ModelRunner:
         operations = None
         if config.deterministic and self._gpu is None:
             operations = Invariant(block_rows(tensor for tensor in tensors.values() if tensor.dim() == 2))
-        self._decoder = Decoder(model, tensors, cos, sin, operations)
+        self._decoder = Decoder(model, tensors, cos, sin, operations, self._kv_scales)
         on_stage(Stage.WARMING_UP, 0, 0)
         self._warm_up()
         if self._gpu:
@@ -147,11 +152,11 @@ class ModelRunner:
 
         compilations = prebuilt.use()
         plan, half = self._plan, self._model.head_dim // 2
-        dtype = self._kv_cache.dtype
+        dtype = tensors["embedding"].dtype
         decoder = GpuDecoder(
             self._model, tensors, cos[:, :half].to(dtype).contiguous(), sin[:, half:].to(dtype).contiguous(),
             self._kv_cache, self._token_ids, self._block_tables, plan.max_num_batched_tokens, plan.max_num_seqs,
-            self._config.deterministic,
+            self._config.deterministic, self._kv_scales,
         )  # fmt: skip
         return GpuSteps(
             decoder, plan, plan.max_num_batched_tokens, plan.max_num_seqs, self._kv_cache, self._token_ids,
@@ -200,7 +205,7 @@ class ModelRunner:
                 # What a broken request left in a block would reach the next one: a masked position weighs nothing,
                 # but nothing times a NaN is a NaN. Blocks of a cached prefix, which come first, keep their content.
                 cached = item.start // self._plan.block_size if item.admission is not None else 0
-                self._kv_cache.index_fill_(2, blocks[cached:], 0)
+                self._kv_cache.view(torch.uint8).index_fill_(2, blocks[cached:], 0)
 
     def _batch(self, plan: StepPlan) -> Batch:
         device, size = self._device, self._plan.block_size

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from octavo_engine.kernels.gpu import rope_kv
 from octavo_engine.kernels.gpu.early_launch import LINE, begin, early_launch, prefetch
+from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 
 PROGRAMS_WANTED = 264
 """Parts times KV heads that fill the chip: two for each of the 132 multiprocessors of an H100 or H200."""
@@ -82,7 +83,7 @@ def decode_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, block_tables: Tensor, parts: Tensor, scratch: Scratch,
     out: Tensor, scale: float, *, query_norm: Tensor | None = None,
     key_norm: Tensor | None = None, eps: float = 0.0, window: int | None = None, softcap: float = 0.0,
-    num_stages: int = 2, num_warps: int = 2,
+    scales: KvScales = UNSCALED, num_stages: int = 2, num_warps: int = 2,
 ) -> None:  # fmt: skip
     """Write each token's key and value, then softmax(q·k * scale) · v over it and the keys before it.
 
@@ -90,15 +91,16 @@ def decode_attention(
     cos, sin: [max_len, head_dim / 2]. parts: [n, PART_WORDS] int32 from `plan_parts`, zeros behind the last one.
     kv_cache: [2, num_blocks, kv_heads, block_size, head_dim]. out: [num_sequences, heads * head_dim].
     query_norm, key_norm: [head_dim] weights of RMSNorm over each head before rotation, or None.
-    window: keys a query sees, itself included. softcap: 0 is off.
+    window: keys a query sees, itself included. softcap: 0 is off. scales: for a cache of eight bits.
     """
     _, _, kv_heads, block_size, dim = kv_cache.shape
     group = out.shape[1] // dim // kv_heads
+    of_keys, of_values = rope_kv.of_cache(kv_cache, scales)
     # The heads of a part are neighbours in the grid as they are in memory, and every long part starts early.
     _decode[(kv_heads, parts.shape[0])](
         qkv, qkv.stride(0), cos, sin, kv_cache[0], kv_cache[1], block_tables, block_tables.stride(0), parts,
-        scratch.partial, scratch.lse, scratch.finished, out, query_norm, key_norm, eps, scale * LOG2_E, softcap,
-        KV_HEADS=kv_heads, GROUP=group,
+        scratch.partial, scratch.lse, scratch.finished, out, query_norm, key_norm, eps,
+        scale * LOG2_E * (of_keys or 1.0), softcap, of_keys, of_values, KV_HEADS=kv_heads, GROUP=group,
         HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), BLOCK_SIZE=block_size,
         ROWS=max(16, triton.next_power_of_2(group)), WINDOW=window or 0, SOFTCAP=softcap > 0, STAGES=num_stages,
         WORDS=PART_WORDS, num_warps=num_warps if block_size <= 64 else 4, **early_launch(),
@@ -141,7 +143,7 @@ def _rotated(at, inside, column, cos, sin, norm, eps, HALF: tl.constexpr):
 @triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["parts"])
 def _decode(
     qkv, stride_token, cos, sin, keys, values, block_tables, stride_table, parts, partial, partial_lse, finished, out,
-    query_norm, key_norm, eps, scale, softcap,
+    query_norm, key_norm, eps, scale, softcap, key_scale, value_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
     WORDS: tl.constexpr, EARLY: tl.constexpr,
@@ -160,8 +162,9 @@ def _decode(
     if EARLY:
         # The record and the tables were written before the step, and the first block's keys and values too, but for the
         # newest, which a prefetch may miss.
-        LINES: tl.constexpr = BLOCK_SIZE * DIM * 2 // LINE
-        line = tl.arange(0, triton.next_power_of_2(LINES)) % LINES * (LINE // 2)
+        SIZE: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
+        LINES: tl.constexpr = BLOCK_SIZE * DIM * SIZE // LINE
+        line = tl.arange(0, triton.next_power_of_2(LINES)) % LINES * (LINE // SIZE)
         known = tl.where(num_blocks > 0, tl.load(table + first), 0).to(tl.int64)
         first_block = (known * KV_HEADS + kv_head) * (BLOCK_SIZE * DIM)
         prefetch(keys + first_block + line)
@@ -191,6 +194,11 @@ def _decode(
         value_high = tl.load(at_value + HALF, mask=in_half[None, :], other=0.0)
         block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
         to = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE) * DIM + column[None, :]
+        if key_scale is not None:
+            key_low = rope_kv.stored(key_low, key_scale, keys.dtype.element_ty)
+            key_high = rope_kv.stored(key_high, key_scale, keys.dtype.element_ty)
+            value_low = rope_kv.stored(value_low, value_scale, keys.dtype.element_ty)
+            value_high = rope_kv.stored(value_high, value_scale, keys.dtype.element_ty)
         tl.store(keys + to, key_low, mask=in_half[None, :])
         tl.store(keys + to + HALF, key_high, mask=in_half[None, :])
         tl.store(values + to, value_low, mask=in_half[None, :])
@@ -216,8 +224,8 @@ def _decode(
             readable_key, readable = seen[None, :], seen[:, None]
         else:
             readable_key, readable = seen[None, :] & in_half[:, None], seen[:, None] & in_half[None, :]
-        k_low = tl.load(at_k, mask=readable_key, other=0.0)
-        k_high = tl.load(at_k + HALF, mask=readable_key, other=0.0)
+        k_low = tl.load(at_k, mask=readable_key, other=0.0).to(query_low.dtype)
+        k_high = tl.load(at_k + HALF, mask=readable_key, other=0.0).to(query_low.dtype)
         scores = tl.dot(query_high, k_high, tl.dot(query_low, k_low)) * scale
         if SOFTCAP:
             # In units of log2 e: softcap * tanh(x / softcap) with x = scores / log2 e.
@@ -229,13 +237,16 @@ def _decode(
         weights = tl.exp2(scores - new_best[:, None])
         total = total * shrink + tl.sum(weights, 1)
         best = new_best
-        v_low = tl.load(at_v, mask=readable, other=0.0)
-        v_high = tl.load(at_v + HALF, mask=readable, other=0.0)
+        v_low = tl.load(at_v, mask=readable, other=0.0).to(query_low.dtype)
+        v_high = tl.load(at_v + HALF, mask=readable, other=0.0).to(query_low.dtype)
         weights = weights.to(v_low.dtype)
         sums_low = tl.dot(weights, v_low, sums_low * shrink[:, None])
         sums_high = tl.dot(weights, v_high, sums_high * shrink[:, None])
     result_low = sums_low / total[:, None]
     result_high = sums_high / total[:, None]
+    if value_scale is not None:
+        result_low *= value_scale
+        result_high *= value_scale
     to_out = out + token * (KV_HEADS * GROUP * DIM) + at_query
     if count == 1:
         tl.store(to_out, result_low.to(out.dtype.element_ty), mask=in_group)
@@ -274,13 +285,13 @@ def _decode(
 def reference(
     qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, block_tables: Tensor, rows: Tensor, positions: Tensor,
     heads: int, scale: float, *, query_norm: Tensor | None = None, key_norm: Tensor | None = None, eps: float = 0.0,
-    window: int | None = None, softcap: float = 0.0,
+    window: int | None = None, softcap: float = 0.0, scales: KvScales = UNSCALED,
 ) -> Tensor:  # fmt: skip
     """The same, a sequence at a time, in float32; writes kv_cache. → [num_sequences, heads * head_dim]"""
     qkv = qkv.clone()
-    rope_kv.reference(qkv, cos, sin, rows, positions, block_tables, kv_cache, query_norm, key_norm, eps)
+    rope_kv.reference(qkv, cos, sin, rows, positions, block_tables, kv_cache, query_norm, key_norm, eps, scales)
     results = [
-        reference_one(qkv[i : i + 1], kv_cache, block_tables[row], position, heads, scale, window, softcap)
+        reference_one(qkv[i : i + 1], kv_cache, block_tables[row], position, heads, scale, window, softcap, scales)
         for i, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True))
     ]
     return torch.cat(results).to(qkv.dtype)
@@ -288,7 +299,7 @@ def reference(
 
 def reference_one(
     qkv: Tensor, kv_cache: Tensor, table: Tensor, position: int, heads: int, scale: float, window: int | None,
-    softcap: float,
+    softcap: float, scales: KvScales = UNSCALED,
 ) -> Tensor:  # fmt: skip
     """Queries of consecutive positions from `position` on, one sequence. qkv: [n, …] → [n, heads * head_dim] float32"""
     _, _, kv_heads, block_size, dim = kv_cache.shape
@@ -296,6 +307,7 @@ def reference_one(
     length = position + n
     blocks = table[: -(-length // block_size)].long()
     k, v = kv_cache[:, blocks].float().transpose(1, 2).reshape(2, kv_heads, -1, dim)[:, :, :length]
+    k, v = k * scales.key, v * scales.value
     query = qkv[:, : heads * dim].float().view(n, kv_heads, heads // kv_heads, dim)
     scores = torch.einsum("nhgd,hkd->hgnk", query, k) * scale
     if softcap:

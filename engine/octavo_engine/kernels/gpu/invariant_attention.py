@@ -15,6 +15,8 @@ from torch import Tensor
 
 from octavo_engine.kernels.gpu.decode_attention import LOG2_E
 from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, _scores, _weights
+from octavo_engine.kernels.gpu.rope_kv import of_cache
+from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 
 ROWS = 64
 
@@ -28,13 +30,15 @@ def tile_tokens(group: int) -> int:
 def invariant_attention(
     qkv: Tensor, loads: CacheLoads, block_tables: Tensor, tiles: Tensor, out: Tensor, kv_heads: int, block_size: int,
     scale: float, window: int | None = None, softcap: float = 0.0, num_warps: int = 4, num_stages: int = 3,
+    scales: KvScales = UNSCALED,
 ) -> None:  # fmt: skip
     """As `prefill_attention`, whose reference is this one's too. tiles: of at most `tile_tokens` tokens."""
     dim = loads.keys.shape[1]
     heads = out.shape[1] // dim
+    of_keys, of_values = of_cache(loads.keys.base, scales)
     _invariant[(kv_heads, tiles.shape[0])](
         qkv, qkv.stride(0), loads.keys, loads.values, block_tables, block_tables.stride(0), tiles, out, out.stride(0),
-        scale * LOG2_E, softcap, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim,
+        scale * LOG2_E * (of_keys or 1.0), softcap, of_values, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim,
         DIM_BLOCK=triton.next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=ROWS, WINDOW=window or 0,
         SOFTCAP=softcap > 0, STAGES=num_stages, num_warps=num_warps,
     )  # fmt: skip
@@ -43,7 +47,7 @@ def invariant_attention(
 @triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["tiles"])
 def _invariant(
     qkv, stride_token, keys, values, block_tables, stride_table, tiles, out, stride_out, scale, softcap,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    value_scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
@@ -75,7 +79,9 @@ def _invariant(
             query, keys, cache_row, index * BLOCK_SIZE + key, position, scale, softcap, True, WINDOW, SOFTCAP
         )
         best, total, shrink, weights = _weights(scores, best, total, 1.0 if SOFTCAP else scale, WINDOW == 0)
-        v = values.load([cache_row, 0])
+        v = values.load([cache_row, 0]).to(query.dtype)
         sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None])
+    if value_scale is not None:
+        sums *= value_scale
     to = out + (token + row // GROUP)[:, None] * stride_out + at_head[:, None] + column[None, :]
     tl.store(to, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)

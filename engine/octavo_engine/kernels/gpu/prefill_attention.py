@@ -18,6 +18,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo_engine.kernels.gpu.decode_attention import LOG2_E, reference_one
+from octavo_engine.kernels.gpu.rope_kv import of_cache
+from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 
 TILE_ROWS = 64
 """64 rows and four warps were the fastest of 64 and 128 rows with tensor-memory loads on an H200."""
@@ -83,18 +85,21 @@ class CacheLoads:
 def prefill_attention(
     qkv: Tensor, loads: CacheLoads, block_tables: Tensor, tiles: Tensor, out: Tensor, kv_heads: int, block_size: int,
     scale: float, window: int | None = None, softcap: float = 0.0, how: How = How(),
+    scales: KvScales = UNSCALED,
 ) -> None:  # fmt: skip
     """softmax(q·k * scale, over each token's own and earlier keys) · v.
 
     qkv: [num_tokens, (heads + 2 * kv_heads) * head_dim], queries first and rotated.
     out: [num_tokens, heads * head_dim].
     tiles: [num_tiles, 4] int32 from `plan_tiles`, zeros are no work. block_tables: [num_rows, max_blocks] int32.
+    scales: for a cache of eight bits.
     """
     dim = loads.keys.shape[1]
     heads = out.shape[1] // dim
+    of_keys, of_values = of_cache(loads.keys.base, scales)
     _prefill[(heads, tiles.shape[0])](
         qkv, qkv.stride(0), loads.keys, loads.values, block_tables, block_tables.stride(0), tiles, out, out.stride(0),
-        scale * LOG2_E, softcap, 1.0, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim,
+        scale * LOG2_E * (of_keys or 1.0), softcap, 1.0, of_values, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim,
         DIM_BLOCK=triton.next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=how.rows, WINDOW=window or 0,
         SOFTCAP=softcap > 0, STAGES=how.stages, OVERLAP=how.overlap,
         QUERY_IN_REGISTERS=how.query_in_registers, num_warps=how.warps,
@@ -110,7 +115,7 @@ def _scores(
 
     at: [BLOCK_SIZE] the keys' positions; position: [TILE] of the queries.
     """
-    scores = tl.dot(query, keys.load([cache_row, 0]).T)
+    scores = tl.dot(query, keys.load([cache_row, 0]).to(query.dtype).T)
     if SOFTCAP:
         x = scores * (scale * (0.6931471805599453 / softcap))
         scores = (2.0 / (1.0 + tl.exp2(-2.8853900817779268 * x)) - 1.0) * (softcap * 1.4426950408889634)
@@ -139,7 +144,7 @@ def _weights(scores, best, total, scale, SAFE: tl.constexpr):
 @triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["tiles"])
 def _prefill(
     qkv, stride_token, keys, values, block_tables, stride_table, tiles, out, stride_out, scale, softcap, one,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    value_scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr, QUERY_IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
@@ -186,17 +191,17 @@ def _prefill(
             query, keys, cache_row, index * BLOCK_SIZE + key, position, scale, softcap, False, WINDOW, SOFTCAP
         )
         if OVERLAP:
-            v = values.load([held_row, 0])
+            v = values.load([held_row, 0]).to(query.dtype)
             sums = tl.dot(held.to(v.dtype, bitcast=True), v, sums * shrink[:, None])
         best, total, shrink, weights = _weights(scores, best, total, factor, True)
         if OVERLAP:
             held = weights.to(query.dtype).to(tl.int16, bitcast=True)
             held_row = cache_row
         else:
-            v = values.load([cache_row, 0])
+            v = values.load([cache_row, 0]).to(query.dtype)
             sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None])
     if OVERLAP:
-        v = values.load([held_row, 0])
+        v = values.load([held_row, 0]).to(query.dtype)
         sums = tl.dot(held.to(v.dtype, bitcast=True), v, sums * shrink[:, None])
     for index in tl.range(full, end, num_stages=STAGES if WINDOW > 0 else 1):
         cache_row = (tl.load(table + index) * KV_HEADS + kv_head) * BLOCK_SIZE
@@ -204,20 +209,24 @@ def _prefill(
             query, keys, cache_row, index * BLOCK_SIZE + key, position, scale, softcap, True, WINDOW, SOFTCAP
         )
         best, total, shrink, weights = _weights(scores, best, total, factor, WINDOW == 0)
-        v = values.load([cache_row, 0])
+        v = values.load([cache_row, 0]).to(query.dtype)
         sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None])
     to = out + (token + row)[:, None] * stride_out + head * DIM + column[None, :]
+    if value_scale is not None:
+        sums *= value_scale
     tl.store(to, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 def reference(
     qkv: Tensor, kv_cache: Tensor, block_tables: Tensor, chunks: Sequence[Chunk], heads: int, scale: float,
-    window: int | None = None, softcap: float = 0.0,
+    window: int | None = None, softcap: float = 0.0, scales: KvScales = UNSCALED,
 ) -> Tensor:  # fmt: skip
     """The same, a chunk at a time, in float32. → [num_tokens, heads * head_dim]"""
     out = torch.zeros(qkv.shape[0], heads * kv_cache.shape[-1], dtype=qkv.dtype, device=qkv.device)
     for c in chunks:
         part = slice(c.token, c.token + c.count)
-        result = reference_one(qkv[part], kv_cache, block_tables[c.row], c.position, heads, scale, window, softcap)
+        result = reference_one(
+            qkv[part], kv_cache, block_tables[c.row], c.position, heads, scale, window, softcap, scales
+        )
         out[part] = result.to(qkv.dtype)
     return out

@@ -11,31 +11,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_engine.kernels import rms_norm
+from octavo_engine.kernels import kv_scales, rms_norm
 from octavo_engine.kernels.gpu.early_launch import begin, early_launch
+from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 
 HEADS_AT_ONCE = 4
 
 
 def rope_kv(
     qkv: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, positions: Tensor, block_tables: Tensor, kv_cache: Tensor,
-    query_norm: Tensor | None, key_norm: Tensor | None, eps: float,
+    query_norm: Tensor | None, key_norm: Tensor | None, eps: float, scales: KvScales = UNSCALED,
 ) -> None:  # fmt: skip
     """qkv: [num_tokens, (heads + 2 * kv_heads) * head_dim], the queries are rotated in place.
 
     cos, sin: [max_len, head_dim / 2]. rows, positions: [num_tokens] int32.
     block_tables: [num_rows, max_blocks] int32. kv_cache: [2, num_blocks, kv_heads, block_size, head_dim].
     query_norm, key_norm: [head_dim] weights of RMSNorm over each head (Qwen3), or None.
+    scales: for a cache of eight bits.
     """
     _, _, kv_heads, block_size, dim = kv_cache.shape
     total = qkv.shape[1] // dim
     grid = (qkv.shape[0], triton.cdiv(total, HEADS_AT_ONCE))
     _rope_kv[grid](
         qkv, qkv.stride(0), cos, sin, rows, positions, block_tables, block_tables.stride(0), kv_cache[0], kv_cache[1],
-        query_norm, key_norm, eps, HEADS=total - 2 * kv_heads, KV_HEADS=kv_heads, HALF=dim // 2,
-        HALF_BLOCK=triton.next_power_of_2(dim // 2), BLOCK_SIZE=block_size, AT_ONCE=HEADS_AT_ONCE, num_warps=1,
-        **early_launch(),
+        query_norm, key_norm, eps, *of_cache(kv_cache, scales), HEADS=total - 2 * kv_heads, KV_HEADS=kv_heads,
+        HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), BLOCK_SIZE=block_size, AT_ONCE=HEADS_AT_ONCE,
+        num_warps=1, **early_launch(),
     )  # fmt: skip
+
+
+def of_cache(kv_cache: Tensor, scales: KvScales) -> tuple[float | None, float | None]:
+    """What kernels are given of the scales: nothing where the cache is not scaled."""
+    return (scales.key, scales.value) if kv_scales.is_scaled(kv_cache.dtype) else (None, None)
+
+
+@triton.jit
+def stored(x, scale, KIND: tl.constexpr):
+    """What a cache of eight bits keeps of x; beyond its range the largest number."""
+    MOST: tl.constexpr = 448.0 if tl.float8e4nv == KIND else 57344.0
+    return tl.clamp(x.to(tl.float32) / scale, -MOST, MOST).to(KIND)
 
 
 @triton.jit
@@ -51,7 +65,7 @@ def _head_norm(low, high, weight, column, inside, eps, HALF: tl.constexpr):
 @triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["rows", "positions"])
 def _rope_kv(
     qkv, stride_token, cos, sin, rows, positions, block_tables, stride_table, keys, values, query_norm, key_norm, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    key_scale, value_scale, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
@@ -85,15 +99,21 @@ def _rope_kv(
     kv_head = (head - HEADS) % KV_HEADS
     to = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE)[:, None] * (2 * HALF) + column[None, :]
     is_key = (head >= HEADS)[:, None] & (head < HEADS + KV_HEADS)[:, None]
-    tl.store(keys + to, turned_low, mask=mask & is_key)
-    tl.store(keys + to + HALF, turned_high, mask=mask & is_key)
-    tl.store(values + to, turned_low, mask=mask & is_value)
-    tl.store(values + to + HALF, turned_high, mask=mask & is_value)
+    if key_scale is not None:
+        scale = tl.where(is_value, value_scale, key_scale)
+        kept_low = stored(turned_low, scale, keys.dtype.element_ty)
+        kept_high = stored(turned_high, scale, keys.dtype.element_ty)
+    else:
+        kept_low, kept_high = turned_low, turned_high
+    tl.store(keys + to, kept_low, mask=mask & is_key)
+    tl.store(keys + to + HALF, kept_high, mask=mask & is_key)
+    tl.store(values + to, kept_low, mask=mask & is_value)
+    tl.store(values + to + HALF, kept_high, mask=mask & is_value)
 
 
 def reference(
     qkv: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, positions: Tensor, block_tables: Tensor, kv_cache: Tensor,
-    query_norm: Tensor | None, key_norm: Tensor | None, eps: float,
+    query_norm: Tensor | None, key_norm: Tensor | None, eps: float, scales: KvScales = UNSCALED,
 ) -> None:  # fmt: skip
     """The same in torch, in float32 between load and store."""
     _, _, kv_heads, block_size, dim = kv_cache.shape
@@ -110,6 +130,6 @@ def reference(
 
     key, rotated = turned(key, key_norm), turned(query, query_norm)
     blocks, offsets = block_tables[rows.long(), position // block_size].long(), position % block_size
-    kv_cache[0].transpose(1, 2)[blocks, offsets] = key
-    kv_cache[1].transpose(1, 2)[blocks, offsets] = value
+    kv_cache[0].transpose(1, 2)[blocks, offsets] = kv_scales.stored(key, scales.key, kv_cache.dtype)
+    kv_cache[1].transpose(1, 2)[blocks, offsets] = kv_scales.stored(value, scales.value, kv_cache.dtype)
     query.copy_(rotated)
