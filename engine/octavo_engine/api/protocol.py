@@ -508,12 +508,26 @@ def _refuse_unsupported(kind: type[BaseModel], extra: Mapping[str, Any]) -> None
 
 def _malformed(error: pydantic.ValidationError) -> ApiError:
     details = error.errors(include_url=False, include_context=False, include_input=False)
-    detail = details[0]
-    # Unions and validators put names of their own into the location; the request's are keys and indices.
-    location = [str(part) for part in detail["loc"] if not (isinstance(part, str) and not part.isidentifier())]
-    for branch in ("str", "function-after"):
-        if location and location[-1] == branch:
-            location.pop()
-    param = ".".join(["body", *location])
-    message = "the body is not valid JSON" if detail["type"] == "json_invalid" else detail["msg"]
-    return malformed(f"{param}: {message}.", param)
+    if details[0]["type"] == "json_invalid":
+        return malformed("body: the body is not valid JSON.", "body")
+    # Of a field that may be of several kinds each kind complains: the one that got furthest is what was meant.
+    field = details[0]["loc"][:1]
+    found = [(_location(detail["loc"]), detail["msg"]) for detail in details if detail["loc"][:1] == field]
+    deepest = max(found, key=lambda one: len(one[0]))[0]
+    said = dict.fromkeys(message for location, message in found if location == deepest)
+    param = ".".join(["body", *deepest])
+    return malformed(f"{param}: {_either(list(said))}.", param)
+
+
+def _location(loc: tuple[int | str, ...]) -> list[str]:
+    """Unions and validators put names of their own into the location; the request's are keys and indices."""
+    location = [str(part) for part in loc if not (isinstance(part, str) and not part.isidentifier())]
+    return [part for part in location if part != NamedTool.__name__][: -1 if location[-1:] == ["str"] else None]
+
+
+def _either(messages: list[str]) -> str:
+    """'Input should be a valid string', 'Input should be a valid array' → 'Input should be a valid string or a …'"""
+    start = "Input should be "
+    if not all(message.startswith(start) for message in messages):
+        return messages[0]
+    return start + " or ".join(message.removeprefix(start) for message in messages)

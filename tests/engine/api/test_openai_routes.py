@@ -382,6 +382,26 @@ async def test_a_body_of_the_wrong_shape_names_the_place(server, http, path, bod
 
 
 @pytest.mark.parametrize(
+    ("body", "param", "kinds"),
+    [
+        ({"prompt": 7}, "body.prompt", "a valid string or a valid array"),
+        ({"prompt": [1, "a"]}, "body.prompt.1", "a valid integer"),
+        ({"prompt": [[1], ["a"]]}, "body.prompt.1.0", "a valid integer"),
+        ({"prompt": "x", "stop": 5}, "body.stop", "a valid string or a valid array"),
+        ({"messages": [{"role": "user", "content": [5]}]}, "body.messages.0.content.0", "an object"),
+        ({"messages": [{"role": "user", "content": "x"}], "tool_choice": 5}, "body.tool_choice", "or an object"),
+        ({"messages": [{"role": "user", "content": "x"}], "tool_choice": {"type": "function"}},
+         "body.tool_choice.function", "Field required"),
+    ],
+)  # fmt: skip
+async def test_of_a_field_of_several_kinds_all_are_named(server, http, body, param, kinds) -> None:
+    status, answer = await post(http, server, f"/v1/{'chat/' if 'messages' in body else ''}completions", **body)
+
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert kinds in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
     ("data", "content_type"),
     [(b"{", "application/json"), (b"[]", "application/json"), (b"{}", "text/plain"), (b"\xff", "application/json"),
      (b'{"messages":' + b"[" * 5000, "application/json")],
