@@ -18,6 +18,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +33,7 @@ from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.sampling_params import SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent))
+import attention
 from workloads import WORKLOADS, Workload, fixed
 
 MODEL = Path(__file__).parents[1] / "docker" / "models" / "llama-3.1-8b"
@@ -48,7 +50,7 @@ VLLM = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--only", default="", help="names, comma-separated: decode and workloads")
+    parser.add_argument("--only", default="", help="names, comma-separated: attention, decode and workloads")
     parser.add_argument("--profile", default="", help="where the time of steps goes, BATCHxCONTEXT,NAME@STEP,...")
     parser.add_argument("--max-num-seqs", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
@@ -56,16 +58,23 @@ def main() -> None:
     parser.add_argument("--early-launch", action="store_true", help="launch kernels before the one in front has ended")
     parser.add_argument("--fused-up-to", type=int, help="tokens up to which a step takes the fused road")
     parser.add_argument("--deterministic", action="store_true", help="measure what the mode costs")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="auto, fp8_e4m3 or fp8_e5m2")
     arguments = parser.parse_args()
     early_launch.ENABLED = arguments.early_launch
     if arguments.fused_up_to:
         gpu_decoder.FUSED_TOKENS = arguments.fused_up_to
-    only = [name for name in arguments.only.split(",") if name] or ["decode", *WORKLOADS]
+    only = [name for name in arguments.only.split(",") if name] or ["attention", "decode", *WORKLOADS]
     copy = copy_rate()
+    alone: dict[str, object] = {}
+    if "attention" in only:  # before the engine takes the memory
+        only.remove("attention")
+        torch.cuda.empty_cache()
+        alone = {"decode_attention": attention.decode(copy * 1e12), "prefill_attention": attention.prefill()}
+        torch.cuda.empty_cache()
     config = EngineConfig(
         model=str(MODEL), load_format="dummy", max_model_len=17000, enable_prefix_caching=False,
         max_num_seqs=arguments.max_num_seqs, max_num_batched_tokens=arguments.max_num_batched_tokens, device="cuda",
-        deterministic=arguments.deterministic,
+        deterministic=arguments.deterministic, kv_cache_dtype=arguments.kv_cache_dtype,
     )  # fmt: skip
     began = time.monotonic()
     stages: list[tuple[str, float]] = []
@@ -87,7 +96,8 @@ def main() -> None:
     result: dict[str, object] = {
         "gpu": gpu, "copy_TBps": round(copy, 3), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
         "start_s": round(start_s, 2), "kv_tokens": loaded.plan.kv_tokens,
-        "deterministic": arguments.deterministic,
+        "kv_bytes_per_token": loaded.plan.kv_bytes_per_token,
+        "deterministic": arguments.deterministic, "kv_cache_dtype": arguments.kv_cache_dtype, **alone,
     }  # fmt: skip
     run(engine, fixed(4, 100, 8))
     for which in filter(None, arguments.profile.split(",")):
@@ -179,7 +189,7 @@ def run(engine: Engine, requests: Workload) -> float:
     return time.monotonic() - began
 
 
-def decode(engine: Engine, copy: float, peer: dict, result: dict[str, object]) -> None:
+def decode(engine: Engine, copy: float, peer: dict, result: dict[str, Any]) -> None:
     rows = {}
     for batch in BATCHES:
         times = []
@@ -188,7 +198,7 @@ def decode(engine: Engine, copy: float, peer: dict, result: dict[str, object]) -
             times.append((long - short) / 128 * 1e3)
         ms = statistics.median(times)
         weights = max(15.01e9 / copy / 1e9, batch * 15.01e9 / 690e12 * 1e3)
-        floor = weights + batch * 1120 * 131072 / copy / 1e9
+        floor = weights + batch * 1120 * result["kv_bytes_per_token"] / copy / 1e9
         rows[batch] = {
             "ms": round(ms, 3), "spread": [round(t, 3) for t in times], "floor_ms": round(floor, 3),
             "of_floor": round(floor / ms, 3), "vs_vllm": round(peer[batch] / ms, 3),

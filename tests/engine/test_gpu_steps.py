@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if torch.cuda.is_available():
     pytest.skip("the kernels are compiled here, and tests marked gpu run the real thing", allow_module_level=True)
@@ -136,3 +137,42 @@ def test_a_grammars_mask_holds_in_graphs_beside_changes(monkeypatch: pytest.Monk
     tokens = [result[0] for result in results]
     even = [all(token % 2 == 0 for token in row) for row in tokens]
     assert even in ([True, False, True, False], [False, True, False, True])
+
+
+class Made(TorchDispatchMode):
+    """The operations that make a tensor, by name. Views and what is written in place make none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: set[str] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        given = [*args, *(kwargs or {}).values()]
+        if isinstance(result, torch.Tensor) and not operation.is_view and not any(result is of for of in given):
+            self.operations.add(str(operation))
+        return result
+
+
+def test_a_steady_step_makes_no_tensor(monkeypatch: pytest.MonkeyPatch):
+    made = interpreted.steps(monkeypatch, graphs=GRAPHS[:2], max_tokens=32)
+    engine, seen = interpreted.engine_of(made), Made()
+    launch, count = made.launch, 0
+
+    def watched(plan: Any) -> Any:
+        nonlocal count
+        if any(item.admission for item in plan.items):
+            return launch(plan)
+        count += 1
+        with seen:
+            return launch(plan)
+
+    monkeypatch.setattr(made, "launch", watched)
+    drawn = sampling_of(temperature=1.0, top_p=0.9, logprobs=20, max_tokens=3)
+    # One chunk after the other beside the streams: those steps are launched, the others replayed.
+    long = [3 + i % 190 for i in range(50)]
+    interpreted.generate(engine, [(PROMPTS["bias"], REQUESTS["bias"]), (PROMPTS["free"], drawn), (long, drawn)])
+
+    assert count > 3
+    # Those are the interpreter's: it makes copies of a kernel's arguments.
+    assert seen.operations <= {"aten.empty.memory_format", "aten.new_empty.default"}

@@ -1,0 +1,181 @@
+"""Attention alone, one layer of 32 query and 8 KV heads of 128: bytes and operations a second.
+
+    PYTHONPATH=engine python benchmarks/attention.py [--decode] [--prefill]
+
+Decode reads the cache, so that its measure is the rate of a large copy on the same device; prefill is measured in turns
+with cuDNN's attention over contiguous tensors. Called by gpu.py as well, whose result file holds these lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, Scratch, decode_attention, plan_parts
+from octavo_engine.kernels.gpu.invariant_attention import invariant_attention, tile_tokens
+from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, plan_tiles, prefill_attention
+from octavo_engine.kernels.kv_scales import stored
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+HEADS, KV_HEADS, DIM, BLOCK_SIZE = 32, 8, 128, 64
+BATCHES, CONTEXTS, PROMPTS = (32, 256), (1024, 4096, 16384), (2048, 8192, 16384)
+ROUNDS = 7
+CACHE_KINDS = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
+
+
+def decode(copy_bytes_per_s: float) -> dict[str, dict[str, float]]:
+    """Of each batch and context: microseconds, bytes a second and their share of the copy's, by type of the cache."""
+    rows: dict[str, dict[str, float]] = {}
+    for batch in BATCHES:
+        for context in CONTEXTS:
+            row = rows[f"{batch}x{context}"] = {}
+            for name, kind in CACHE_KINDS.items():
+                us = _decode_us(batch, context, kind)
+                read = batch * context * 2 * KV_HEADS * DIM * kind.itemsize
+                row |= {
+                    f"{name}_us": round(us, 1),
+                    f"{name}_TBps": round(read / us / 1e6, 3),
+                    f"{name}_of_copy": round(read / us * 1e6 / copy_bytes_per_s, 3),
+                }
+            print("decode attention", f"{batch}x{context}", row, flush=True)
+    return rows
+
+
+def _decode_us(batch: int, context: int, kind: torch.dtype) -> float:
+    torch.cuda.empty_cache()
+    blocks = -(-context // BLOCK_SIZE)
+    size = 2 * batch * blocks * KV_HEADS * BLOCK_SIZE * DIM * kind.itemsize
+    # Several layers, so that none of it is in the second-level cache when its turn comes.
+    layers = max(1, min(4, int(12e9 / size)))
+    caches = [_cache(batch * blocks, BLOCK_SIZE, kind) for _ in range(layers)]
+    tables = torch.randperm(batch * blocks, device="cuda").int().view(batch, blocks)
+    qkv = torch.randn(batch, (HEADS + 2 * KV_HEADS) * DIM, device="cuda", dtype=torch.bfloat16)
+    turns = torch.randn(context, DIM // 2, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty(batch, HEADS * DIM, device="cuda", dtype=torch.bfloat16)
+    scratch = Scratch.allocate(batch, HEADS, KV_HEADS, DIM, torch.device("cuda"))
+    words = plan_parts(list(range(batch)), [context - 1] * batch, BLOCK_SIZE, KV_HEADS)
+    parts = torch.tensor(words, device="cuda").int().view(-1, PART_WORDS)
+
+    def run() -> None:
+        for cache in caches:
+            decode_attention(qkv, turns, turns, cache, tables, parts, scratch, out, DIM**-0.5)
+
+    return 1e3 * milliseconds({"": _graph(run)})[""] / layers
+
+
+def prefill() -> dict[str, dict[str, float]]:
+    """Of each length: TFLOP/s of what causality leaves, ours, with --deterministic, and cuDNN's."""
+    rows = {}
+    for tokens in PROMPTS:
+        rates = _prefill(tokens)
+        rates |= {"of_cudnn": rates["default"] / rates["cudnn"]}
+        rows[str(tokens)] = {name: round(rate, 3 if rate < 2 else 1) for name, rate in rates.items()}
+        print("prefill attention", tokens, rows[str(tokens)], flush=True)
+    return rows
+
+
+def _prefill(tokens: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    qkv = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * DIM, device="cuda", dtype=torch.bfloat16)
+    query, key, value = (
+        part.view(1, tokens, -1, DIM).transpose(1, 2).contiguous()
+        for part in qkv.split([HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], dim=1)
+    )
+    blocks = tokens // BLOCK_SIZE
+    table = torch.randperm(blocks, device="cuda").int()
+    caches = {name: torch.empty(2, blocks, KV_HEADS, BLOCK_SIZE, DIM, device="cuda").to(kind)
+              for name, kind in CACHE_KINDS.items()}  # fmt: skip
+    for cache in caches.values():
+        for part, given in zip(cache, (key, value), strict=True):
+            ordered = given[0].view(KV_HEADS, blocks, BLOCK_SIZE, DIM).transpose(0, 1)
+            part.view(torch.uint8)[table.long()] = stored(ordered, 1.0, cache.dtype).view(torch.uint8)
+    out = torch.empty(tokens, HEADS * DIM, device="cuda", dtype=torch.bfloat16)
+    chunk = [Chunk(0, 0, 0, tokens)]
+    tiles = torch.tensor(plan_tiles(chunk), device="cuda").int().view(-1, 4)
+    alike = torch.tensor(plan_tiles(chunk, tile_tokens(HEADS // KV_HEADS)), device="cuda").int().view(-1, 4)
+    loads = {name: CacheLoads.of(cache) for name, cache in caches.items()}
+    rest = (out, KV_HEADS, BLOCK_SIZE, DIM**-0.5)
+
+    def cudnn() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    runs: dict[str, Callable[[], object]] = {
+        "default": lambda: prefill_attention(qkv, loads["bfloat16"], table[None], tiles, *rest),
+        "fp8_e4m3": lambda: prefill_attention(qkv, loads["fp8_e4m3"], table[None], tiles, *rest),
+        "deterministic": lambda: invariant_attention(qkv, loads["bfloat16"], table[None], alike, *rest),
+        "cudnn": cudnn,
+    }
+    expected = cudnn()[0].transpose(0, 1).reshape(tokens, HEADS * DIM).float()
+    for name, run in runs.items():
+        if name != "cudnn":
+            run()
+            error = ((out.float() - expected).norm() / expected.norm()).item()
+            assert error < (0.05 if name == "fp8_e4m3" else 0.01), (name, error)
+    operations = 4 * HEADS * DIM * tokens * (tokens + 1) / 2
+    return {name: operations / ms / 1e9 for name, ms in milliseconds(runs).items()}
+
+
+def _cache(blocks: int, block_size: int, kind: torch.dtype) -> torch.Tensor:
+    cache = torch.empty((2, blocks, KV_HEADS, block_size, DIM), dtype=kind, device="cuda")
+    # Numbers from 0 to 1, as their bits: a tensor of floats to be converted would take four times the room.
+    if kind.itemsize == 1:
+        cache.view(torch.uint8).random_(0, 0x38)
+    else:
+        cache.view(torch.int16).random_(0, 0x3F80)
+    return cache
+
+
+def _graph(run: Callable[[], object]) -> Callable[[], object]:
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def milliseconds(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median of a call each, the candidates in turns, as the clock falls while the chip is busy."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            run()
+            begin.record()
+            for _ in range(3):
+                run()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end) / 3)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def main() -> None:
+    from gpu import copy_rate
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decode", action="store_true")
+    parser.add_argument("--prefill", action="store_true")
+    asked = parser.parse_args()
+    both = asked.decode == asked.prefill
+    copy = copy_rate()
+    torch.cuda.empty_cache()
+    found: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "copy_TBps": round(copy, 3)}
+    if asked.decode or both:
+        found["decode"] = decode(copy * 1e12)
+    if asked.prefill or both:
+        found["prefill"] = prefill()
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
