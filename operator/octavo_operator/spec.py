@@ -602,8 +602,8 @@ def _sentence(problem: ErrorDetails) -> str:
 
 
 def in_fields(text: str) -> str:
-    """An engine's words, with the LLMServer's fields in the place of the flags that they stand for."""
-    return re.sub(r"--[a-z][a-z-]*", lambda flag: FIELD_OF_FLAG.get(flag[0], flag[0]), text)
+    """An engine's words, with the LLMServer's fields in the place of the flags and variables that they stand for."""
+    return re.sub(r"--[a-z][a-z-]*|\b[A-Z]+(?:_[A-Z]+)+\b", lambda word: FIELD_OF_FLAG.get(word[0], word[0]), text)
 
 
 FIELD_OF_FLAG = {
@@ -618,6 +618,9 @@ FIELD_OF_FLAG = {
     "--max-num-seqs": "spec.engine.maxNumSeqs",
     "--max-num-batched-tokens": "spec.engine.maxNumBatchedTokens",
     "--served-model-name": "spec.model.servedNames",
+    "HF_TOKEN": "spec.model.tokenSecretRef",
+    "AWS_ENDPOINT_URL": "spec.model.s3.endpoint",
+    "AWS_REGION": "spec.model.s3.region",
     "--verify-prompt": "spec.rollout.verify.prompt",
     "--verify-max-tokens": "spec.rollout.verify.maxTokens",
     "--verify-expect": "spec.rollout.verify.expect",

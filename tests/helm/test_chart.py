@@ -143,6 +143,9 @@ def named(documents: list[dict[str, Any]], kind: str) -> list[str]:
          "LLMServer", ["a", "b"]),
         (["fullnameOverride=mine"], "Deployment", ["mine", "mine-activator"]),
         (["nameOverride=mine"], "Deployment", ["mine-activator", "mine-operator"]),
+        ([], "ValidatingAdmissionPolicy", ["octavo-operator-secrets"]),
+        (["tenancy.guardSecrets=false"], "ValidatingAdmissionPolicy", []),
+        (["tenancy.guardSecrets=false"], "ValidatingAdmissionPolicyBinding", []),
         (["rbac.aggregate=false"], "ClusterRole", ["octavo-activator", "octavo-operator"]),
         (["activator.enabled=false"], "Deployment", ["octavo-operator"]),
         (["activator.enabled=false"], "Service", ["octavo-operator"]),
@@ -153,6 +156,17 @@ def named(documents: list[dict[str, Any]], kind: str) -> list[str]:
 )  # fmt: skip
 def test_each_branch_makes_what_it_is_for(helm, flags, kind, names):
     assert sorted(named(render(helm, *(f"--set={flag}" for flag in flags)), kind)) == names
+
+
+def test_secrets_are_guarded_where_servers_are_watched(helm):
+    bindings = [
+        only(render(helm, *flags), "ValidatingAdmissionPolicyBinding")["spec"]
+        for flags in ((), ("--set=watchNamespaces={a,b}",))
+    ]
+    (asked,) = bindings[1]["matchResources"]["namespaceSelector"]["matchExpressions"]
+
+    assert "matchResources" not in bindings[0]
+    assert asked == {"key": "kubernetes.io/metadata.name", "operator": "In", "values": ["a", "b"]}
 
 
 MONITORS = ("PodMonitor", "PrometheusRule")

@@ -34,6 +34,15 @@ def test_a_problem_names_the_field_the_value_and_what_would_be_right(spec, words
     assert [word for word in words if word not in told] == [], told
 
 
+def test_an_engines_variables_are_told_as_fields_too():
+    fix = "accept its terms, make a token, and set HF_TOKEN; check AWS_ACCESS_KEY_ID and AWS_REGION"
+
+    assert in_fields(fix) == (
+        "accept its terms, make a token, and set spec.model.tokenSecretRef; check AWS_ACCESS_KEY_ID and "
+        "spec.model.s3.region"
+    )
+
+
 def test_an_engines_words_are_told_in_the_fields_of_the_resource():
     assert in_fields("set --max-model-len <= 9216 or raise --kv-cache-memory-bytes; see --seed") == (
         "set spec.engine.maxModelLen <= 9216 or raise spec.engine.kvCacheMemory; see --seed"

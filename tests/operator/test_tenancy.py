@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from stage import ApiError
+from stage import ApiError, chart, wait_for
 from test_crd import GOOD, server
 
+from octavo_operator.crd import custom_resource_definition
 from octavo_operator.desired import objects
 from octavo_operator.desired.deployment import deployment
 from octavo_operator.settings import EngineDefaults
@@ -263,8 +265,6 @@ def test_a_namespace_that_enforces_restricted_takes_the_pods(api, restricted, na
 
 @pytest.fixture(scope="module")
 def restricted(api) -> Iterator[str]:
-    from stage import wait_for
-
     labels = {
         "pod-security.kubernetes.io/enforce": "restricted",
         "pod-security.kubernetes.io/enforce-version": "latest",
@@ -273,6 +273,83 @@ def restricted(api) -> Iterator[str]:
     wait_for(lambda: api.get("/api/v1/namespaces/restricted/serviceaccounts/default"), "a service account")
     yield "restricted"
     api.request("DELETE", "/api/v1/namespaces/restricted")
+
+
+def as_tenant(cluster, *words: str, stdin: str = "") -> str:
+    """The API server's refusal of what a user does who may write LLMServers of one namespace, and nothing else."""
+    done = cluster.run([*("kubectl", "--as=tenant"), *words], stdin=stdin, check=False)
+    return "" if done.returncode == 0 else str(done.stderr)
+
+
+def test_whoever_may_not_read_a_secret_may_not_have_it_read_by_an_engine(cluster, api, stage):
+    """engine.image and engine.args are the LLMServer's to say: without the policy any named Secret could be shown."""
+    space = f"--namespace={stage.namespace}"
+    cluster.kubectl("create", "role", "llm", space, "--verb=*", "--resource=llmservers.octavo.dev")
+    cluster.kubectl("create", "rolebinding", "llm", space, "--role=llm", "--user=tenant")
+    policy = chart("octavo", "policy")
+    cluster.kubectl("apply", "--server-side", "-f", "-", stdin=policy)
+    bodies = {name: json.dumps(server(spec | {"replicas": 0}, "qwen")) for name, spec in NAMING.items()}
+    bodies = {name: body.replace('"default"', f'"{stage.namespace}"') for name, body in bodies.items()}
+    try:
+        create = ("create", "--dry-run=server", "-f", "-")
+        wait_for(lambda: as_tenant(cluster, *create, stdin=bodies["token"]), "the policy to be in force")
+        refused = {name: as_tenant(cluster, *create, stdin=body) for name, body in bodies.items()}
+        cluster.kubectl("create", "-f", "-", stdin=bodies["token"].replace('"qwen"', '"mine"'))
+        patch = ("patch", "llmserver", "mine", space, "--type=merge")
+        scaled = as_tenant(cluster, *patch, '-p={"spec":{"replicas":0,"suspend":true,"restart":{"id":"1"}}}')
+        image = as_tenant(cluster, *patch, '-p={"spec":{"engine":{"image":"r.example/mine"}}}')
+        sidecar = as_tenant(
+            cluster, *patch, '-p={"spec":{"podTemplate":{"spec":{"containers":[{"name":"x","image":"i"}]}}}}'
+        )
+        cluster.kubectl("create", "role", "hf", space, "--verb=get", "--resource=secrets", "--resource-name=s")
+        cluster.kubectl("create", "rolebinding", "hf", space, "--role=hf", "--user=tenant")
+        wait_for(lambda: not as_tenant(cluster, *create, stdin=bodies["keys"]), "the right to be known")
+        allowed = as_tenant(cluster, *patch, '-p={"spec":{"engine":{"image":"r.example/mine"}}}')
+    finally:
+        cluster.kubectl("delete", "--ignore-not-found", "-f", "-", stdin=policy)
+
+    assert refused.pop("none") == ""
+    for name, words in refused.items():
+        assert "it names the Secrets s, and tenant may not read all of them" in words, name
+    assert scaled == ""
+    assert "may not read" in image
+    assert "may not read" in sidecar
+    assert allowed == ""
+
+
+HUB = {"source": "hf://o/n"}
+NAMING: dict[str, dict[str, Any]] = {
+    "none": {"model": HUB},
+    "token": {"model": HUB | {"tokenSecretRef": {"name": "s"}}},
+    "bucket": {"model": {"source": "s3://bucket/x", "s3": {"secretRef": {"name": "s"}}}},
+    "keys": {"model": HUB, "expose": {"apiKeysSecretRef": {"name": "s"}}},
+    "certificate": {"model": HUB, "expose": {"tls": {"secretName": "s"}}},
+    "ingress": {"model": HUB, "expose": {"ingress": {"hostname": "a.b", "tlsSecretName": "s"}}},
+}
+
+
+def test_every_field_that_names_a_secret_is_guarded():
+    """A new field for one belongs into the chart's policy, and into NAMING above."""
+    names = set(re.findall(r"[a-zA-Z0-9.]*[sS]ecret(?:Ref|Name)\b", " ".join(secret_fields())))
+    policy = chart("octavo", "policy").replace("?", "")
+
+    assert len(names) == len(NAMING) - 1
+    for name in names:
+        assert f"object.spec.{name}" in policy, name
+
+
+def secret_fields(schema: dict[str, Any] | None = None, path: str = "") -> Iterator[str]:
+    if schema is None:
+        (version,) = custom_resource_definition()["spec"]["versions"]
+        schema = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    for name, child in schema.get("properties", {}).items():
+        here = f"{path}.{name}" if path else name
+        if name.lower().endswith(("secretref", "secretname", "secret")):
+            yield here
+        else:
+            yield from secret_fields(child, here)
+    if isinstance(schema.get("items"), dict):
+        yield from secret_fields(schema["items"], path)
 
 
 def test_a_pod_that_is_not_restricted_is_refused_there(api, restricted):
