@@ -16,6 +16,7 @@ _COLUMNS = (
     ("Phase", "string", ".status.phase", 0),
     ("Model", "string", ".spec.model.source", 0),
     ("Replicas", "string", ".status.ready", 0),
+    ("GPUs", "integer", ".status.gpus", 1),
     ("URL", "string", ".status.url", 1),
     ("Message", "string", ".status.message", 1),
     ("Age", "date", ".metadata.creationTimestamp", 0),

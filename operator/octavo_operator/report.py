@@ -118,6 +118,7 @@ class Status(_Model):
     ready_replicas: int = Field(description="Engine pods that take requests.")
     updated_replicas: int = Field(description="Engine pods of the present specification.")
     ready: str = Field(description="Ready and wanted pods, for display: 1/2.")
+    gpus: int | None = Field(None, description="GPUs of each pod, a profile's included.")
     selector: str = Field(description="Label selector of the pods, for autoscalers.")
     engine: EngineStatus | None = Field(None, description="What the engine resolved its configuration to.")
     plan: Plan | None = Field(None, description="Where the memory goes, as the engine computed it.")

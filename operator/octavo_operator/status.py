@@ -56,6 +56,7 @@ def status_of(
         ready_replicas=view.ready,
         updated_replicas=view.updated,
         ready=f"{view.ready}/{view.desired}",
+        gpus=view.server.spec.hardware.gpus,
         selector=f"{names.SERVER_LABEL}={view.server.name}",
         engine=engine,
         plan=plan,

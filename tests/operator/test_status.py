@@ -262,6 +262,10 @@ def test_what_the_cluster_keeps_otherwise_is_told_of_a_server_that_serves():
     assert condition(seen, "Ready") == ("True", "AllReplicasReady")
 
 
+def test_the_gpus_of_each_pod_are_told():
+    assert told(view([ready()], SERVING, hardware={"gpus": 1}))["gpus"] == 1
+
+
 def test_what_new_pods_were_asked_is_told_when_one_has_answered():
     asked = view([ready()], SERVING, rollout={"verify": {"prompt": "2+2=", "expect": "4"}})
     (found,) = [finding for finding in conditions(asked) if finding.type == "Verified"]
