@@ -45,6 +45,9 @@ DOWNLOAD_SETTINGS = (
     *("host", "management_port", "log_level", "startup_stall_s", "termination_log"),
 )
 
+BROKEN_PIPE = 128 + 13
+"""As of a program that SIGPIPE ended."""
+
 Command = Callable[[argparse.Namespace, list[str]], int]
 """Runs a command with its flags, and with the warnings that reading them gave."""
 
@@ -52,7 +55,13 @@ Command = Callable[[argparse.Namespace, list[str]], int]
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # What comes after a pipe (`| head`) has read enough. Python would complain once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except (UsageError, ConfigError) as error:
         refuse(str(error), _termination_log(arguments))
 

@@ -429,6 +429,15 @@ def test_the_page_of_flags_is_made_from_the_tables() -> None:
     assert all(f"`{flag}`" in page for flag in (*TYPED_FLAGS, *BY_NAME))
 
 
+def test_a_pipe_that_is_closed_ends_a_command_without_a_word() -> None:
+    run = f"{sys.executable} -m octavo_engine.cli serve --help=markdown | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {run}"], capture_output=True, text=True, timeout=60)
+
+    assert done.stderr == ""
+    assert done.stdout.startswith("#")
+    assert done.returncode in (0, 141)
+
+
 def test_collect_env_tells_versions_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     monkeypatch.setenv("OCTAVO_API_KEY", "sk-verysecret")
