@@ -11,13 +11,13 @@ import contextlib
 import queue
 import threading
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octavo_engine.api.tokenizer import Tokenizer
 from octavo_engine.core.messages import FinishReason, TokenEvent
-from octavo_engine.llm import LLM, Begun, Prompt
+from octavo_engine.llm import LLM, NOT_HERE, Begun, Prompt, refuse
 from octavo_engine.outputs import CompletionOutput, RequestOutput
 from octavo_engine.sampling_params import RequestOutputKind, SamplingParams
 from octavo_engine.status import Effective
@@ -36,7 +36,7 @@ class AsyncLLM:
     def __init__(self, model: str, **settings: Any) -> None:
         self._llm = LLM(model, **settings)
         self._requests: dict[str, _Request] = {}
-        self._commands: queue.SimpleQueue[_Request | _Abort | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Request | _Abort | _Forget | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._dead: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -45,6 +45,47 @@ class AsyncLLM:
     @property
     def effective(self) -> Effective:
         return self._llm.effective
+
+    @property
+    def is_running(self) -> bool:
+        return self._dead is None
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._dead is not None
+
+    @property
+    def errored(self) -> bool:
+        return self._dead is not None
+
+    @property
+    def dead_error(self) -> EngineDeadError:
+        return EngineDeadError(self._dead or "the engine runs")
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError."""
+        if self._dead is not None:
+            raise self.dead_error
+
+    async def is_tracing_enabled(self) -> bool:
+        return False
+
+    async def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forget the blocks of earlier prompts, before the next step; True when it is asked for."""
+        self._commands.put(_Forget())
+        return True
+
+    async def do_log_stats(self) -> None:
+        """No statistics are logged."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(f"AsyncLLM.{name}: {NOT_HERE.get(name, 'there is no such attribute')}")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._llm.get_tokenizer()
 
     def get_tokenizer(self) -> Tokenizer:
         return self._llm.get_tokenizer()
@@ -59,17 +100,24 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        prompt_text: str | None = None,
+        lora_request: None = None,
+        tokenization_kwargs: None = None,
+        trace_headers: Mapping[str, str] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as they grow, the last one finished. sampling_params.output_kind says whether each has all of the
         answer so far, what is new, or whether only the last one comes. A slow reader gets several steps in one.
 
         Leaving the loop, or cancelling the task, aborts the request. request_id: for `abort`; must not be in use.
+        prompt_text: what prompt's ids are as text, for the output. trace_headers: traces are the server's alone.
         Raises ValueError as LLM.generate does, EngineDeadError, and RuntimeError when the engine fails on the request.
         """
+        refuse(lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, trace_headers=trace_headers)
         params = self._llm.get_default_sampling_params() if sampling_params is None else sampling_params
         id = uuid.uuid4().hex if request_id is None else request_id
         # Off the loop: long texts take their time, and so do grammars.
         begun = await asyncio.to_thread(lambda: self._llm.begin(id, self._llm._encode(prompt), params, priority))
+        begun.output.prompt = prompt_text if begun.output.prompt is None else begun.output.prompt
         request = _Request(id, begun, params.output_kind, asyncio.get_running_loop())
         with self._lock:
             if self._dead is not None:
@@ -122,6 +170,9 @@ class AsyncLLM:
                 command = self._commands.get()
                 if command is None:
                     return
+                if isinstance(command, _Forget):
+                    engine.scheduler.pool.forget_cached()
+                    continue
                 if isinstance(command, _Abort):
                     engine.abort([id for id, request in live.items() if request.id in command.ids])
                     continue
@@ -159,6 +210,10 @@ class AsyncLLM:
                 request.error = EngineDeadError(reason)
         for request in requests:
             _wake(request.loop, [request])
+
+
+class _Forget:
+    pass
 
 
 @dataclass

@@ -42,15 +42,25 @@ UseTqdm: TypeAlias = bool | Callable[..., Any]
 THINKING_TOKENS = 16
 """Of a prompt's end, in which the tag that begins the thinking would be."""
 _POOLING = "this engine generates text; it has no pooling models"
-_NOT_HERE = {
+NOT_HERE = {
     **dict.fromkeys(("encode", "embed", "classify", "score", "reward"), _POOLING),
     **dict.fromkeys(("sleep", "wake_up"), "weights stay on the device while the process lives"),
     **dict.fromkeys(("start_profile", "stop_profile"), "profile with the tools of the device"),
     **dict.fromkeys(("collective_rpc", "apply_model"), "no code is run in the engine on a caller's word"),
     **dict.fromkeys(("enqueue", "enqueue_chat", "wait_for_completion"), "AsyncLLM takes requests one by one"),
+    **dict.fromkeys(("add_lora", "remove_lora", "list_loras", "pin_lora"), "adapters are not supported"),
+    **dict.fromkeys(("pause_generation", "resume_generation", "is_paused"), "generating does not pause"),
+    **dict.fromkeys(
+        ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"),
+        "weights are those of the checkpoint",
+    ),
+    **dict.fromkeys(("reset_mm_cache", "reset_encoder_cache"), "models of text alone are supported"),
+    **dict.fromkeys(("from_engine_args", "from_vllm_config"), "give the engine's arguments to the class itself"),
+    "is_sleeping": "weights stay on the device while the process lives",
+    "llm_engine": "the engine has no interface of its own; AsyncLLM takes requests one by one",
     "get_metrics": "metrics belong to `octavo serve`",
 }
-"""Methods of vLLM's LLM that are refused, with the reason."""
+"""What vLLM's LLM and AsyncLLM have beyond, with the reason why it is not here."""
 
 
 class LLM:
@@ -140,7 +150,7 @@ class LLM:
         is a progress bar, or what makes one in place of tqdm. priority: of each prompt, smaller ones go first.
         Raises ValueError for a prompt that is empty, too long or holds ids outside the vocabulary.
         """
-        _refuse(
+        refuse(
             lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs
         )
         listed = cast(list[Prompt], [prompts] if _is_one_prompt(prompts) else list(prompts))
@@ -169,7 +179,7 @@ class LLM:
         chat_template: a Jinja template in place of the model's. tools: functions as OpenAI writes them; what the model
         says of them is in the text, in its own format. chat_template_kwargs: further variables of the template.
         """
-        _refuse(
+        refuse(
             lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs
         )
         if chat_template_content_format not in ("auto", "string"):
@@ -206,7 +216,7 @@ class LLM:
 
         Raises ValueError as `generate` does.
         """
-        _refuse(lora_request=lora_request)
+        refuse(lora_request=lora_request)
         from tqdm import tqdm
 
         listed = cast(list[Prompt], [prompts] if _is_one_prompt(prompts) else list(prompts))
@@ -239,7 +249,7 @@ class LLM:
     if not TYPE_CHECKING:  # to which a method that is not there is an error as it stands
 
         def __getattr__(self, name: str) -> Any:
-            raise AttributeError(f"LLM.{name}: {_NOT_HERE.get(name, 'there is no such attribute')}")
+            raise AttributeError(f"LLM.{name}: {NOT_HERE.get(name, 'there is no such attribute')}")
 
     def get_tokenizer(self) -> Tokenizer:
         """Raises ValueError when it was skipped."""
@@ -477,7 +487,7 @@ def _for_template(message: Message) -> dict[str, Any]:
     return document
 
 
-def _refuse(**given: object) -> None:
+def refuse(**given: object) -> None:
     """Raises ValueError for an argument of vLLM's that asks for what is not here."""
     for name, value in given.items():
         if value not in (None, {}, []):
@@ -488,4 +498,5 @@ _REFUSED = {
     "lora_request": "adapters are not supported; merge the adapter into the checkpoint",
     "tokenization_kwargs": 'not supported; tokenize the prompt yourself and give {"prompt_token_ids": ids}',
     "mm_processor_kwargs": "models of text alone are supported",
+    "trace_headers": "traces are of the requests of `octavo serve`",
 }

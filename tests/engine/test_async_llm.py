@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,9 @@ async def idle(llm: AsyncLLM) -> None:
     raise TimeoutError("the engine still works")
 
 
-async def outputs_of(llm: AsyncLLM, prompt: str, sampling: SamplingParams, **more: str) -> list[RequestOutput]:
+async def outputs_of(
+    llm: AsyncLLM, prompt: str | list[int], sampling: SamplingParams, **more: Any
+) -> list[RequestOutput]:
     return [output async for output in llm.generate(prompt, sampling, **more)]
 
 
@@ -140,6 +143,34 @@ async def test_an_engine_that_is_shut_down_says_so_to_everybody() -> None:
         await asyncio.wait_for(task, 10)
     with pytest.raises(EngineDeadError, match="shut down"):
         await outputs_of(llm, "x", GREEDY)
+    with pytest.raises(EngineDeadError, match="shut down"):
+        await llm.check_health()
+    assert (llm.is_running, llm.is_stopped, llm.errored) == (False, True, True)
+
+
+async def test_what_vllms_class_tells_of_itself_is_told_and_what_it_does_beyond_is_refused_with_a_reason(llm) -> None:
+    await llm.check_health()
+    assert (llm.is_running, llm.errored, await llm.is_tracing_enabled()) == (True, False, False)
+    assert llm.tokenizer is llm.get_tokenizer()
+    for name in ("encode", "add_lora", "sleep", "pause_generation", "from_engine_args", "collective_rpc"):
+        with pytest.raises(AttributeError, match=f"AsyncLLM.{name}: .*[a-z]{{4}}"):
+            getattr(llm, name)
+    for given in ({"lora_request": "x"}, {"tokenization_kwargs": {"a": 1}}, {"trace_headers": {"traceparent": "x"}}):
+        with pytest.raises(ValueError, match=next(iter(given))):
+            await outputs_of(llm, "x", GREEDY, **given)
+
+
+async def test_ids_come_with_their_text_and_the_prefix_cache_can_be_forgotten(llm) -> None:
+    ids = llm.tokenizer.encode("Once upon a time, in a village by the sea, " * 12)
+    first = await outputs_of(llm, ids, GREEDY, prompt_text="a story")
+    again = await outputs_of(llm, ids, GREEDY)
+    assert await llm.reset_prefix_cache()
+    anew = await outputs_of(llm, ids, GREEDY)
+
+    assert first[-1].prompt == "a story"
+    assert again[-1].num_cached_tokens > 0
+    assert anew[-1].num_cached_tokens == 0
+    assert anew[-1].outputs[0].token_ids == first[-1].outputs[0].token_ids
 
 
 SCRIPT = """
