@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 from octavo_engine.api.chat_template import ChatTemplate
 from octavo_engine.api.detokenizer import TextStream
@@ -34,8 +34,7 @@ from octavo_engine.structured.params import StructuredOutputsParams
 from octavo_engine.structured.settings import StructuredOutputsSettings
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
-_Encoded: TypeAlias = tuple[str | None, list[int]]
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}; both of these may have a "cache_salt"."""
 Message: TypeAlias = Mapping[str, Any]
 UseTqdm: TypeAlias = bool | Callable[..., Any]
 
@@ -61,6 +60,14 @@ NOT_HERE = {
     "get_metrics": "metrics belong to `octavo serve`",
 }
 """What vLLM's LLM and AsyncLLM have beyond, with the reason why it is not here."""
+
+
+class Encoded(NamedTuple):
+    """A prompt as the engine gets it. text: None where it was given as ids alone."""
+
+    text: str | None
+    ids: list[int]
+    cache_salt: str | None = None
 
 
 class LLM:
@@ -199,8 +206,8 @@ class LLM:
             )
             for conversation in conversations
         ]  # fmt: skip
-        encoded: list[_Encoded] = [
-            (text, self._checked(self.get_tokenizer().encode(text, add_special_tokens=False))) for text in texts
+        encoded = [
+            Encoded(text, self._checked(self.get_tokenizer().encode(text, add_special_tokens=False))) for text in texts
         ]
         return self._run(encoded, self._sampling(sampling_params, len(encoded)), use_tqdm)
 
@@ -220,14 +227,14 @@ class LLM:
         from tqdm import tqdm
 
         listed = cast(list[Prompt], [prompts] if _is_one_prompt(prompts) else list(prompts))
-        encoded = [self._encode(prompt)[1] for prompt in listed]
+        encoded = [self._encode(prompt).ids for prompt in listed]
         room = self.effective.max_model_len - max(map(len, encoded), default=0)
         if params.max_tokens > room:
             raise ValueError(f"max_tokens must be at most {room}, which is the room that the longest prompt leaves")
 
         def next_tokens(beams: Sequence[list[int]], many: int) -> list[dict[int, Logprob]]:
             greedy = SamplingParams(temperature=0.0, max_tokens=1, logprobs=many, detokenize=False, ignore_eos=True)
-            outputs = self._run([(None, beam) for beam in beams], [greedy] * len(beams), False)
+            outputs = self._run([Encoded(None, beam) for beam in beams], [greedy] * len(beams), False)
             return [(output.outputs[0].logprobs or [{}])[0] for output in outputs]
 
         many = max(1, len(encoded) if concurrency_limit is None else concurrency_limit)
@@ -269,7 +276,7 @@ class LLM:
 
     def _run(
         self,
-        prompts: Sequence[_Encoded],
+        prompts: Sequence[Encoded],
         sampling: list[SamplingParams],
         use_tqdm: UseTqdm,
         priority: Sequence[int] | None = None,
@@ -294,12 +301,12 @@ class LLM:
                 self._engine.step()
         return outputs
 
-    def begin(self, request_id: str, prompt: _Encoded, params: SamplingParams, priority: int = 0) -> Begun:
+    def begin(self, request_id: str, prompt: Encoded, params: SamplingParams, priority: int = 0) -> Begun:
         """What is to be submitted for a prompt, and where its answers will be. Raises ValueError."""
-        text, ids = prompt
+        ids = prompt.ids
         params = self._resolved(params)
-        grammar = self._grammar(params, text, ids)
-        begun = Begun(RequestOutput(request_id, text, ids, finished=False), {}, [])
+        grammar = self._grammar(params, prompt.text, ids)
+        begun = Begun(RequestOutput(request_id, prompt.text, ids, finished=False), {}, [])
         room = self.effective.max_model_len - len(ids)
         for index in range(params.n):
             each = one_sequence(params, index, min(params.max_tokens or room, room))
@@ -308,7 +315,8 @@ class LLM:
                 stream = TextStream(self._tokenizer, each)
             id = f"{request_id}-{index}"
             begun.answers[id] = _Answer(begun.output, index, stream, frozenset(params.stop_token_ids), self._tokenizer)
-            begun.submits.append(Submit(id, ids, each, self._eos, priority=priority, grammar=grammar))
+            salt = prompt.cache_salt
+            begun.submits.append(Submit(id, ids, each, self._eos, priority=priority, cache_salt=salt, grammar=grammar))
         return begun
 
     def _resolved(self, params: SamplingParams) -> SamplingParams:
@@ -352,15 +360,24 @@ class LLM:
                         bar.update()
                         bar.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.0f} output tokens/s")
 
-    def _encode(self, prompt: Prompt) -> _Encoded:
+    def _encode(self, prompt: Prompt) -> Encoded:
         if isinstance(prompt, Mapping):
-            ids = prompt.get("prompt_token_ids")
-            if ids is None and "prompt" not in prompt:
-                raise ValueError(f'a prompt needs "prompt" or "prompt_token_ids", got the keys {sorted(prompt)}')
-            return self._encode(prompt["prompt"] if ids is None else ids)
+            return self._encode_mapping(prompt)
         if isinstance(prompt, str):
-            return prompt, self._checked(self.get_tokenizer().encode(prompt))
-        return None, self._checked(list(prompt))
+            return Encoded(prompt, self._checked(self.get_tokenizer().encode(prompt)))
+        return Encoded(None, self._checked(list(prompt)))
+
+    def _encode_mapping(self, prompt: Mapping[str, Any]) -> Encoded:
+        asked = {name for name, value in prompt.items() if value not in (None, {}, [])}
+        if unknown := sorted(asked - {"prompt", "prompt_token_ids", "cache_salt"}):
+            raise ValueError(
+                f"a prompt's {unknown[0]} is not supported: it has prompt, prompt_token_ids and cache_salt"
+            )
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if ids is None and text is None:
+            raise ValueError(f'a prompt needs "prompt" or "prompt_token_ids", got the keys {sorted(prompt)}')
+        encoded = self._encode(text) if ids is None else self._encode(list(ids))  # type: ignore[arg-type]
+        return Encoded(text, encoded.ids, prompt.get("cache_salt"))
 
     def _checked(self, ids: list[int]) -> list[int]:
         limit = self.effective.max_model_len

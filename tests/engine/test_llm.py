@@ -53,6 +53,21 @@ def test_token_ids_text_and_mappings_are_the_same_prompt(llm):
     assert llm.generate(ids, GREEDY, use_tqdm=False)[0].prompt_token_ids == ids
 
 
+def test_a_mapping_says_more_of_a_prompt_or_is_refused(llm):
+    ids = llm.get_tokenizer().encode("Once upon a time, in a village by the sea, " * 12)
+
+    def cached(salt):
+        prompt = {"prompt_token_ids": ids, "prompt": "a story", "cache_salt": salt, "multi_modal_data": None}
+        (output,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+        assert output.prompt == "a story"
+        return output.num_cached_tokens > 0
+
+    assert [cached("a"), cached("a"), cached("b"), cached("b")] == [False, True, False, True]
+    for wrong in ({"prompt": "x", "multi_modal_data": {"image": 1}}, {"prompt_embeds": [1.0]}):
+        with pytest.raises(ValueError, match=f"{list(wrong)[-1]} is not supported"):
+            llm.generate(wrong, GREEDY, use_tqdm=False)
+
+
 def test_a_chat_is_answered_through_the_template(llm):
     (output,) = llm.chat([{"role": "user", "content": "What is the capital of France?"}], GREEDY, use_tqdm=False)
 
