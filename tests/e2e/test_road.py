@@ -322,6 +322,8 @@ class Streams:
 
 def test_a_server_that_nobody_asks_sleeps_and_the_first_request_wakes_it(installed):
     """No request is lost on the way down nor on the way up, and none needs to know that there was one."""
+    # The pod that came with the chart has gone, as it was told when there was nothing for it to do.
+    wait_for(lambda: not activator_pods(installed), "no activator", 60)
     url = (
         f"http://{installed.kubectl('get', 'service', SERVER, '-o', 'jsonpath={.spec.clusterIP}')}/v1/chat/completions"
     )
@@ -382,6 +384,11 @@ def ask_again(cluster: Cluster, url: str, number: int) -> subprocess.Popen[str]:
     body = json.dumps({**QUESTION, "max_tokens": 4, "seed": number})
     curl = ["curl", "-sS", "--max-time", "150", "-w", " %{http_code}", url, "-H", "Content-Type: application/json"]
     return subprocess.Popen(cluster.inside([*curl, "-d", body]), stdout=subprocess.PIPE, text=True)
+
+
+def activator_pods(cluster: Cluster) -> list[str]:
+    selector = "app.kubernetes.io/component=activator"
+    return cluster.kubectl("get", "pods", "-n", "octavo-system", "-l", selector, "-o", "name").split()
 
 
 def has_activator(cluster: Cluster, replicas: int) -> bool:
