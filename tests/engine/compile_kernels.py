@@ -1,6 +1,6 @@
 """Compile every Triton kernel for a target, without a GPU. Run by test_gpu_kernels_compile.py in a process of its own.
 
-python compile_kernels.py cuda 90 32    prints a line for each kernel: name, bytes of shared memory
+python compile_kernels.py cuda 90 32    prints a line for each variant: its name, the kernel, bytes of shared memory
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def main() -> None:
     for name, kernel, types, values, warps in found:
         for early in (False, True) if "EARLY" in kernel.arg_names and can_launch_early else (False,):
             shared = compile_one(kernel, types, {**values, "EARLY": early}, warps, target)
-            print(f"{name}-early" if early else name, shared, flush=True)
+            print(f"{name}-early" if early else name, kernel.fn.__name__, shared, flush=True)
 
 
 def with_cache_of(

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from launched import launched_kernels
+
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 64,
     "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -38,6 +42,7 @@ def test_a_folder_of_prebuilt_kernels_that_moved_leaves_nothing_to_compile(tmp_p
     second = compile_kernels(model, tmp_path / "unused", OCTAVO_PREBUILT_KERNELS=str(moved))
 
     assert int(first.split()[1]) > 30
+    assert {file.stem for file in moved.rglob("*.cubin")} == launched_kernels()
     assert second.startswith("compiled 0 kernels")
     assert not [file for file in (tmp_path / "unused").rglob("*") if file.is_file()]
     launchers = list(moved.rglob("*.so"))

@@ -14,6 +14,8 @@ import pytest
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from launched import launched_kernels
+
 SHARED_MEMORY = {"80": 163 * 1024, "89": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}
 
 
@@ -28,7 +30,9 @@ def test_every_kernel_compiles_and_fits_into_shared_memory(target):
     )  # fmt: skip
 
     assert done.returncode == 0, done.stderr[-2000:]
-    sizes = {name: int(size) for name, size in (line.split() for line in done.stdout.splitlines())}
+    lines = [line.split() for line in done.stdout.splitlines()]
+    sizes = {name: int(size) for name, _, size in lines}
+    assert {kernel for _, kernel, _ in lines} == launched_kernels()
     early = {name for name in sizes if name.endswith("-early")}
     assert (len(sizes.keys() - early), bool(early)) == (26, target in ("cuda 90 32", "cuda 100 32"))
     assert max(sizes.values()) <= SHARED_MEMORY[target.split()[1]], sizes

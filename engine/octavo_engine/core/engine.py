@@ -126,7 +126,7 @@ class Engine:
         if self._constraints is not None and (self._constrained or self._compiling):
             self._settle(self._constraints)
         started = self._clock()
-        plan = self.scheduler.schedule(started, self._prompt_tokens())
+        plan = self.scheduler.schedule(started, self._prompt_tokens)
         events, self._pending = self._pending, []
         if plan.items:
             self._launched.append((plan, self._runner.launch(plan), started))
@@ -138,9 +138,9 @@ class Engine:
         """To be called while there is no work: the runner uses the time. False when nothing is left to prepare."""
         return self._runner.prepare()
 
-    def _prompt_tokens(self) -> int | None:
-        """How many prompt tokens the next step may take."""
-        return None if self._limit is None else self._limit.tokens(self.scheduler.num_decodes)
+    def _prompt_tokens(self, decodes: int) -> int | None:
+        """How many prompt tokens a step of so many decodes may take."""
+        return None if self._limit is None else self._limit.tokens(decodes)
 
     def _settle(self, constraints: Constraints) -> None:
         """Take in what became of grammars: requests that may begin, that are complete, and that cannot go on."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from octavo_engine.config import EngineConfig
@@ -91,11 +91,6 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     @property
-    def num_decodes(self) -> int:
-        """Running requests whose prompt is computed."""
-        return sum(request.num_remaining <= 1 for request in self.running)
-
-    @property
     def waiting_prefill_tokens(self) -> int:
         return sum(request.num_tokens for request in self.waiting)
 
@@ -106,11 +101,12 @@ class Scheduler:
 
     # ---- planning
 
-    def schedule(self, now: float, prompt_tokens: int | None = None) -> StepPlan:
+    def schedule(self, now: float, prompt_tokens: Callable[[int], int | None] | None = None) -> StepPlan:
         """Plan one step. Moves requests between waiting and running and hands out blocks.
 
         Decodes first, as somebody is reading each of them; then prompts that have begun; then new ones, all together
-        at most `prompt_tokens` of them. A prompt that needs more leaves half of them to those that wait behind it.
+        at most `prompt_tokens` of them, which is told how many requests decode; None: as many as the step may have.
+        A prompt that needs more leaves half of them to those that wait behind it.
         """
         before = self.num_preemptions
         grants: dict[Request, _Grant] = {}
@@ -124,7 +120,8 @@ class Scheduler:
             if request.row is not None and not self._has_nothing_to_do(request):
                 budget -= self._extend(request, self._chunk(request.num_remaining, budget), grants)
         if prompt_tokens is not None and self.config.enable_chunked_prefill:
-            budget = min(budget, prompt_tokens)
+            allowed = prompt_tokens(len(decodes))
+            budget = budget if allowed is None else min(budget, allowed)
         room = budget
         for index, request in enumerate(chunks):
             if request.row is not None:

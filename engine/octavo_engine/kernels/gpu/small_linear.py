@@ -159,19 +159,10 @@ def _one_token_linear(
         scale = tl.rsqrt(tl.sum(squares, 0) / INPUTS + eps)
         sums *= scale
         up_sums *= scale
-    if bias is not None:
-        sums += tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)
-    kind = out.dtype.element_ty
-    if GATED:
-        sums = (sums / (1.0 + tl.exp(-sums))) * up_sums
-    if residual is not None:
-        sums = sums.to(kind).to(tl.float32) + tl.load(residual + output, mask=is_output, other=0.0).to(tl.float32)
-        kept = sums.to(kind)
-        tl.store(residual + output, kept, mask=is_output)
-        sums = kept.to(tl.float32)
-        tl.store(shares + program, tl.sum(tl.where(is_output, sums * sums, 0.0), 0))
-        sums *= tl.load(next_norm + output, mask=is_output, other=0.0).to(tl.float32)
-    tl.store(out + output, sums.to(kind), mask=is_output)
+    _finish(
+        sums, up_sums, output, is_output, output, is_output, bias, residual, next_norm, shares, program, None, None,
+        None, out, GATED,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens", "num_norm_shares"])
@@ -221,9 +212,24 @@ def _small_linear(
         scale = tl.rsqrt(tl.sum(squares, 0) / INPUTS + eps)[None, :]
         sums *= scale
         up_sums *= scale
-    if bias is not None:
-        sums += tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)[:, None]
     to = token.to(tl.int64)[None, :] * OUTPUTS + output[:, None]
+    _finish(
+        sums, up_sums, output, is_output, to, mask, bias, residual, next_norm, shares, program, tokens, token, is_token,
+        out, GATED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    sums, up_sums, output, is_output, to, mask, bias, residual, next_norm, shares, program, tokens, token, is_token, out,
+    GATED: tl.constexpr,
+):  # fmt: skip
+    """What comes after the product: bias, activation, residual and what the next norm needs.
+
+    sums: [outputs, tokens], as are to and mask, or [outputs] for a single token, which is None then.
+    """
+    if bias is not None:
+        sums += _of_output(bias, output, is_output, token)
     kind = out.dtype.element_ty
     if GATED:
         sums = (sums / (1.0 + tl.exp(-sums))) * up_sums
@@ -232,9 +238,20 @@ def _small_linear(
         kept = sums.to(kind)
         tl.store(residual + to, kept, mask=mask)
         sums = kept.to(tl.float32)
-        tl.store(shares + program * tokens + token, tl.sum(tl.where(mask, sums * sums, 0.0), 0), mask=is_token)
-        sums *= tl.load(next_norm + output, mask=is_output, other=0.0).to(tl.float32)[:, None]
+        share = tl.sum(tl.where(mask, sums * sums, 0.0), 0)
+        if token is None:
+            tl.store(shares + program, share)
+        else:
+            tl.store(shares + program * tokens + token, share, mask=is_token)
+        sums *= _of_output(next_norm, output, is_output, token)
     tl.store(out + to, sums.to(kind), mask=mask)
+
+
+@triton.jit
+def _of_output(values, output, is_output, token):
+    """One number for each output, in the shape of the sums."""
+    found = tl.load(values + output, mask=is_output, other=0.0).to(tl.float32)
+    return found if token is None else found[:, None]
 
 
 def reference(
