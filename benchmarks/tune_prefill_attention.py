@@ -12,13 +12,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.errors import TritonError
 
 from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, How, plan_tiles, prefill_attention
+
+sys.path.insert(0, str(Path(__file__).parent))
+import prefill_attention_gluon
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 
@@ -32,6 +38,32 @@ def variants() -> list[tuple[int, How]]:
             shapes, (False, True), (False, True)
         )
     ]
+
+
+def candidates(
+    qkv: torch.Tensor, cache: torch.Tensor, table: torch.Tensor
+) -> Iterator[tuple[str, Callable[[], object], torch.Tensor]]:
+    """(name, call, where it writes) of each variant for the cache's size of blocks; one prompt, whole."""
+    tokens, block_size = qkv.shape[0], cache.shape[3]
+
+    def tiles(rows: int) -> torch.Tensor:
+        return torch.tensor(plan_tiles([Chunk(0, 0, 0, tokens)], rows), device="cuda").int().view(-1, 4)
+
+    for of_block_size, how in variants():
+        if of_block_size == block_size:
+            out = torch.zeros(tokens, HEADS * DIM, device="cuda", dtype=qkv.dtype)
+            run = partial(
+                prefill_attention, qkv, CacheLoads.of(cache), table[None], tiles(how.rows), out, KV_HEADS, block_size,
+                DIM**-0.5, how=how,
+            )  # fmt: skip
+            yield f"blocks of {block_size}, {how}", run, out
+    for stages in (2, 3, 4, 6) if block_size == 64 else (2, 3):
+        out = torch.zeros(tokens, HEADS * DIM, device="cuda", dtype=qkv.dtype)
+        run = partial(
+            prefill_attention_gluon.prefill_attention, qkv, prefill_attention_gluon.descriptors(cache), table[None],
+            tiles(prefill_attention_gluon.ROWS), out, KV_HEADS, block_size, DIM**-0.5, stages,
+        )  # fmt: skip
+        yield f"blocks of {block_size}, Gluon, {stages} stages", run, out
 
 
 def milliseconds(runs: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
@@ -65,32 +97,24 @@ def measure(tokens: int) -> dict[str, float]:
 
     expected = peer()[0].transpose(0, 1).reshape(tokens, HEADS * DIM)
     runs: dict[str, Callable[[], object]] = {"cuDNN": peer}
-    for block_size, how in variants():
+    for block_size in (64, 128):
         blocks = tokens // block_size
         table = torch.randperm(blocks, device="cuda").int()
         cache = torch.empty(2, blocks, KV_HEADS, block_size, DIM, device="cuda", dtype=torch.bfloat16)
         for part, given in zip(cache, (key, value), strict=True):
             part[table.long()] = given[0].view(KV_HEADS, blocks, block_size, DIM).transpose(0, 1)
-        loads, out = CacheLoads.of(cache), torch.empty_like(expected)
-        tiles = torch.tensor(plan_tiles([Chunk(0, 0, 0, tokens)], how.rows), device="cuda").int().view(-1, 4)
-        name = f"blocks of {block_size}, {how}"
-
-        def run(
-            loads: CacheLoads = loads, table: torch.Tensor = table, tiles: torch.Tensor = tiles,
-            out: torch.Tensor = out, block_size: int = block_size, how: How = how,
-        ) -> None:  # fmt: skip
-            prefill_attention(qkv, loads, table[None], tiles, out, KV_HEADS, block_size, DIM**-0.5, how=how)
-
-        try:
-            run()
-        except (TritonError, RuntimeError) as error:  # a variant that does not run on this device is a result, too
-            print(f"{name}: {type(error).__name__}: {str(error)[:150]}", flush=True)
-            continue
-        difference = (out.float() - expected.float()).abs().max().item()
-        if difference > 0.05:
-            print(f"{name}: differs from cuDNN by {difference:.3f}", flush=True)
-            continue
-        runs[name] = run
+        for name, run, out in candidates(qkv, cache, table):
+            try:
+                run()
+                torch.cuda.synchronize()
+            except (TritonError, RuntimeError) as error:  # a variant that does not run here is a result, too
+                print(f"{name}: {type(error).__name__}: {str(error)[:150]}", flush=True)
+                continue
+            difference = (out.float() - expected.float()).abs().max().item()
+            if difference > 0.05:
+                print(f"{name}: differs from cuDNN by {difference:.3f}", flush=True)
+                continue
+            runs[name] = run
     operations = 4 * HEADS * DIM * tokens * (tokens + 1) / 2
     return {name: operations / ms / 1e9 for name, ms in milliseconds(runs).items()}
 
