@@ -221,8 +221,8 @@ def _small_linear(
 
 @triton.jit
 def _finish(
-    sums, up_sums, output, is_output, to, mask, bias, residual, next_norm, shares, program, tokens, token, is_token, out,
-    GATED: tl.constexpr,
+    sums, up_sums, output, is_output, to, mask, bias, residual, next_norm, shares, program, tokens, token, is_token,
+    out, GATED: tl.constexpr,
 ):  # fmt: skip
     """What comes after the product: bias, activation, residual and what the next norm needs.
 
