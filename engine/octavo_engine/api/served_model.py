@@ -92,6 +92,9 @@ class ServedModel:
             documents = request.documents
             if request.reasoning_effort is not None:
                 variables["reasoning_effort"] = request.reasoning_effort
+                # Templates that know no effort (Qwen3's) know whether to think at all.
+                if "enable_thinking" not in (request.chat_template_kwargs or {}):
+                    variables["enable_thinking"] = request.reasoning_effort != "none"
         messages = messages_for_template(request.messages)
         if truncation is None:
             self._check_chars(sum(len(str(message.get("content") or "")) for message in messages), "messages")

@@ -88,6 +88,16 @@ def test_template_variables_have_defaults_that_a_request_overrides(start, tmp_pa
     assert chat(server, chat_template_kwargs={"tone": "high"}) == "mood calm tone high"
 
 
+def test_an_effort_decides_whether_a_model_thinks_unless_the_request_says_so_itself(start) -> None:
+    template = "{{ enable_thinking }} {{ reasoning_effort }}"
+    server = start("--chat-template", template, '--default-chat-template-kwargs={"enable_thinking": "unsaid"}')
+
+    assert chat(server) == "unsaid "
+    assert chat(server, reasoning_effort="none") == "False none"
+    assert chat(server, reasoning_effort="low") == "True low"
+    assert chat(server, reasoning_effort="low", chat_template_kwargs={"enable_thinking": False}) == "False low"
+
+
 def test_a_template_may_be_given_itself(start) -> None:
     assert chat(start("--chat-template", "say {{ messages[0].content }}")) == "say hi"
 
