@@ -58,7 +58,7 @@ def test_what_changes_nothing_is_warned_of(given: dict[str, Any], word: str) -> 
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        ({"enable_lora": True}, "no LoRA"), ({"kv_cache_dtype": "fp8"}, "type of the weights"),
+        ({"enable_lora": True}, "no LoRA"), ({"kv_cache_dtype": "nvfp4"}, "kv-cache-dtype"),
         ({"speculative_config": {"method": "ngram"}}, "no speculative decoding"), ({"task": "embed"}, "no pooling"),
         ({"hf_overrides": {"a": 1}}, "taken as it is"), ({"logits_processors": ["x"]}, "no code"),
         ({"max_logprobs": 50}, "at most 20"), ({"otlp_traces_endpoint": "http://x"}, "octavo serve"),
