@@ -155,6 +155,8 @@ class Activators:
                 seen, held = await self._ask(address, seen)
             except (TimeoutError, aiohttp.ClientError, OSError, ValueError, KeyError, TypeError) as error:
                 log.info("an activator does not tell address=%s: %s %s", address, type(error).__name__, error)
+                # What it held is let go: a dead one would keep its servers awake for ever.
+                self._held.pop(address, None)
                 seen = ""
                 await asyncio.sleep(RETRY_S)
                 continue

@@ -545,6 +545,9 @@ def test_strangers_wake_a_server_ever_more_seldom_until_somebody_has_a_key():
     still = keys.closed_s(KEY, "unknown", now)
     keys.answered(KEY, "good", 200, now)
 
+    keys.answered(KEY, "bad", 401, now, woke=False)
+
+    assert keys.closed_s(KEY, "unknown", now) == 0, "it was awake anyway"
     assert closed[:3] == [FIRST_CLOSED_S, 2 * FIRST_CLOSED_S, 4 * FIRST_CLOSED_S]
     assert (closed[-1], still) == (LAST_CLOSED_S, LAST_CLOSED_S)
     assert keys.closed_s(KEY, "unknown", now) == 0

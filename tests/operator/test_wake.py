@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from build import NOW, server
 
 from octavo_operator import names
+from octavo_operator.activator.held import Held
+from octavo_operator.activator.serve import _listen, _management
 from octavo_operator.activators import Activators, ports_given_out, read_held
 from octavo_operator.cache import Cache
 from octavo_operator.conditions import View, conditions
@@ -134,6 +138,38 @@ def test_what_an_activator_holds_is_read_and_nonsense_is_an_error():
     for broken in ({}, {"version": "x", "servers": []}, {"version": 1, "servers": [{}]}, {"version": 1, "servers": 3}):
         with pytest.raises((ValueError, KeyError, TypeError)):
             read_held(broken)
+
+
+async def test_the_operator_learns_at_once_for_whom_requests_are_held_and_forgets_what_a_dead_activator_held(
+    monkeypatch,
+):
+    monkeypatch.setattr("octavo_operator.activators.RETRY_S", 0.05)
+    held, woken = Held(), []
+    runner = await _listen(_management(held, asyncio.Event()), "127.0.0.1", [0])
+    monkeypatch.setattr("octavo_operator.activators.MANAGEMENT_PORT", runner.addresses[0][1])
+    activators = Activators(None, Cache(), woken.append, "octavo-system", "octavo-activator", 2)
+    key = ("ml", "qwen")
+    activators.need(key, needed=True)
+    asking = asyncio.create_task(activators._go_on_asking("127.0.0.1"))
+    try:
+        await asyncio.sleep(0.2)
+        before = activators.asked(key)
+        with held.request(key), held.request(("ml", "awake")):
+            await until(lambda: activators.asked(key))
+            await runner.cleanup()
+            await until(lambda: not activators.asked(key))
+    finally:
+        asking.cancel()
+        await activators.close()
+
+    assert not before
+    assert woken == [key], "of one that may not sleep nobody is told"
+
+
+async def until(look):
+    async with asyncio.timeout(10):
+        while not look():  # noqa: ASYNC110 -- what is waited for is in another's hands
+            await asyncio.sleep(0.01)
 
 
 def test_the_activator_runs_while_a_server_may_sleep_and_is_left_alone_until_all_are_known():

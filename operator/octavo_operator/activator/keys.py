@@ -48,14 +48,18 @@ class Keys:
             return 0.0
         return max(door.closed_until - now, 0.0)
 
-    def answered(self, server: Key, credential: str, status: int, now: float) -> None:
-        """An engine of the server answered a request with this credential."""
+    def answered(self, server: Key, credential: str, status: int, now: float, *, woke: bool = True) -> None:
+        """An engine of the server answered a request with this credential.
+
+        woke: whether the server was woken for it. What a stranger asks of a server that is awake costs nothing, and
+        must not keep others from waking it later.
+        """
         door = self._doors.setdefault(server, _Door())
         self._doors.move_to_end(server)
         digest = self._digest(credential)
         if status in REFUSED:
             door.accepted.pop(digest, None)
-            if now >= door.closed_until:  # those that were held together are one
+            if woke and now >= door.closed_until:  # those that were held together are one
                 door.closed_until = now + min(FIRST_CLOSED_S * 2 ** min(door.refusals, 10), LAST_CLOSED_S)
                 door.refusals += 1
         else:

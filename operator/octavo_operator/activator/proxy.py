@@ -44,9 +44,7 @@ from octavo_operator.names import Key
 log = logging.getLogger(__name__)
 
 COMMENT_S = 1.0
-"""Between comments in a stream that waits."""
-RECHECK_S = 5.0
-"""Between looks of a request that waits without a stream at whether its server is still there."""
+"""Between comments in a stream that waits, and between looks of any request at whether that is still of use."""
 BODY_TIMEOUT_S = 30.0
 """For the whole of a request's body: who sends more slowly takes room that others need."""
 CONNECT_TIMEOUT_S = 3.0
@@ -221,7 +219,7 @@ class Proxy:
                     if waits:
                         HOLD.observe(time.monotonic() - began)
                     REQUESTS.labels("forwarded").inc()
-                    self._learn(asked, answer.status)
+                    self._learn(asked, answer.status, woke=waits)
                     return await _copy(asked, answer)
 
     def _take_room(self, asked: Asked, kept: ExitStack) -> None:
@@ -244,10 +242,10 @@ class Proxy:
         kept.enter_context(self._held.request(key))
         kept.enter_context(asked.watch.waiting())
 
-    def _learn(self, asked: Asked, status: int) -> None:
+    def _learn(self, asked: Asked, status: int, *, woke: bool) -> None:
         if asked.watch.facts is not None and asked.watch.facts.asks_for_keys:
             for credential in asked.credentials:
-                self._keys.answered(asked.server, credential, status, time.monotonic())
+                self._keys.answered(asked.server, credential, status, time.monotonic(), woke=woke)
 
     async def _read_body(self, asked: Asked, kept: ExitStack) -> None:
         """The whole of it, as it may have to be sent to a second engine; within the bounds."""
@@ -283,7 +281,7 @@ class Proxy:
                 if asked.stream is None:
                     asked.stream = await _begin_stream(asked.request)
                 await asked.stream.write(answers.comment(asked.watch.words))
-            await asked.watch.until_ready(min(COMMENT_S, left_s) if streams else min(RECHECK_S, left_s))
+            await asked.watch.until_ready(min(COMMENT_S, left_s))
 
     def _late(self, asked: Asked) -> RefusedError:
         watch, (namespace, name) = asked.watch, asked.server

@@ -126,6 +126,7 @@ class Watch:
                 if self._read_at == float("-inf"):
                     raise
                 # The engines can be asked all the same, as long as their addresses stay.
+                self._read_at = time.monotonic()
         told = await asyncio.gather(*(self._ask(endpoint.address) for endpoint in self._endpoints))
         both = list(zip(self._endpoints, told, strict=True))
         self.ready = tuple(
