@@ -246,14 +246,21 @@ def test_a_request_that_comes_while_no_operator_is_there_wakes_its_server_when_o
 
 
 def test_the_activator_runs_while_a_server_may_go_to_zero_and_not_otherwise(stage, operator, activators):
+    tell(stage.api, ADDRESSES)
     stage.serve(autoscaling=ZERO)
     wait_for(lambda: stage.api.get(DEPLOYMENT)["spec"]["replicas"] == 2, "the activator to be started", 30)
     own = wait_for(lambda: stage.get("endpointslices", "qwen"), "a port", 20)
+    leads_to(stage, ADDRESSES)
+    before = stage.get("endpointslices", "qwen")["metadata"]["resourceVersion"]
+    stage.patch("qwen", {"autoscaling": {"idleSeconds": 11}})
+    wait_for(lambda: stage.status().get("activatorPort") == own["ports"][0]["port"], "another look", 20)
+    after = stage.get("endpointslices", "qwen")["metadata"]["resourceVersion"]
     stage.patch("qwen", {"autoscaling": None})
     wait_for(lambda: stage.api.get(DEPLOYMENT)["spec"]["replicas"] == 0, "it to be ended", 30)
     wait_for(lambda: stage.get("endpointslices", "qwen") is None, "the slice to go", 20)
 
     assert 20000 <= own["ports"][0]["port"] < 20500
+    assert before == after, "what is as it should be is not written again"
 
 
 def test_without_an_activator_a_server_at_zero_says_so(stage, operator):
