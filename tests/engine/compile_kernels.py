@@ -26,6 +26,7 @@ from octavo_engine.kernels.gpu import (
     small_linear,
     state,
 )
+from octavo_engine.runner.device import LARGE_BLOCK_BYTES
 
 HALF, FLOAT, INT, LONG = "*bf16", "*fp32", "*i32", "*i64"
 TILE = "tensordesc<bf16[64,128]>"
@@ -109,6 +110,22 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         ("set_blocks", state._set_blocks, [INT, "i32", INT, "i32"], {"AT_ONCE": 256}, 4),
         ("set_sampling", state._set_sampling, [INT, FLOAT, INT, FLOAT, FLOAT, LONG], {"WORDS": 8}, 1),
     ]  # fmt: skip
+    if shared_memory >= LARGE_BLOCK_BYTES:  # runner/device.py refuses it elsewhere
+        large = "tensordesc<bf16[128,256]>"
+        stages = prefill_attention.stages_for(128, 256, 3)
+        found.append((
+            "prefill_attention_large", prefill_attention._prefill,
+            [HALF, "i32", large, large, INT, "i32", INT, HALF, "i32", "fp32", "fp32", "fp32"],
+            {**HEADS, "DIM": 256, "DIM_BLOCK": 256, "BLOCK_SIZE": 128, "TILE": 64, "WINDOW": 0, "SOFTCAP": False,
+             "STAGES": stages, "OVERLAP": False, "QUERY_IN_REGISTERS": False, "value_scale": None}, 4,
+        ))  # fmt: skip
+        found.append((
+            "decode_attention_large", decode_attention._decode,
+            [HALF, "i32", HALF, HALF, HALF, HALF, INT, "i32", INT, FLOAT, FLOAT, INT, HALF, "fp32", "fp32", "fp32"],
+            {**HEADS, **UNSCALED, "query_norm": None, "key_norm": None, "HALF": 128, "HALF_BLOCK": 128,
+             "BLOCK_SIZE": 128, "ROWS": 16, "WINDOW": 0, "SOFTCAP": False, "STAGES": 2,
+             "WORDS": decode_attention.PART_WORDS}, 4,
+        ))  # fmt: skip
     one = small_linear.choose_shape(1, 14336, 4096, gated=True)
     nothing = {"bias": None, "residual": None, "next_norm": None, "shares": None}
     found.append((

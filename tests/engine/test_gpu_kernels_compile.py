@@ -33,6 +33,6 @@ def test_every_kernel_compiles_and_fits_into_shared_memory(target):
     lines = [line.split() for line in done.stdout.splitlines()]
     sizes = {name: int(size) for name, _, size in lines}
     assert {kernel for _, kernel, _ in lines} == launched_kernels()
-    early = {name for name in sizes if name.endswith("-early")}
-    assert (len(sizes.keys() - early), bool(early)) == (26, target in ("cuda 90 32", "cuda 100 32"))
+    assert any(name.endswith("-early") for name in sizes) == (target in ("cuda 90 32", "cuda 100 32"))
+    assert any("-fp8" in name for name in sizes)
     assert max(sizes.values()) <= SHARED_MEMORY[target.split()[1]], sizes

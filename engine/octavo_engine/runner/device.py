@@ -17,6 +17,10 @@ E4M3_CAPABILITY = (8, 9)
 """From here on a GPU converts that type itself; before, Triton does not compile it."""
 
 
+LARGE_BLOCK_BYTES = 113 * 1024
+"""Shared memory of prefill attention with blocks of 128 keys of 256 numbers, as compiled for an A100."""
+
+
 def choose_device(config: EngineConfig) -> torch.device:
     """Raises FatalError(DEVICE_UNAVAILABLE) when a GPU is asked for and there is none."""
     if config.device == "cpu":
@@ -43,6 +47,20 @@ def check_kv_dtype(kv_dtype: str, device: torch.device) -> None:
             "--kv-cache-dtype", "fp8_e4m3",
             f"fp8_e5m2 on {torch.cuda.get_device_name(device)}: e4m3 needs compute capability 8.9, this one has "
             f"{capability[0]}.{capability[1]}",
+        )  # fmt: skip
+
+
+def check_block_size(block_size: int, head_dim: int, device: torch.device) -> None:
+    """Raises ConfigError where a block of keys and one of values do not fit beside a tile of queries."""
+    if device.type == "cpu" or block_size * head_dim <= 128 * 128:
+        return
+    properties = torch.cuda.get_device_properties(device)
+    have = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
+    if have < LARGE_BLOCK_BYTES:
+        raise ConfigError(
+            "--block-size", block_size,
+            f"at most 64 for heads of {head_dim} on {torch.cuda.get_device_name(device)}: the kernels need "
+            f"{LARGE_BLOCK_BYTES >> 10} KiB of shared memory, it has {have >> 10}",
         )  # fmt: skip
 
 

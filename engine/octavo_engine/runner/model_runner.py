@@ -31,7 +31,7 @@ from octavo_engine.models.config import DecoderConfig, load_config
 from octavo_engine.models.decoder import Batch, Decoder
 from octavo_engine.plan import ATTENTION_SCRATCH_BYTES, Plan, choose_dtype, make_plan
 from octavo_engine.runner.chances import read_logprobs, read_scores, start_logprobs, start_scores
-from octavo_engine.runner.device import TORCH_DTYPES, check_kv_dtype, choose_device, memory_of
+from octavo_engine.runner.device import TORCH_DTYPES, check_block_size, check_kv_dtype, choose_device, memory_of
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.status import Effective, Failure, FailureCode, FatalError, Stage
 
@@ -69,6 +69,7 @@ class ModelRunner:
         plan = make_plan(config, model, dtype_name, memory)
         dtype, kv_dtype = TORCH_DTYPES[dtype_name], TORCH_DTYPES[plan.kv_dtype]
         check_kv_dtype(plan.kv_dtype, device)
+        check_block_size(plan.block_size, model.head_dim, device)
         # Read before anything else of the checkpoint: graphs hold them as numbers.
         scaled = is_scaled(kv_dtype) and config.load_format != "dummy"
         self._kv_scales = weights.kv_scales(folder, model.num_layers) if scaled else [UNSCALED] * model.num_layers

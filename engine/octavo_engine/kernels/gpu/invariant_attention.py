@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_engine.kernels.gpu.decode_attention import LOG2_E
-from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, _scores, _weights
+from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, _scores, _weights, stages_for
 from octavo_engine.kernels.gpu.rope_kv import of_cache
 from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 
@@ -40,7 +40,7 @@ def invariant_attention(
         qkv, qkv.stride(0), loads.keys, loads.values, block_tables, block_tables.stride(0), tiles, out, out.stride(0),
         scale * LOG2_E * (of_keys or 1.0), softcap, of_values, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim,
         DIM_BLOCK=triton.next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=ROWS, WINDOW=window or 0,
-        SOFTCAP=softcap > 0, STAGES=num_stages, num_warps=num_warps,
+        SOFTCAP=softcap > 0, STAGES=stages_for(block_size, dim, num_stages), num_warps=num_warps,
     )  # fmt: skip
 
 

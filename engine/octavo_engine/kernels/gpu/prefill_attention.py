@@ -24,6 +24,9 @@ from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 TILE_ROWS = 64
 """64 rows and four warps were the fastest of 64 and 128 rows with tensor-memory loads on an H200."""
 
+LARGE_TILE = 128 * 128
+"""Numbers in a block of keys; a larger one leaves room for no other beside it."""
+
 
 @dataclass(frozen=True)
 class How:
@@ -82,6 +85,11 @@ class CacheLoads:
         return cls(keys, values)
 
 
+def stages_for(block_size: int, dim: int, wanted: int) -> int:
+    """Blocks in flight: one where two would not fit into the shared memory of any GPU, with 128 keys of 256 numbers."""
+    return wanted if block_size * triton.next_power_of_2(dim) <= LARGE_TILE else 1
+
+
 def prefill_attention(
     qkv: Tensor, loads: CacheLoads, block_tables: Tensor, tiles: Tensor, out: Tensor, kv_heads: int, block_size: int,
     scale: float, window: int | None = None, softcap: float = 0.0, how: How = How(),
@@ -101,7 +109,7 @@ def prefill_attention(
         qkv, qkv.stride(0), loads.keys, loads.values, block_tables, block_tables.stride(0), tiles, out, out.stride(0),
         scale * LOG2_E * (of_keys or 1.0), softcap, 1.0, of_values, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim,
         DIM_BLOCK=triton.next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=how.rows, WINDOW=window or 0,
-        SOFTCAP=softcap > 0, STAGES=how.stages, OVERLAP=how.overlap,
+        SOFTCAP=softcap > 0, STAGES=stages_for(block_size, dim, how.stages), OVERLAP=how.overlap,
         QUERY_IN_REGISTERS=how.query_in_registers, num_warps=how.warps,
     )  # fmt: skip
 
