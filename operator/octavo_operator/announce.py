@@ -12,7 +12,7 @@ from typing import Any, Literal
 from octavo_operator import names
 from octavo_operator.changes import Changes
 from octavo_operator.conditions import Finding
-from octavo_operator.failures import reason_of
+from octavo_operator.failures import reason_of, sentence
 from octavo_operator.report import LastFailure
 
 MESSAGE_MAX = 1000
@@ -42,8 +42,7 @@ def announcements(
     if failure is not None and _is_new(failure, previous.get("lastFailure") or {}):
         reason = reason_of(failure.code)
         if reason not in known:
-            fix = f" Fix: {failure.fix}" if failure.fix else ""
-            told.append(Announcement("Warning", reason, f"Pod {failure.pod}: {failure.message}{fix}"))
+            told.append(Announcement("Warning", reason, f"Pod {failure.pod}: {sentence(failure.message, failure.fix)}"))
             known.add(reason)
     # Ready repeats the cause that another condition is about, so it is asked last.
     for finding in sorted(findings, key=lambda finding: finding.type == names.READY):

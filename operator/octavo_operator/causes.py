@@ -169,7 +169,10 @@ def _scheduling(message: str, wanted: Wanted) -> Cause:
         text = f"The PersistentVolumeClaim {match[1]} {what}: create it in this namespace, or correct model.source."
         return Cause(About.SCHEDULING, "ClaimMissing", text)
     if "unbound immediate PersistentVolumeClaims" in message:
-        text = f"The PersistentVolumeClaim {wanted.claim} is not bound: it waits for a volume (kubectl describe pvc)."
+        text = (
+            f"The PersistentVolumeClaim {wanted.claim} is not bound: it waits for a volume. kubectl describe pvc "
+            f"{wanted.claim} tells why; for a shared cache, cache.storageClassName must offer ReadWriteMany."
+        )
         return Cause(About.SCHEDULING, "ClaimPending", text)
     match = re.match(r"0/(\d+) nodes are available: (.*?)\.?(?:,? preemption:.*| no new claims.*)?$", message, re.S)
     if not match:

@@ -264,7 +264,9 @@ def _verified(view: View) -> Finding:
     """By the engine's own generation before it calls itself ready: the operator holds no key to ask for one."""
     for replica in view.live:
         if replica.pod.revision == view.revision and replica.ready and replica.stage == Stage.READY:
-            if (asked := view.server.spec.rollout.verify) is not None:
+            # Of pods that are not of the present spec, it does not say what they were asked.
+            present = view.rollout is None or view.rollout.held in (None, "update")
+            if (asked := view.server.spec.rollout.verify) is not None and present:
                 answer = "answered rollout.verify" + (f" with {asked.expect!r} in it" if asked.expect else "")
                 return Finding(names.VERIFIED, "True", "Answered", f"An engine of revision {view.revision} {answer}.")
             message = f"An engine of revision {view.revision} generated, and the result was sound."

@@ -33,13 +33,18 @@ class Failure:
 
     @property
     def sentence(self) -> str:
-        message = self.message if self.message.endswith((".", "!", "?")) else f"{self.message}."
-        fix = self.fix if not self.fix or self.fix.endswith(".") else f"{self.fix}."
-        return f"{message} Fix: {fix}" if fix else message
+        return sentence(self.message, self.fix)
 
     def report(self) -> LastFailure:
         time = write_time(self.finished_at) if self.finished_at else None
         return LastFailure(time=time, pod=self.pod, code=self.code, message=self.message, fix=self.fix or None)
+
+
+def sentence(message: str, fix: str | None) -> str:
+    """Both as sentences, with the full stops that they may lack."""
+    message = message if message.endswith((".", "!", "?")) else f"{message}."
+    fix = fix if not fix or fix.endswith(".") else f"{fix}."
+    return f"{message} Fix: {fix}" if fix else message
 
 
 def reason_of(code: str) -> str:

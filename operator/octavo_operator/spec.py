@@ -603,11 +603,22 @@ def _sentence(problem: ErrorDetails) -> str:
 
 def in_fields(text: str) -> str:
     """An engine's words, with the LLMServer's fields in the place of the flags and variables that they stand for."""
+    for theirs, ours in PHRASES.items():
+        text = text.replace(theirs, ours)
     return re.sub(r"--[a-z][a-z-]*|\b[A-Z]+(?:_[A-Z]+)+\b", lambda word: FIELD_OF_FLAG.get(word[0], word[0]), text)
 
 
+PHRASES = {
+    "or write an id like Qwen/Qwen3-8B": "in which /models is what spec.model.source mounts, or use another source, "
+    "such as hf://Qwen/Qwen3-8B",
+    "(HTTPS_PROXY, HF_ENDPOINT), or name a local folder": "(HTTPS_PROXY, HF_ENDPOINT; Helm value engine.env), or use "
+    "another spec.model.source",
+}
+"""What an engine advises to whoever started it, and what that is for whoever wrote an LLMServer."""
 FIELD_OF_FLAG = {
     "--model": "spec.model.source",
+    "--revision": "spec.model.revision",
+    "--model-store-size": "spec.cache.size",
     "--max-model-len": "spec.engine.maxModelLen",
     "--dtype": "spec.engine.dtype",
     "--gpu-memory-utilization": "spec.engine.gpuMemoryUtilization",

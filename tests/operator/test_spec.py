@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from octavo_operator.quantity import gib, parse_quantity
 from octavo_operator.settings import Settings, SettingsError, from_environment
-from octavo_operator.spec import Problem, Server, in_fields, parse
+from octavo_operator.spec import PHRASES, Problem, Server, in_fields, parse
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def problems(**spec: Any) -> str:
@@ -32,6 +35,15 @@ def test_a_problem_names_the_field_the_value_and_what_would_be_right(spec, words
     told = problems(**spec)
 
     assert [word for word in words if word not in told] == [], told
+
+
+def test_an_engines_advice_is_told_to_whoever_wrote_an_llmserver():
+    """The phrases are the engine's own: one that it no longer says would be translated for nobody."""
+    said = " ".join(path.read_text() for path in (ROOT / "engine/octavo_engine").rglob("*.py"))
+
+    for theirs in PHRASES:
+        assert theirs in said
+    assert "or use another source, such as hf://" in in_fields("check the path, or write an id like Qwen/Qwen3-8B")
 
 
 def test_an_engines_variables_are_told_as_fields_too():

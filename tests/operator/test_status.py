@@ -16,7 +16,7 @@ from octavo_operator.changes import Changes
 from octavo_operator.conditions import View, conditions, conditions_of_invalid
 from octavo_operator.observed import World
 from octavo_operator.replicas import replicas
-from octavo_operator.report import MAX_PODS, RevisionStatus
+from octavo_operator.report import MAX_PODS, LastFailure, RevisionStatus
 from octavo_operator.rollout import Decision
 from octavo_operator.spec import Problem
 from octavo_operator.status import as_document, same, status_of, status_of_invalid
@@ -262,6 +262,13 @@ def test_what_the_cluster_keeps_otherwise_is_told_of_a_server_that_serves():
     assert condition(seen, "Ready") == ("True", "AllReplicasReady")
 
 
+def test_an_event_tells_a_failure_in_sentences():
+    failure = LastFailure(pod="qwen-1", code="OOM_KILLED", message="The kernel killed it", fix="raise the limit")
+    (told_,) = [a for a in announcements(conditions(view()), failure, Changes(), {}) if a.reason == "OOMKilled"]
+
+    assert told_.message == "Pod qwen-1: The kernel killed it. Fix: raise the limit."
+
+
 def test_the_gpus_of_each_pod_are_told():
     assert told(view([ready()], SERVING, hardware={"gpus": 1}))["gpus"] == 1
 
@@ -272,6 +279,8 @@ def test_what_new_pods_were_asked_is_told_when_one_has_answered():
 
     assert (found.status, found.reason) == ("True", "Answered")
     assert found.message == "An engine of revision r1 answered rollout.verify with '4' in it."
+    failed = Decision({}, "r1", RevisionStatus(current="r1", failed="r2", reason="Its answer lacks '4'."), "failed")
+    assert condition(replace(asked, rollout=failed), "Verified") == ("True", "Generated")
 
 
 def test_a_restart_is_told_when_it_is_done_and_the_one_before_stays_until_then():
