@@ -160,8 +160,15 @@ async def _servers(cluster: Cluster, namespace: str, now: datetime) -> list[Verd
             found.append(Verdict("note", f"{name}: {ready['message']}"))
         elif ready["message"].startswith(wake.UNATTENDED):
             found.append(Verdict("FAIL", f"{name}: {ready['message']}"))
+        elif ready["status"] == "True" and _is_stopped(doing := conditions.get(names.PROGRESSING, {})):
+            found.append(Verdict("note", f"{name} serves, but: {doing['message']}"))
         elif ready["status"] == "True" or ready["reason"] in ("Suspended", "ScaledToZero"):
             fine += 1
         else:
             found.append(Verdict("FAIL", f"{name}: {ready['message']}"))
-    return [*found, Verdict("ok", f"{fine} servers are as they should be")]
+    return [*found, Verdict("ok", f"{fine} {'server is as it' if fine == 1 else 'servers are as they'} should be")]
+
+
+def _is_stopped(progressing: dict[str, Any]) -> bool:
+    """It is not as specified, and nothing is on its way: rolled back, or kept otherwise by the cluster."""
+    return progressing.get("status") == "False" and progressing.get("reason") != "Settled"

@@ -42,7 +42,7 @@ def manifests(text: str, namespace: str, defaults: EngineDefaults) -> Iterator[S
             raise RenderError(f"apiVersion is {document.get('apiVersion')!r}, expected {names.API_VERSION}")
         metadata: dict[str, Any] = document.get("metadata") or {}
         if not metadata.get("name"):
-            raise RenderError(f"a {names.KIND} has no metadata.name")
+            raise RenderError(f"an {names.KIND} has no metadata.name")
         given = {"namespace": namespace} | metadata | {"name": str(metadata["name"])}
         server = parse({**document, "metadata": given}, defaults.profiles)
         if not isinstance(server, Server):
