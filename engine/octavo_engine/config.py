@@ -460,8 +460,8 @@ class ServerConfig:
         group="Logs, metrics and traces", low=0.1, high=86400, metavar="SECONDS",
     )  # fmt: skip
     otlp_traces_endpoint: str | None = _setting(
-        None, "Where to send a trace of each request: the URL of an OpenTelemetry collector. Needs octavo[otel].",
-        group="Logs, metrics and traces", metavar="URL",
+        None, "Where to send a trace of each request: the HTTP address of an OpenTelemetry collector (port 4318; gRPC "
+        "is not spoken). Needs octavo[otel].", group="Logs, metrics and traces", metavar="URL",
     )  # fmt: skip
 
     drain_timeout_s: float = _setting(
