@@ -57,9 +57,6 @@ def promises(found: dict[str, Any]) -> Iterator[Promise]:
             yield Promise(f"{name}, output tokens/s, of vLLM's", gpu[name]["vs_vllm"], must, aim)
     if "prefill_64x2048_1" in gpu:
         yield Promise("prefill_64x2048_1, of vLLM's rate", gpu["prefill_64x2048_1"]["vs_vllm"], 1 / 1.05, 1 / 0.95)
-    for tokens in ("8192", "16384"):
-        if row := gpu.get("prefill_attention", {}).get(tokens):
-            yield Promise(f"prefill attention at {tokens} tokens, of cuDNN's rate", row["of_cudnn"], 0.8, 1.0)
     for batch, row in gpu.get("decode", {}).items():
         must, aim = (0.90, 0.95) if int(batch) == 256 else (0.84, 0.92)
         yield Promise(f"time per output token at batch {batch}, of the floor", row["of_floor"], must, aim)
