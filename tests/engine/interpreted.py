@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -51,6 +52,18 @@ def weights(model: DecoderConfig = MODEL, dtype: torch.dtype = torch.float16) ->
     found["embedding"] *= 8
     found["head"] *= 2
     return found
+
+
+def products_of_a_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter multiplies with numpy's BLAS, which sums a row differently at different places of a tile. Matrix
+    units do not, and einsum's plain loops do not."""
+    from triton.runtime import interpreter
+
+    def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        product = np.einsum("ik,kj->ij", a.data.astype(np.float32), b.data.astype(np.float32))
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
 class Event:

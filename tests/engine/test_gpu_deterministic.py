@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before the modules below are imported
 
 pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from interpreted import products_of_a_matrix_unit
 
 import models
 from octavo_engine import LLM, RequestOutput, SamplingParams
@@ -50,17 +54,8 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def matrix_unit(monkeypatch: pytest.MonkeyPatch):
-    """The interpreter multiplies with numpy's BLAS, which sums a row differently at different places of a tile. Matrix
-    units do not, and einsum's plain loops do not."""
-    if ON_GPU:
-        return
-    from triton.runtime import interpreter
-
-    def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-        product = np.einsum("ik,kj->ij", a.data.astype(np.float32), b.data.astype(np.float32))
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    if not ON_GPU:
+        products_of_a_matrix_unit(monkeypatch)
 
 
 def random(*shape: int) -> Tensor:

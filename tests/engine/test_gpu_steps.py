@@ -22,6 +22,7 @@ import interpreted
 
 from octavo_engine.kernels import sampling
 from octavo_engine.kernels.sampling import SampleRow
+from octavo_engine.runner import gpu_steps
 from octavo_engine.runner.layout import Layout, Tiling
 from octavo_engine.sampling_params import SamplingParams
 
@@ -176,3 +177,20 @@ def test_a_steady_step_makes_no_tensor(monkeypatch: pytest.MonkeyPatch):
     assert count > 3
     # Those are the interpreter's: it makes copies of a kernel's arguments.
     assert seen.operations <= {"aten.empty.memory_format", "aten.new_empty.default"}
+
+
+def test_deterministic_steps_give_the_same_bits_alone_in_company_launched_and_in_graphs(monkeypatch):
+    interpreted.products_of_a_matrix_unit(monkeypatch)
+    tiling = gpu_steps.tiling_of(interpreted.MODEL, deterministic=True)
+    graphs = (Layout.of_decodes(4, tiling), Layout.mixed(4, 32, tiling))
+    request = (PROMPTS["bias"], sampling_of(temperature=1.0, top_p=0.9, seed=3, logprobs=1, max_tokens=3))
+    others = [(PROMPTS[name], sampling_of(max_tokens=2)) for name in ("free", "plain")]
+
+    def told(others: list[Any], **settings: Any) -> Any:
+        made = interpreted.steps(monkeypatch, deterministic=True, **settings)
+        return interpreted.generate(interpreted.engine_of(made), [*others, request])[-1]
+
+    alone = told([])
+    assert len(alone[1]) == 3
+    assert told(others, graphs=graphs) == alone
+    assert told(others[:1], max_tokens=16) == alone
