@@ -13,6 +13,7 @@ import definitions
 import pytest
 import yaml
 from stage import ApiError, Operator, wait_for
+from test_commands_on_a_real_api_server import command
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -91,7 +92,7 @@ def test_the_api_server_takes_our_objects_and_nobody_argues_about_its_defaults(r
     wait_for(lambda: not any(theirs(stage, p) for p in THEIRS if p != "podmonitors"), "them to be gone", 60)
 
 
-def test_a_pod_monitor_that_no_prometheus_selects_is_told_with_the_label_that_it_lacks(running, stage):
+def test_a_pod_monitor_that_no_prometheus_selects_is_told_with_the_label_that_it_lacks(running, stage, cluster):
     stage.serve(replicas=0)
     stage.wait_condition("MonitoringReady", "False", "AlertsMissing", timeout_s=60)
     # What kube-prometheus-stack makes, as far as it matters here.
@@ -106,6 +107,7 @@ def test_a_pod_monitor_that_no_prometheus_selects_is_told_with_the_label_that_it
     stage.api.request("POST", rules, rule | {"metadata": {"name": "octavo-operator"}})
     try:
         told = stage.wait_condition("MonitoringReady", "False", "NotSelected", timeout_s=60)
+        examined = command(cluster, "doctor").stdout
         stage.patch("qwen", {"observability": {"labels": {"release": "kps"}}})
         unalarmed = stage.wait_condition("MonitoringReady", "False", "AlertsNotSelected", timeout_s=60)
         stage.api.merge(f"{rules}/octavo-operator", {"metadata": {"labels": {"release": "kps"}}})
@@ -117,6 +119,7 @@ def test_a_pod_monitor_that_no_prometheus_selects_is_told_with_the_label_that_it
     called = f"Prometheus {stage.namespace}/k8s"
     assert f"{called} wants the label release=kps" in told["message"]
     assert "observability.labels" in told["message"]
+    assert f"no Prometheus selects the PodMonitor {stage.namespace}/qwen: {called} wants" in examined
     assert "alerts.labels" in unalarmed["message"]
     assert f"{called} selects it" in ready["message"]
     assert "Alerts: PrometheusRule octavo-system/octavo-operator" in ready["message"]
