@@ -27,7 +27,7 @@ from octavo_operator.replicas import replicas
 from octavo_operator.report import RevisionStatus
 from octavo_operator.rollout import Decision, decide
 from octavo_operator.settings import EngineDefaults
-from octavo_operator.spec import Server
+from octavo_operator.spec import Server, parse
 from octavo_operator.status import read_part
 
 NOISE = ("managedFields", "resourceVersion", "generation", "uid", "creationTimestamp")
@@ -62,12 +62,17 @@ def _in_place_of(live: dict[str, Any], manifest: Server) -> Server:
 async def _rollout(
     cluster: Cluster, server: Server, wanted: dict[str, Any], live: dict[str, Any], now: datetime
 ) -> Decision:
-    """What the operator would make of a changed pod template. Engines are not asked: whether they are busy passes."""
+    """What the operator would make of a changed pod template. Engines are not asked: whether they are busy passes.
+
+    What it has made of the age of pods stands in the status, so here they have none.
+    """
     present = await cluster.get("Deployment", server.namespace, server.name)
     pods = await cluster.list("Pod", server.namespace, labels=f"{names.SERVER_LABEL}={server.name}")
-    found = replicas(World(pods=tuple(map(read_pod, pods))), Wanted("", 0, None, None), now)
+    found = replicas(World(pods=tuple(map(read_pod, pods))), Wanted("", 0, None, None), 0.0)
     before = read_part(RevisionStatus, live.get("status", {}).get("revision"))
-    return decide(server, wanted, present, found, before, None, now)
+    asked = getattr(parse(live), "asked", None)
+    generation = server.generation if asked == server.asked else None
+    return decide(server, wanted, present, found, before, None, now, 0.0, seen_generation=generation)
 
 
 async def _of(cluster: Cluster, server: Server, body: dict[str, Any]) -> AsyncIterator[str]:

@@ -8,6 +8,7 @@ saw the renewal, so that clocks need not agree. Losing it ends the process: what
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,10 +75,15 @@ class Leader:
     async def hold(self) -> None:
         """Renews the Lease, and returns when it is lost."""
         renewed_at = self._monotonic()
-        while self._monotonic() - renewed_at < self._lease_s * GIVE_UP_SHARE:
-            await asyncio.sleep(self._lease_s / RENEWALS_PER_LEASE)
-            if await self._try():
-                renewed_at = self._monotonic()
+        while (left := renewed_at + self._lease_s * GIVE_UP_SHARE - self._monotonic()) > 0:
+            began, renewed = self._monotonic(), False
+            # A renewal that hangs, or that waits for an API server which is busy, must not outlast what it renews.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await asyncio.sleep(self._lease_s / RENEWALS_PER_LEASE)
+                    began, renewed = self._monotonic(), await self._try()
+            if renewed:
+                renewed_at = began
             elif self._sighting and self._sighting.holder != self._identity:
                 break
         log.error("the lease is lost identity=%s", self._identity)

@@ -33,9 +33,11 @@ class Termination:
 class Pod:
     name: str
     uid: str
-    created_at: datetime
     phase: str
     revision: str | None
+    known_since: float = 0.0
+    """When this operator saw it first, in seconds of its own monotonic clock: every age is counted from there. What
+    stands on the pod is of other machines' clocks, and those may be hours off."""
     node: str | None = None
     ip: str | None = None
     ready: bool = False
@@ -48,7 +50,7 @@ class Pod:
     waiting: str | None = None
     """Why the container is not running: ContainerCreating, ImagePullBackOff, CrashLoopBackOff, …"""
     waiting_message: str = ""
-    running_since: datetime | None = None
+    running: bool = False
     restarts: int = 0
     terminations: tuple[Termination, ...] = ()
     """Newest first: at most the present state and the one before it, as Kubernetes keeps no more."""
@@ -61,10 +63,6 @@ class Pod:
     def over(self) -> bool:
         """It will not run again; its Deployment has replaced it."""
         return self.phase in ("Failed", "Succeeded")
-
-    @property
-    def running(self) -> bool:
-        return self.running_since is not None
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,8 @@ class World:
     pods: tuple[Pod, ...] = ()
     engines: Mapping[str, Statusz] = field(default_factory=dict)
     """By pod, what its engine says of itself. A pod whose engine did not answer is absent."""
-    answered: Mapping[str, datetime] = field(default_factory=dict)
-    """By pod that runs, when its engine last answered, or was first asked."""
+    answered: Mapping[str, float] = field(default_factory=dict)
+    """By pod that runs, when its engine last answered, or was first asked: seconds of the monotonic clock."""
     events: tuple[PodEvent, ...] = ()
     pod_monitors_known: bool = False
 
@@ -119,7 +117,6 @@ def read_pod(document: Document) -> Pod:
     return Pod(
         name=metadata["name"],
         uid=metadata["uid"],
-        created_at=read_time(metadata["creationTimestamp"]),
         phase=status.get("phase", "Pending"),
         revision=metadata.get("labels", {}).get(names.REVISION_LABEL),
         node=document.get("spec", {}).get("nodeName"),
@@ -131,7 +128,7 @@ def read_pod(document: Document) -> Pod:
         unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else None,
         waiting=waiting.get("reason"),
         waiting_message=waiting.get("message", ""),
-        running_since=read_time(state["running"]["startedAt"]) if "running" in state else None,
+        running="running" in state,
         restarts=container.get("restartCount", 0),
         terminations=tuple(_read_termination(end) for end in ends),
         beside=_read_beside(status),

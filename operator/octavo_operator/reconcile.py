@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Protocol
 
 from octavo_engine.status import Statusz
@@ -48,7 +48,7 @@ REFUSED_POLL_S = 15.0
 """Between tries of what the API server refused: somebody has to mend that first."""
 SCALING_POLL_S = 2.0
 """Between looks at the engines of a server that the operator scales."""
-EVENTS_AFTER = timedelta(seconds=3)
+EVENTS_AFTER_S = 3.0
 """A pod that is still being created after this long may have its reason in an event."""
 PODS_WITH_EVENTS = 4
 """Of how many such pods events are read: all of a server's pods mount the same volumes."""
@@ -72,16 +72,24 @@ class Engines(Protocol):
 
 @dataclass
 class _Known:
-    """What is remembered of a server from look to look. A restart loses nothing by it but a moment."""
+    """What is remembered of a server from look to look. A restart loses nothing by it but a moment.
+
+    Times are seconds of the monotonic clock: what is decided by how long something lasts must not depend on a clock
+    that may be set, nor on those of other machines.
+    """
 
     polled: dict[str, dict[str, Any]] | None = None
     """Its children of polled kinds, None where they have to be read again."""
     polled_before: frozenset[str] | None = None
     """Of which polled kinds it had children at the last look; None before the first, when all are asked for."""
-    answered: dict[str, datetime] = field(default_factory=dict)
-    """By pod, when its engine last answered."""
+    first_seen: dict[str, float] = field(default_factory=dict)
+    """By pod's uid."""
+    answered: dict[tuple[str, int], float] = field(default_factory=dict)
+    """By pod's uid and how often its container was restarted: when that engine last answered, or was first asked."""
     silent: frozenset[str] = frozenset()
     """Pods that run and whose engine did not answer at the last look."""
+    waits_since: float | None = None
+    """Since when a change waits for the engines to be idle."""
     scaling: History | None = None
     """What was recommended lately, where the operator itself scales the server."""
     altered: dict[str, Altered] = field(default_factory=dict)
@@ -99,9 +107,10 @@ class Reconciler:
         activator: Activator,
         settings: Settings,
         clock: Callable[[], datetime],
+        monotonic: Callable[[], float],
     ) -> None:
         self._cluster, self._cache, self._engines, self._activator = cluster, cache, engines, activator
-        self._settings, self._clock = settings, clock
+        self._settings, self._clock, self._monotonic = settings, clock, monotonic
         self._known: dict[Key, _Known] = {}
         self._neighbours = Neighbours(cluster, settings)
         self._kinds: frozenset[str] = frozenset()
@@ -129,7 +138,7 @@ class Reconciler:
             self._activator.know(key)
             return Next()  # its children go by their owner references
         world = await self._ask_engines(key, await self._observe(key, seen, changed))
-        now, known = self._clock(), self._known[key]
+        now, tick, known = self._clock(), self._monotonic(), self._known[key]
         said = {name: _gist(statusz) for name, statusz in world.engines.items()}
         if not changed and said == known.settled_with:
             return Next(self._settings.settled_poll_s)
@@ -138,7 +147,7 @@ class Reconciler:
         if not isinstance(server, Server):
             self._activator.know(key)
             return await self._report_invalid(key, seen, server, world, now)
-        found = replicas(world, _wanted(server), now)
+        found = replicas(world, _wanted(server), tick)
         waking = self._waking(key, server, world)
         wanted = objects(server, self._settings.engine, pod_monitors_known=world.pod_monitors_known)
         # While no pod is ready, and from the moment that the last one is to go: it takes requests for a while yet.
@@ -147,9 +156,24 @@ class Reconciler:
             wanted.append(slice)
         scrape = pod_annotations(server, pod_monitors_known=world.pod_monitors_known)
         present = world.own("Deployment", server.uid)
-        before = status.read_part(RevisionStatus, seen.resource.get("status", {}).get("revision"))
+        told = seen.resource.get("status", {})
+        before = status.read_part(RevisionStatus, told.get("revision"))
         waiting = waits(wanted, world.children)
-        rollout = decide(server, wanted[0], present, found, before, world.refused_pods, now, prefetching=waiting)
+        waited = tick - known.waits_since if known.waits_since is not None else 0.0
+        rollout = decide(
+            server,
+            wanted[0],
+            present,
+            found,
+            before,
+            world.refused_pods,
+            now,
+            tick,
+            waited_s=waited,
+            seen_generation=told.get("observedGeneration"),
+            prefetching=waiting,
+        )
+        known.waits_since = tick - waited if rollout.held == "idle" else None
         if rollout.restore is not None:
             rollout = await self._restored(key, rollout)
         wanted[0] = rollout.deployment
@@ -173,7 +197,7 @@ class Reconciler:
             waking=waking,
         )
         if server.spec.scales_itself:
-            await self._scale(key, server, seen, found, now)
+            await self._scale(key, server, seen, found, now, tick)
         findings = conditions(view)
         new = status.status_of(view, findings, world.pods, seen.resource.get("status", {}), now)
         await self._report(key, seen, new, findings, todo, now)
@@ -193,7 +217,10 @@ class Reconciler:
             known.polled = await self._get([kind for kind in POLLED if kind in asked and kind in self._kinds], key)
             known.polled_before = frozenset(known.polled)
         children = {**seen.children, **known.polled}
-        return World(children, seen.pods, pod_monitors_known="PodMonitor" in self._kinds)
+        tick = self._monotonic()
+        known.first_seen = {pod.uid: known.first_seen.get(pod.uid, tick) for pod in seen.pods}
+        pods = tuple(replace(pod, known_since=known.first_seen[pod.uid]) for pod in seen.pods)
+        return World(children, pods, pod_monitors_known="PodMonitor" in self._kinds)
 
     def _waking(self, key: Key, server: Server, world: World) -> Waking | None:
         """How the server is woken; None where it does not go to sleep."""
@@ -224,14 +251,13 @@ class Reconciler:
         found = await self._cluster.list("Pod", key[0], labels=f"{names.PREFETCH_LABEL}={key[1]}")
         pods = tuple(map(observed.read_pod, found))
         engines = await self._engines.statuses(pods)
-        answered = dict.fromkeys((pod.name for pod in pods), self._clock())
-        return replicas(World(pods=pods, engines=engines, answered=answered), _wanted(server), self._clock())
+        return replicas(World(pods=pods, engines=engines), _wanted(server), self._monotonic())
 
     async def _ask_engines(self, key: Key, world: World) -> World:
         """The world with what is asked at each look: the engines, and the events of pods that do not come up."""
-        now = self._clock()
+        tick = self._monotonic()
         late = [p for p in world.pods if p.node and not (p.running or p.terminating or p.over or p.terminations)]
-        late = [p for p in late if now - p.created_at > EVENTS_AFTER]
+        late = [p for p in late if tick - p.known_since > EVENTS_AFTER_S]
         # An engine that did not answer at the last look: the event may say that its node is lost.
         silent = [p for p in world.pods if p.running and p.name in self._known[key].silent]
         late = [*late, *silent][:PODS_WITH_EVENTS]
@@ -242,18 +268,21 @@ class Reconciler:
         )
         read = tuple(observed.read_event(event) for found in events for event in found)
         known = self._known.setdefault(key, _Known())
-        before = {pod.name: known.answered.get(pod.name, now) for pod in world.pods if pod.running}
-        known.answered = before | dict.fromkeys(engines, now)
-        known.silent = frozenset(before) - frozenset(engines)
-        return replace(world, engines=engines, events=read, answered=known.answered)
+        runs = {pod.name: (pod.uid, pod.restarts) for pod in world.pods if pod.running}
+        answered = {name: tick if name in engines else known.answered.get(run, tick) for name, run in runs.items()}
+        known.answered = {runs[name]: at for name, at in answered.items()}
+        known.silent = frozenset(runs) - frozenset(engines)
+        return replace(world, engines=engines, events=read, answered=answered)
 
-    async def _scale(self, key: Key, server: Server, seen: Seen, found: Sequence[Replica], now: datetime) -> None:
+    async def _scale(
+        self, key: Key, server: Server, seen: Seen, found: Sequence[Replica], now: datetime, tick: float
+    ) -> None:
         known, spec = self._known[key], server.spec
         assert spec.autoscaling is not None
-        known.scaling = known.scaling or History(now)
+        known.scaling = known.scaling or History(tick)
         loads = [replica.engine.load for replica in found if replica.ready and replica.engine]
         asked = self._activator.asked(key)
-        decision = scale(spec.autoscaling, spec.replicas, loads, known.scaling, now, asked=asked)
+        decision = scale(spec.autoscaling, spec.replicas, loads, known.scaling, tick, asked=asked)
         if decision is None or decision.replicas == spec.replicas:
             return
         answer = await self._cluster.scale(seen.resource, decision.replicas)
@@ -340,7 +369,7 @@ class Reconciler:
         self, key: Key, seen: Seen, problems: Sequence[Problem], world: World, now: datetime
     ) -> Next:
         """Nothing is applied for a spec that cannot be served, and nothing is tried again until it changes."""
-        found = replicas(world, Wanted("", 0, None, None), now)
+        found = replicas(world, Wanted("", 0, None, None), self._monotonic())
         findings = conditions_of_invalid(problems, sum(replica.ready for replica in found))
         metadata, before = seen.resource["metadata"], seen.resource.get("status", {})
         new = status.status_of_invalid(key[1], int(metadata["generation"]), findings, found, before, now)

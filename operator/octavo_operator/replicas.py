@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 
 from octavo_engine.status import Stage, Statusz
 from octavo_operator import names
@@ -13,9 +12,9 @@ from octavo_operator.observed import Pod, World
 from octavo_operator.quantity import gib
 from octavo_operator.report import PodStatus
 
-STARTING_GRACE = timedelta(seconds=10)
+STARTING_GRACE_S = 10.0
 """An engine binds its ports in a third of a second; on a node that is busy with starting it, a little later."""
-SILENT_AFTER = timedelta(seconds=10)
+SILENT_AFTER_S = 10.0
 """An answer may be late once or twice; an engine that is silent for longer than this is not there for us."""
 
 
@@ -50,8 +49,8 @@ class Replica:
             text += f" {percent} %"
         if progress.total_bytes:
             text += f" ({gib(progress.done_bytes)} of {gib(progress.total_bytes)})"
-        if progress.eta_s:
-            text += f", about {max(round(progress.eta_s), 1)} s left"
+        if eta := _eta(self.engine):
+            text += f", about {eta} s left"
         return text
 
     def report(self) -> PodStatus:
@@ -62,7 +61,7 @@ class Replica:
             node=self.pod.node,
             stage=self.stage,
             percent=_percent(engine) if engine and loading else None,
-            eta_seconds=round(engine.progress.eta_s) if engine and loading and engine.progress.eta_s else None,
+            eta_seconds=_eta(engine) if engine and loading else None,
             running=engine.load.running if engine else None,
             queued=engine.load.waiting if engine else None,
             restarts=self.pod.restarts or None,
@@ -79,16 +78,19 @@ _STAGE_WORDS = {
 }
 
 
-def replicas(world: World, wanted: Wanted, now: datetime) -> tuple[Replica, ...]:
-    """All pods that run or will run, those with trouble first, then those that are not ready."""
-    found = [_replica(pod, world, wanted, now) for pod in world.pods if not pod.over]
+def replicas(world: World, wanted: Wanted, tick: float) -> tuple[Replica, ...]:
+    """All pods that run or will run, those with trouble first, then those that are not ready.
+
+    tick: seconds of the monotonic clock now.
+    """
+    found = [_replica(pod, world, wanted, tick) for pod in world.pods if not pod.over]
     found.sort(key=lambda replica: (replica.cause is None, replica.ready, replica.pod.terminating, replica.pod.name))
     return tuple(found)
 
 
-def _replica(pod: Pod, world: World, wanted: Wanted, now: datetime) -> Replica:
+def _replica(pod: Pod, world: World, wanted: Wanted, tick: float) -> Replica:
     engine = world.engines.get(pod.name)
-    stage = _stage(pod, engine, world.answered.get(pod.name, now), now)
+    stage = _stage(pod, engine, tick - world.answered.get(pod.name, tick))
     cause = cause_of(
         pod,
         world.events,
@@ -99,19 +101,18 @@ def _replica(pod: Pod, world: World, wanted: Wanted, now: datetime) -> Replica:
     return Replica(pod, stage, engine, cause)
 
 
-def _stage(pod: Pod, engine: Statusz | None, answered: datetime, now: datetime) -> str:
-    """answered: when the engine did last, or was first asked."""
+def _stage(pod: Pod, engine: Statusz | None, silent_s: float) -> str:
+    """silent_s: since the engine did answer last, or was first asked."""
     if pod.running and engine is not None:
         # It still takes the requests of nodes that do not know yet, but it is on its way out.
         ending = pod.terminating and engine.stage is Stage.READY
         return Stage.DRAINING.value if ending else engine.stage.value
     if pod.terminating:
         return names.POD_TERMINATING
-    if pod.running and pod.running_since is not None:
-        if pod.ready and now - answered < SILENT_AFTER:
-            return Stage.READY.value
-        fresh = now - pod.running_since < STARTING_GRACE
-        return Stage.STARTING.value if fresh else names.POD_UNREACHABLE
+    if pod.running:
+        if pod.ready:
+            return Stage.READY.value if silent_s < SILENT_AFTER_S else names.POD_UNREACHABLE
+        return Stage.STARTING.value if silent_s < STARTING_GRACE_S else names.POD_UNREACHABLE
     if pod.terminations:
         return names.POD_CRASHED
     return names.POD_CREATING if pod.node else names.POD_PENDING
@@ -122,6 +123,12 @@ def headline(found: Sequence[Replica]) -> Replica | None:
     order = [names.POD_PENDING, names.POD_CREATING, names.POD_UNREACHABLE, names.POD_CRASHED, *map(str, Stage)]
     waiting = [r for r in found if not r.ready and not r.pod.terminating]
     return max(waiting, key=lambda r: order.index(r.stage) if r.stage in order else -1, default=None)
+
+
+def _eta(engine: Statusz) -> int | None:
+    """In seconds, at least one: what is as good as done is not told to be done, and no clock tells of the past."""
+    eta_s = engine.progress.eta_s
+    return max(round(eta_s), 1) if eta_s else None
 
 
 def _percent(engine: Statusz) -> int | None:

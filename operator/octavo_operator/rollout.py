@@ -4,6 +4,8 @@ Restarting an engine costs minutes of a GPU, so a template is not applied just b
 
 1. A difference that nobody asked for (another operator, another default image) is held back, and the UpdateAvailable
    condition says so. It goes out with the next change of the spec, with restart.id, or by rollout.updatePolicy.
+   What the present template was made for is marked on the Deployment. Where another version of the operator made the
+   mark by a rule of its own, nothing was asked for if the spec is still of the generation that was looked at last.
 2. With rollout.waitForIdle it is held back until no request runs or waits, or until the wait has been long enough.
 3. `Auto` surges: the scheduler knows better than any count of free GPUs whether one more pod fits. A surge that it
    finds no room for is turned into a replacement in place, for this revision, with the scheduler's reason.
@@ -15,25 +17,25 @@ What must be known from look to look is on the resource: in the Deployment's ann
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Literal
 
 from octavo_engine.status import Stage
 from octavo_operator import names
 from octavo_operator.causes import About
 from octavo_operator.desired.deployment import revision, strategy
-from octavo_operator.observed import read_time, write_time
+from octavo_operator.observed import write_time
 from octavo_operator.replicas import Replica
 from octavo_operator.report import RevisionStatus
 from octavo_operator.spec import Server
 
 Object = dict[str, Any]
-SURGE_PATIENCE = timedelta(seconds=10)
+SURGE_PATIENCE_S = 10.0
 """How long the scheduler may take to find room for one more pod; a preemption or a drained pod's end fits into it."""
 HOPELESS_RESTARTS = 2
-HOPELESS_AFTER = timedelta(seconds=120)
+HOPELESS_AFTER_S = 120.0
 """For a pod that cannot start: an image, a secret. Somebody may be about to bring it."""
 
 
@@ -58,45 +60,54 @@ def decide(
     before: RevisionStatus | None,
     refused: str | None,
     now: datetime,
+    tick: float,
     *,
+    waited_s: float = 0.0,
+    seen_generation: int | None = None,
     prefetching: bool = False,
 ) -> Decision:
     """wanted: the Deployment that the spec makes. present: ours, as it is. refused: why pods may not be made.
 
+    now: for what is written down. tick: seconds of the monotonic clock, for what is decided by age.
+    seen_generation: of the spec at the last look of whatever operator.
+    waited_s: for how long this operator has seen the change wait for the engines to be idle. One that restarts begins
+    anew: a change goes out late by that, never early, whatever its clock does.
     prefetching: the wanted pods' model is still being downloaded.
     """
     before = before or RevisionStatus()
     new = revision(wanted)
     if present is None:
         return Decision(wanted, new, RevisionStatus(current=new, strategy="Surge", reason=_SURGES))
+    asked = _asked_before(present, server, seen_generation)
     current = revision(present)
     serving = {r.pod.revision for r in found if r.ready and r.engine and r.engine.stage is Stage.READY}
     verified = current if current in serving else before.verified
     base = RevisionStatus(current=current, verified=verified)
     live = [r for r in found if not r.pod.terminating]
     if new == current:
-        if hopeless := _hopeless(server, current, verified, live, now):
+        if hopeless := _hopeless(server, current, verified, live, tick):
             report = replace_report(base, current=verified, failed=new, reason=hopeless)
-            return Decision(_keep(wanted, present, _kept_strategy(server, before)), new, report, "failed", verified)
-        kind, why = _strategy(server, new, before, live, refused, now)
+            return Decision(
+                _keep(wanted, present, _kept_strategy(server, before), asked), new, report, "failed", verified
+            )
+        kind, why = _strategy(server, new, before, live, refused, tick)
         return Decision(_with(wanted, kind), new, replace_report(base, strategy=kind, reason=why))
-    kept = _keep(wanted, present, _kept_strategy(server, before))
+    kept = _keep(wanted, present, _kept_strategy(server, before), asked)
     if prefetching:
         why = "The new pods wait until their model is downloaded."
         return Decision(kept, current, replace_report(base, strategy=before.strategy, reason=why), "prefetch")
     if new == before.failed and live:
         report = replace_report(base, failed=new, strategy=before.strategy, reason=before.reason)
         return Decision(kept, current, report, "failed")
-    asked = present["metadata"].get("annotations", {}).get(names.ASKED_ANNOTATION)
     if live and asked == server.asked and server.spec.rollout.update_policy == "OnSpecChange":
         return Decision(kept, current, replace_report(base, strategy=before.strategy, reason=before.reason), "update")
     busy = sum(r.engine.load.running + r.engine.load.waiting for r in live if r.engine)
     if server.spec.rollout.wait_for_idle and busy:
         since = before.waiting_since or write_time(now)
-        if now - read_time(since) < timedelta(seconds=server.spec.rollout.idle_timeout_seconds):
+        if waited_s < server.spec.rollout.idle_timeout_seconds:
             why = f"It waits until no request runs or waits before it changes the pods: {busy} do."
             return Decision(kept, current, replace_report(base, waiting_since=since, reason=why), "idle")
-    kind, why = _strategy(server, new, before, live, refused, now)
+    kind, why = _strategy(server, new, before, live, refused, tick)
     return Decision(_with(wanted, kind), new, replace_report(base, current=new, strategy=kind, reason=why))
 
 
@@ -124,7 +135,7 @@ _SURGES = "A new pod is ready before an old one ends."
 
 
 def _strategy(
-    server: Server, new: str, before: RevisionStatus, live: Sequence[Replica], refused: str | None, now: datetime
+    server: Server, new: str, before: RevisionStatus, live: Sequence[Replica], refused: str | None, tick: float
 ) -> tuple[str, str]:
     if server.spec.strategy != "Auto":
         return server.spec.strategy, f"rollout.strategy is {server.spec.strategy}."
@@ -133,7 +144,7 @@ def _strategy(
     fresh = [r for r in live if r.pod.revision == new]
     if len(fresh) < len(live) or (refused and live):
         for replica in fresh:
-            if replica.pod.unschedulable is not None and now - replica.pod.created_at >= SURGE_PATIENCE:
+            if replica.pod.unschedulable is not None and tick - replica.pod.known_since >= SURGE_PATIENCE_S:
                 why = replica.cause.message if replica.cause else replica.pod.unschedulable
                 return "InPlace", f"Pods are replaced in place, as there is no room for one more beside them. {why}"
         if refused and len(fresh) < server.spec.desired_replicas and before.current == new:
@@ -147,7 +158,7 @@ def _kept_strategy(server: Server, before: RevisionStatus) -> str:
     return before.strategy or "Surge"
 
 
-def _hopeless(server: Server, current: str, verified: str | None, live: Sequence[Replica], now: datetime) -> str | None:
+def _hopeless(server: Server, current: str, verified: str | None, live: Sequence[Replica], tick: float) -> str | None:
     """Why the revision that is being rolled out will not come up; None while it may, or where there is no way back."""
     if server.spec.rollout.rollback == "Never" or verified in (None, current):
         return None
@@ -156,7 +167,7 @@ def _hopeless(server: Server, current: str, verified: str | None, live: Sequence
         if cause is None or replica.pod.revision != current:
             continue
         crashed = cause.about is About.CRASH and replica.pod.restarts >= HOPELESS_RESTARTS
-        stuck = cause.about is About.START and now - replica.pod.created_at >= HOPELESS_AFTER
+        stuck = cause.about is About.START and tick - replica.pod.known_since >= HOPELESS_AFTER_S
         if crashed or stuck:
             return f"Rolled back to the last revision that worked, as the new one does not come up: {cause.message}"
     return None
@@ -166,11 +177,17 @@ def _with(wanted: Object, kind: str) -> Object:
     return {**wanted, "spec": {**wanted["spec"], "strategy": strategy(kind)}}
 
 
-def _keep(wanted: Object, present: Object, kind: str) -> Object:
-    """The wanted Deployment, with the template and the mark of what was asked for left as they are."""
-    mark: Mapping[str, str] = present["metadata"].get("annotations", {})
-    annotations = {k: v for k, v in wanted["metadata"].get("annotations", {}).items() if k != names.ASKED_ANNOTATION}
-    if names.ASKED_ANNOTATION in mark:
-        annotations[names.ASKED_ANNOTATION] = mark[names.ASKED_ANNOTATION]
+def _asked_before(present: Object, server: Server, seen_generation: int | None) -> str:
+    """The mark of what the present template was made for, by the rule of this version."""
+    mark: str = present["metadata"].get("annotations", {}).get(names.ASKED_ANNOTATION, "")
+    rule = server.asked.partition(".")[0]
+    if mark.startswith(f"{rule}."):
+        return mark
+    return server.asked if seen_generation == server.generation else f"{rule}.other"
+
+
+def _keep(wanted: Object, present: Object, kind: str, asked: str) -> Object:
+    """The wanted Deployment, with the template left as it is, and the mark of what that was made for."""
+    annotations = {**wanted["metadata"].get("annotations", {}), names.ASKED_ANNOTATION: asked}
     spec = {**wanted["spec"], "template": present["spec"]["template"], "strategy": strategy(kind)}
     return {**wanted, "metadata": {**wanted["metadata"], "annotations": annotations}, "spec": spec}

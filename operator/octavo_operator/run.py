@@ -9,7 +9,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
 
@@ -34,7 +34,15 @@ KINDS_POLL_S = 10.0
 """Between looks at what of other projects the cluster has: kinds, Prometheus, alerts."""
 
 
-async def run(settings: Settings) -> int:
+Clock = Callable[[], datetime]
+"""The time as people read it. It may jump: only what is written down is taken from it, and nothing decided by it."""
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+async def run(settings: Settings, clock: Clock = _now) -> int:
     """The exit status: 0 when asked to end, 1 when the lease is lost or the watches are. Raises UnavailableError."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -45,7 +53,7 @@ async def run(settings: Settings) -> int:
         settings.namespace,
         settings.identity,
         settings.lease_seconds,
-        clock=_now,
+        clock=clock,
         monotonic=time.monotonic,
     )
     http = await serve(settings.listen_host, settings.listen_port, lambda: leader.reached)
@@ -54,7 +62,7 @@ async def run(settings: Settings) -> int:
             return 0
         metrics.LEADER.set(1)
         try:
-            return await _lead(settings, cluster, leader, stop)
+            return await _lead(settings, cluster, leader, stop, clock)
         finally:
             metrics.LEADER.set(0)
             await leader.release()
@@ -64,7 +72,7 @@ async def run(settings: Settings) -> int:
         await cluster.close()
 
 
-async def _lead(settings: Settings, cluster: Cluster, leader: Leader, stop: asyncio.Event) -> int:
+async def _lead(settings: Settings, cluster: Cluster, leader: Leader, stop: asyncio.Event, clock: Clock) -> int:
     engines = EngineClient(settings.statusz_timeout_s)
     cache = Cache()
 
@@ -74,7 +82,7 @@ async def _lead(settings: Settings, cluster: Cluster, leader: Leader, stop: asyn
     activators = Activators(
         *(cluster, cache, wake, settings.namespace), settings.activator, settings.activator_replicas
     )
-    reconciler = Reconciler(cluster, cache, engines, activators, settings, _now)
+    reconciler = Reconciler(cluster, cache, engines, activators, settings, clock, time.monotonic)
 
     async def look(key: Key, changed: bool) -> Next:
         with metrics.LOOKS.time():
@@ -179,7 +187,3 @@ def _on_error(key: Key, error: Exception) -> float:
 
 def _count(verb: str, kind: str, code: int) -> None:
     metrics.REQUESTS.labels(verb, kind, str(code)).inc()
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

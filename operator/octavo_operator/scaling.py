@@ -4,6 +4,7 @@ An engine predicts how long a new request would wait, and knows how full its cac
 should be is how many times too few replicas there are. More come at once, at most twice as many in a step; fewer only
 when they have been enough for the whole of the delay, so that a lull in the traffic ends nothing that takes minutes to
 come back. That history is the only thing remembered here: an operator that restarts scales down later, never wrongly.
+Its times are seconds of the monotonic clock: the other one may jump by hours, and a night would seem to have passed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
 
 from octavo_engine.status import Load
 from octavo_operator.autoscaling import Autoscaling, Target
@@ -25,9 +25,9 @@ TOLERANCE = 0.1
 class History:
     """What was recommended, as far back as the delay, and when somebody was last served or could not have been."""
 
-    since: datetime
-    recommended: deque[tuple[datetime, int]] = field(default_factory=deque)
-    busy_at: datetime | None = None
+    since: float
+    recommended: deque[tuple[float, int]] = field(default_factory=deque)
+    busy_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Scaling:
 
 
 def scale(
-    spec: Autoscaling, current: int, loads: Sequence[Load], history: History, now: datetime, *, asked: bool = False
+    spec: Autoscaling, current: int, loads: Sequence[Load], history: History, tick: float, *, asked: bool = False
 ) -> Scaling | None:
     """What spec.replicas should become; None where it may stay. current: what it is.
 
@@ -49,7 +49,7 @@ def scale(
     # While no replica is ready nobody can ask it. Idleness begins when somebody could and does not: a server that was
     # just woken would otherwise be sent to sleep again before its first request arrives.
     if asked or not loads or any(load.running or load.waiting for load in loads):
-        history.busy_at = now
+        history.busy_at = tick
     if current == 0:
         if asked and not low:
             return Scaling(1, "The activator holds a request for it.")
@@ -60,15 +60,16 @@ def scale(
             return Scaling(bounded, f"autoscaling allows {low} to {high} replicas.")
     pressure, why = _pressure(spec.target, loads)
     enough = current if abs(pressure - 1) <= TOLERANCE else math.ceil(len(loads) * pressure)
-    idle = now - (history.busy_at or history.since) >= timedelta(seconds=spec.idle_seconds)
+    quiet_since = history.since if history.busy_at is None else history.busy_at
+    idle = tick - quiet_since >= spec.idle_seconds
     floor = low if low or idle else 1
     wanted = min(max(enough, floor), high)
-    _remember(history, now, wanted, timedelta(seconds=spec.scale_down_delay_seconds))
+    _remember(history, tick, wanted, spec.scale_down_delay_seconds)
     if wanted > current:
         return Scaling(min(wanted, max(2 * current, current + 1)), f"{why}.")
     if not loads and current:
         return None  # they are starting, or do not answer: nobody knows what is enough
-    if now - history.since < timedelta(seconds=spec.scale_down_delay_seconds):
+    if tick - history.since < spec.scale_down_delay_seconds:
         return None
     most = max(number for _, number in history.recommended)
     if most >= current:
@@ -96,10 +97,10 @@ def _pressure(target: Target, loads: Sequence[Load]) -> tuple[float, str]:
     return most, why[:1].upper() + why[1:]
 
 
-def _remember(history: History, now: datetime, wanted: int, delay: timedelta) -> None:
+def _remember(history: History, tick: float, wanted: int, delay_s: float) -> None:
     # A number that a later and higher one outlasts is never the highest of the window: it is dropped at once.
     while history.recommended and history.recommended[-1][1] <= wanted:
         history.recommended.pop()
-    history.recommended.append((now, wanted))
-    while len(history.recommended) > 1 and now - history.recommended[0][0] > delay:
+    history.recommended.append((tick, wanted))
+    while len(history.recommended) > 1 and tick - history.recommended[0][0] > delay_s:
         history.recommended.popleft()

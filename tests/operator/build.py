@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from octavo_engine.status import Effective, Load, Progress, Stage, Statusz
@@ -10,6 +10,8 @@ from octavo_operator.observed import Pod, Termination
 from octavo_operator.spec import Server, parse
 
 NOW = datetime(2026, 1, 1, 0, 1, tzinfo=UTC)
+TICK = 60.0
+"""The monotonic clock at that time."""
 EFFECTIVE = Effective(
     model="org/name",
     dtype="bfloat16",
@@ -24,9 +26,9 @@ EFFECTIVE = Effective(
 
 
 def pod(name: str = "qwen-1", **facts: Any) -> Pod:
-    """A pod on a node, a minute old."""
+    """A pod on a node, known since the monotonic clock was at 0."""
     given: dict[str, Any] = {"phase": "Running", "node": "n1", "revision": "r1"} | facts
-    return Pod(name=name, uid=f"uid-{name}", created_at=NOW - timedelta(minutes=1), **given)
+    return Pod(name=name, uid=f"uid-{name}", **given)
 
 
 def end(exit_code: int, message: str = "", reason: str = "Error", at: int = 0) -> Termination:

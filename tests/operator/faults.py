@@ -5,7 +5,9 @@
 Orders, all optional: `refuse`, the share of requests that get one of `statuses` for an answer (half of the writes
 among them are carried out all the same, as when an answer is lost); `cut_s`, how long a watch lives before it is cut at
 a random moment; `gone`, the share of cut watches that end with a 410; `deaf`, plural names of kinds whose watches stay
-open and tell nothing; `seed`; `record`, a file to which each request is added as a line: method, path and query.
+open and tell nothing; `seed`; `record`, a file to which each request is added as a line: method, path and query;
+`busy_s`, after how many seconds each request, watches too, is told to come again, and `refused`, a file to which those
+are added, with the time before them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import random
 import ssl
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +38,10 @@ def orders() -> dict[str, Any]:
     return found
 
 
-def refusal(status: int) -> web.Response:
+def refusal(status: int, retry_after_s: int = 1) -> web.Response:
     reason = {409: "Conflict", 410: "Expired", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable"}
     body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": status, "reason": reason[status]}
-    headers = {"Retry-After": "1"} if status == 429 else {}
+    headers = {"Retry-After": str(retry_after_s)} if status == 429 else {}
     return web.json_response({**body, "message": f"injected: {status}"}, status=status, headers=headers)
 
 
@@ -54,6 +57,9 @@ async def handle(request: web.Request) -> web.StreamResponse:
     told = orders()
     if file := told.get("record"):
         record(file, f"{request.method} {request.path_qs}\n")
+    if busy_s := told.get("busy_s"):
+        record(told["refused"], f"{time.monotonic()} {request.method} {request.path_qs}\n")
+        return refusal(429, busy_s)
     if request.query.get("watch") == "true":
         return await watch(request, session, url, headers, told)
     body = await request.read()

@@ -211,14 +211,14 @@ EFFECTIVE = Effective(
 )
 
 
-def chart(release: str, *templates: str, values: tuple[str, ...] = ()) -> str:
+def chart(release: str, *templates: str, values: tuple[str, ...] = (), root: Path = ROOT) -> str:
     """What the chart makes of these templates, by the real helm."""
     import programs
 
     helm = programs.folder("helm") / "helm"
     if not helm.exists():
         pytest.skip("helm is not built: run `python tests/cluster/cluster.py build helm`")
-    command = [str(helm), "template", release, str(ROOT / "helm/octavo"), "-n", "octavo-system"]
+    command = [str(helm), "template", release, str(root / "helm/octavo"), "-n", "octavo-system"]
     command += ["--kube-version=1.34.0", *(f"--show-only=templates/{name}.yaml" for name in templates)]
     command += [f"--set={value}" for value in values]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from build import NOW, end, pod
+from build import end, pod
 
 from octavo_engine.status import Failure, FailureCode
 from octavo_operator.causes import About, Wanted, alteration, cause_of, refusal_of_object, refusal_of_pods
@@ -184,7 +184,7 @@ def test_a_kill_for_memory_without_a_limit_is_the_nodes():
 
 
 def test_a_failure_stays_the_cause_until_the_engine_is_up_again():
-    again = pod(running_since=NOW, terminations=(end(1),), restarts=1)
+    again = pod(running=True, terminations=(end(1),), restarts=1)
 
     assert cause_of(again, [], WANTED) is not None
     assert cause_of(again, [], WANTED, engine_is_up=True) is None
@@ -193,11 +193,11 @@ def test_a_failure_stays_the_cause_until_the_engine_is_up_again():
 @pytest.mark.parametrize(
     "fine",
     [
-        pod(ready=True, running_since=NOW, terminations=(end(1),)),
+        pod(ready=True, running=True, terminations=(end(1),)),
         pod(terminating=True, terminations=(end(137),)),
         pod(phase="Failed", reason="Evicted"),
         pod(waiting="ContainerCreating"),
-        pod(running_since=NOW),
+        pod(running=True),
     ],
     ids=["ready", "ending", "over", "being created", "running"],
 )
@@ -220,7 +220,7 @@ BEFORE = LastFailure(time="2026-01-01T00:00:05Z", pod="old", code="EXITED", mess
         # Told to end, and killed as it did not: that is no failure. One before that was.
         ([pod("a", terminating=True, terminations=(end(137, at=9),))], BEFORE, "old"),
         ([pod("a", terminating=True, terminations=(end(0, at=9), end(1, at=8)))], BEFORE, "a"),
-        ([pod("a", ready=True, running_since=NOW, terminations=(end(1, at=8),))], None, "a"),
+        ([pod("a", ready=True, running=True, terminations=(end(1, at=8),))], None, "a"),
     ],
 )
 def test_the_newest_failure_is_kept(pods, previous, told):
@@ -231,7 +231,7 @@ def test_the_newest_failure_is_kept(pods, previous, told):
 
 @pytest.mark.parametrize("engine_is_up", [True, False])
 def test_a_sidecar_that_does_not_run_is_told_also_while_the_engine_does(engine_is_up):
-    sick = pod(beside="proxy: it ended with 1. no such upstream", running_since=NOW if engine_is_up else None)
+    sick = pod(beside="proxy: it ended with 1. no such upstream", running=engine_is_up)
     found = cause_of(sick, (), Wanted("nvidia.com/gpu", 1, None, None), engine_is_up=engine_is_up)
 
     assert found is not None

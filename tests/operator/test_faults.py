@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
+import sys
 import time
+from pathlib import Path
 
 import pytest
-from stage import CHILDREN, ApiError, Faults, Operator, wait_for
+from stage import CHILDREN, ApiError, Faults, Operator, says, wait_for
+
+from octavo_engine.status import Load, Stage
 
 LEASE = "/apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator"
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -121,6 +126,105 @@ def test_two_operators_killed_at_random_behind_a_failing_api_server_end_in_the_s
     assert stage.status()["ready"] == "1/1"
     # What the API server does is no surprise to a look, whatever it is.
     assert "a look failed" not in "".join(one.log() for one in everyone)
+
+
+def test_an_api_server_that_is_busy_is_left_alone_for_as_long_as_it_says(stage, cluster, start):
+    refused = cluster.state / "refused"
+    faults = Faults(cluster, 18240)
+    # All that runs by itself does so often, the lease too.
+    often = {"OCTAVO_RESYNC_SECONDS": "1", "OCTAVO_SETTLED_POLL_SECONDS": "1", "OCTAVO_LEASE_SECONDS": "20"}
+    running = start("patient", 18140, server=faults.url, **often)
+    running.wait_leading()
+    faults.do(cut_s=1.0)
+    with stage.kubelet():
+        stage.serve()
+        stage.wait_condition("Progressing", "False", "Settled", timeout_s=60)
+        faults.do(busy_s=2, refused=str(refused), cut_s=1.0)
+        stage.patch("qwen", {"replicas": 2})
+        time.sleep(9)
+        faults.do()
+        stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=60)
+        wait_for(lambda: len(stage.pods()) == 2, "the second pod", 60)
+    times: dict[str, list[float]] = {}
+    for line in refused.read_text().splitlines():
+        at, _, what = line.partition(" ")
+        times.setdefault(what, []).append(float(at))
+    again = [(what, after - at) for what, seen in times.items() for at, after in itertools.pairwise(seen)]
+
+    assert [(what, round(gap, 2)) for what, gap in again if gap < 1.95] == []
+    assert all(word in str(times) for word in ("watch=true", "leases", "monitoring.coreos.com"))
+    assert len(again) > 3  # it did come again
+    assert running.process.poll() is None
+    assert "a look failed" not in running.log()
+
+
+def test_clocks_that_jump_by_hours_and_pods_that_lie_about_theirs_change_nothing(stage, cluster, start):
+    hours = cluster.state / "hours"
+
+    def jump(by):
+        partial = hours.with_suffix(".partial")
+        partial.write_text(str(by))
+        partial.rename(hours)
+        time.sleep(1.5)  # a look at an unsettled server every half a second
+
+    jump(0)
+    python = (sys.executable, str(Path(__file__).with_name("jumping.py")), str(hours))
+    poll = {"OCTAVO_LOADING_POLL_SECONDS": "0.5", "OCTAVO_SETTLED_POLL_SECONDS": "1"}
+    running = start("jumps", 18130, python=python, **poll)
+    running.wait_leading()
+    waiting = start("patient", 18131)
+    stage.serve(rollout={"waitForIdle": True, "idleTimeoutSeconds": 600}, engine={"maxModelLen": 2048})
+    (old,) = stage.wait_pods(1)
+    address = stage.engines.new_address()
+    stage.engines.say(address, says(Stage.LOADING_WEIGHTS, 50, done=1, total=2, eta=-7200.0))
+    stage.report(old, address, {"running": {"startedAt": "2031-01-01T00:00:00Z"}})
+    loading = wait_for(lambda: (stage.status().get("pods") or [{}])[0].get("etaSeconds") and stage.status(), "an ETA")
+    stage.up(old, load=Load(running=1))
+    stage.wait_condition("Progressing", "False", "Settled")
+
+    # A change waits for a request to end, and for no clock.
+    stage.patch("qwen", {"engine": {"maxModelLen": 1024}})
+    stage.wait_condition("Progressing", "True", "WaitingForIdle")
+    for by in (5, -30, 100):
+        jump(by)
+    held = stage.condition("Progressing")["reason"]
+    stage.up(old)
+    fresh = wait_for(lambda: next((p for p in stage.pods() if is_other(p, old)), None), "the new revision's pod")
+    # A pod that cannot start yet is not given up, and an engine that was just made is not taken for silent.
+    pulls = {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}}
+    stage.report(fresh, None, pulls)
+    stage.wait_condition("Progressing", "False", "ImagePull")
+    for by in (-100, 30):
+        jump(by)
+    given_up = stage.condition("Progressing")["reason"]
+    stage.report(fresh, address_of_nobody(stage), {"running": {"startedAt": "2001-01-01T00:00:00Z"}})
+    starting = wait_for(lambda: "starting" in str(stage.status().get("pods")) and stage.status(), "it to start")
+    stage.up(fresh)
+    with stage.kubelet():
+        stage.wait_condition("Progressing", "False", "Settled", timeout_s=60)
+    jump(0)
+    final = stage.get("llmservers", "qwen")["spec"]
+    stage.create("llmservers", {**SERVER, "metadata": {"name": "calm"}, "spec": final})
+    with stage.kubelet("calm"):
+        stage.wait_condition("Progressing", "False", "Settled", "calm", timeout_s=60)
+
+    assert loading["pods"][0]["etaSeconds"] == 1
+    assert (held, given_up) == ("WaitingForIdle", "ImagePull")
+    assert {pod["stage"] for pod in starting["pods"]} == {"ready", "starting"}
+    assert stage.status()["revision"].get("failed") is None
+    assert world_of(stage, "qwen") == world_of(stage, "calm")
+    assert running.process.poll() is None
+    assert "leading identity" not in waiting.log()
+    assert "a look failed" not in running.log()
+
+
+def address_of_nobody(stage):
+    """Where no stand-in answers."""
+    return stage.engines.new_address()
+
+
+def is_other(pod, known):
+    return pod["metadata"]["uid"] != known["metadata"]["uid"] and pod["spec"].get("nodeName")
 
 
 def leads(operator):

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from aiohttp import web
-from build import NOW, engine, pod
+from build import engine, pod
 
 from octavo_engine.status import Stage
 from octavo_operator import engine_client
@@ -98,7 +98,7 @@ async def ask(*pods, timeout_s=0.3):
         await client.close()
 
 
-RUNNING = pod("p", running_since=NOW, ip="127.0.0.1")
+RUNNING = pod("p", running=True, ip="127.0.0.1")
 
 
 async def test_an_engines_word_is_read(serve):
@@ -130,7 +130,7 @@ async def test_engines_are_asked_at_once_and_slow_ones_do_not_hold_up_the_look(s
         return web.Response(body=json.dumps(engine(Stage.READY).to_dict()))
 
     await serve(answer)
-    slow = [pod(f"slow-{n}", running_since=NOW, ip="127.0.0.2") for n in range(5)]
+    slow = [pod(f"slow-{n}", running=True, ip="127.0.0.2") for n in range(5)]
     started = asyncio.get_running_loop().time()
     found = await ask(RUNNING, *slow)
 
@@ -146,7 +146,7 @@ async def test_pods_that_do_not_run_are_not_asked(serve):
         return web.Response(status=500)
 
     await serve(answer)
-    found = await ask(pod("a", ip="127.0.0.1"), pod("b", running_since=NOW))
+    found = await ask(pod("a", ip="127.0.0.1"), pod("b", running=True))
 
     assert found == {}
     assert asked == []

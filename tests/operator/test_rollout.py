@@ -52,8 +52,8 @@ def replica(of: str, name: str = "qwen-old", *, ready: bool = True, load: Load |
 
 
 def decided(of: Server, wanted: dict[str, Any], found: list[Replica], **more: Any) -> Decision:
-    facts: dict[str, Any] = {"present": OLD, "before": None, "refused": None, "now": NOW} | more
-    return decide(of, wanted, facts["present"], found, facts["before"], facts["refused"], facts["now"])
+    facts: dict[str, Any] = {"present": OLD, "before": None, "refused": None, "now": NOW, "tick": 0.0} | more
+    return decide(of, wanted, found=found, **facts)
 
 
 def test_the_first_deployment_is_made_as_wanted():
@@ -110,9 +110,8 @@ def test_a_surge_that_finds_no_room_is_gone_on_with_in_place_after_a_while(age_s
     of = server()
     wanted = new(of)
     fresh = replica(revision(wanted), "qwen-new", ready=False, node=None, unschedulable="0/1 nodes", cause=NO_ROOM)
-    now = fresh.pod.created_at + timedelta(seconds=age_s)
     before = RevisionStatus(current=revision(wanted), strategy="Surge", verified=OLD_REVISION)
-    decision = decided(of, wanted, [replica(OLD_REVISION), fresh], present=wanted, before=before, now=now)
+    decision = decided(of, wanted, [replica(OLD_REVISION), fresh], present=wanted, before=before, tick=age_s)
 
     assert decision.report.strategy == kind
     if kind == "InPlace":
@@ -146,14 +145,55 @@ def test_idle_is_waited_for_with_the_queue_and_not_for_ever():
     of = server(waitForIdle=True, idleTimeoutSeconds=60)
     queued = [replica(OLD_REVISION, load=Load(running=0, waiting=2))]
     waits = decided(of, new(of), queued)
-    late = RevisionStatus(waiting_since=write_time(NOW - timedelta(seconds=61)))
-    over = decided(of, new(of), queued, before=late)
-    idle = decided(of, new(of), [replica(OLD_REVISION)], before=late)
+    before = RevisionStatus(waiting_since=write_time(NOW))
+    over = decided(of, new(of), queued, before=before, waited_s=61)
+    idle = decided(of, new(of), [replica(OLD_REVISION)], before=before)
 
     assert waits.held == "idle"
     assert waits.report.waiting_since == write_time(NOW)
     assert waits.deployment["metadata"]["annotations"][names.ASKED_ANNOTATION] != of.asked
     assert (over.held, idle.held) == (None, None)
+
+
+def marked(mark: str | None) -> dict[str, Any]:
+    """The present Deployment, with a mark by another version's rule or without one."""
+    annotations = {} if mark is None else {names.ASKED_ANNOTATION: mark}
+    return {**OLD, "metadata": {**OLD["metadata"], "annotations": annotations}}
+
+
+@pytest.mark.parametrize("mark", ["04a99fae98", "r0.04a99fae98", None])
+def test_another_versions_mark_holds_the_template_unless_the_spec_has_changed_since(mark):
+    of = server(1024)
+    wanted = new(of, "octavo/engine:next")
+    upgraded = decided(of, wanted, [replica(OLD_REVISION)], present=marked(mark), seen_generation=of.generation)
+    changed = decided(of, wanted, [replica(OLD_REVISION)], present=marked(mark), seen_generation=of.generation - 1)
+    busy = [replica(OLD_REVISION, load=Load(running=1))]
+    waits = server(1024, waitForIdle=True)
+    later = {"present": marked(mark), "seen_generation": waits.generation - 1}
+    held = decided(waits, new(waits, "octavo/engine:next"), busy, **later)
+    again = decided(waits, new(waits, "octavo/engine:next"), busy, present=held.deployment, seen_generation=3)
+
+    assert upgraded.held == "update"
+    assert upgraded.deployment["spec"]["template"] == OLD["spec"]["template"]
+    assert upgraded.deployment["metadata"]["annotations"][names.ASKED_ANNOTATION] == of.asked
+    assert (changed.held, changed.deployment["spec"]["template"]) == (None, wanted["spec"]["template"])
+    # What was asked for is not forgotten while it waits.
+    assert (held.held, again.held) == ("idle", "idle")
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_clock_that_jumps_decides_nothing(hours):
+    of = server(waitForIdle=True, idleTimeoutSeconds=60)
+    wanted = new(of)
+    now = NOW + timedelta(hours=hours)
+    queued = [replica(OLD_REVISION, load=Load(running=1))]
+    held = decided(of, wanted, queued, before=RevisionStatus(waiting_since=write_time(NOW)), now=now, waited_s=2)
+    fresh = replica(revision(wanted), "qwen-new", ready=False, node=None, unschedulable="0/1 nodes", cause=NO_ROOM)
+    before = RevisionStatus(current=revision(wanted), strategy="Surge", verified=OLD_REVISION)
+    surge = decided(of, wanted, [*queued, fresh], present=wanted, before=before, now=now, tick=2)
+
+    assert (held.held, held.report.waiting_since) == ("idle", write_time(NOW))
+    assert surge.report.strategy == "Surge"
 
 
 def crashing(of: str, restarts: int) -> Replica:

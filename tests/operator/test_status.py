@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from build import EFFECTIVE, NOW, end, engine, pod, server
+from build import EFFECTIVE, NOW, TICK, end, engine, pod, server
 
 from octavo_engine.status import Failure, FailureCode, Load, Stage
 from octavo_operator.announce import announcements
@@ -23,12 +23,13 @@ from octavo_operator.status import as_document, same, status_of, status_of_inval
 
 WANTED = Wanted("nvidia.com/gpu", 1, None, None)
 TOO_SMALL = Failure(FailureCode.KV_CACHE_TOO_SMALL, "Too small.", "set --max-model-len <= 9216").to_json()
-RUNNING = {"running_since": NOW - timedelta(minutes=1), "ip": "10.0.0.1"}
+RUNNING = {"running": True, "ip": "10.0.0.1"}
 
 
-def view(pods=(), engines=None, *, causes=(), known=False, unannotated=None, **spec: Any) -> View:
-    world = World(pods=tuple(pods), engines=engines or {})
-    return View(server(**spec), replicas(world, WANTED, NOW), "r1", known, unannotated, tuple(causes))
+def view(pods=(), engines=None, *, causes=(), known=False, unannotated=None, silent_s=0.0, **spec: Any) -> View:
+    answered = {one.name: TICK - silent_s for one in pods}
+    world = World(pods=tuple(pods), engines=engines or {}, answered=answered)
+    return View(server(**spec), replicas(world, WANTED, TICK), "r1", known, unannotated, tuple(causes))
 
 
 def told(seen: View, previous: dict[str, Any] | None = None, now=NOW) -> dict[str, Any]:
@@ -73,12 +74,12 @@ TABLE: dict[str, tuple[View, str, str, str, str, str, str]] = {
         "Unknown NotPlannedYet",
     ),
     "just started": (
-        view([pod(running_since=NOW, ip="10.0.0.1")]),
+        view([pod(running=True, ip="10.0.0.1")]),
         "Loading", "False Starting", "True Starting", "True Scheduled", "Unknown NotLookedYet",
         "Unknown NotPlannedYet",
     ),
     "does not answer": (
-        view([pod(**RUNNING)]),
+        view([pod(**RUNNING)], silent_s=11),
         "Pending", "False Unreachable", "True Starting", "True Scheduled", "Unknown NotLookedYet",
         "Unknown NotPlannedYet",
     ),
@@ -352,7 +353,7 @@ def test_a_status_of_another_version_is_no_obstacle():
 
 
 def test_an_invalid_spec_is_told_and_pods_before_it_go_on():
-    serving = replicas(World(pods=(ready(),)), WANTED, NOW)
+    serving = replicas(World(pods=(ready(),)), WANTED, TICK)
     findings = conditions_of_invalid([Problem("spec.x", "got 1, expected 2")], 1)
     before = told(view([ready()], SERVING))
     document = as_document(status_of_invalid("qwen", 4, findings, serving, before, NOW))
