@@ -1,0 +1,65 @@
+"""An operator with nothing to do: it reads, renews its lease, and writes nothing else, however long that lasts.
+
+Its periods are as short as they may be, so that each of them comes round several times here. Longer ones do the same
+less often: benchmarks/operator_scale.py --turns idle counts ten minutes of them as installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+
+import pytest
+from stage import ApiError, Faults, Operator, certificate, says
+
+from octavo_engine.status import Failure, FailureCode, Stage
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+REST_S = 6.0
+
+
+def test_at_rest_nothing_is_written_but_the_lease(stage, cluster, api):
+    record = cluster.state / "at-rest"
+    faults = Faults(cluster, 18230)
+    often = {"OCTAVO_RESYNC_SECONDS": "1", "OCTAVO_SETTLED_POLL_SECONDS": "1", "OCTAVO_LOADING_POLL_SECONDS": "0.5"}
+    running = Operator(cluster, "at-rest", 18150, server=faults.url, **often)
+    try:
+        running.wait_leading()
+        stage.serve()
+        (pod,) = stage.wait_pods(1)
+        stage.up(pod)
+        stage.serve("scaled", autoscaling={"maxReplicas": 3})
+        (pod,) = stage.wait_pods(1, "scaled")
+        stage.up(pod)
+        stage.serve("loading")
+        (pod,) = stage.wait_pods(1, "loading")
+        stage.engines.say(stage.run_pod(pod), says(Stage.LOADING_WEIGHTS, 50, done=1, total=2, eta=60.0))
+        stage.serve("sick")
+        (pod,) = stage.wait_pods(1, "sick")
+        stage.crash_pod(pod, certificate(Failure(FailureCode.KV_CACHE_TOO_SMALL, "Too small.", "")), 41, restarts=3)
+        stage.serve("suspended", suspend=True)
+        for name in ("qwen", "scaled", "suspended"):
+            stage.wait_condition("Progressing", "False", "Settled", name)
+        stage.wait_condition("Ready", "False", "LoadingWeights", "loading")
+        stage.wait_condition("Ready", "False", "KvCacheTooSmall", "sick")
+        time.sleep(2)  # the last events of that
+        looks = running.metric("octavo_operator_look_seconds_count")
+        faults.do(record=str(record))
+        time.sleep(REST_S)
+        faults.do()
+        looks = running.metric("octavo_operator_look_seconds_count") - looks
+        log = running.log()
+    finally:
+        running.stop()
+        with contextlib.suppress(ApiError):
+            api.request("DELETE", "/apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator")
+    requests = Counter(line.partition("?")[0] for line in record.read_text().splitlines())
+    writes = {request for request in requests if not request.startswith("GET ")}
+
+    assert writes == {"PUT /apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator"}
+    # It was awake: every server was looked at, and every kind was listed.
+    assert looks > 5
+    assert requests["GET /api/v1/pods"] >= 2
+    assert "ERROR" not in log
