@@ -52,7 +52,8 @@ def operator(cluster, api) -> Iterator[object]:
     """One running operator for the tests of a file. Another one would wait for its lease."""
     from stage import Operator, wait_for
 
-    running = Operator(cluster, "operator", port=18080)
+    # A busy machine may keep it from renewing for seconds, and nobody waits for this lease.
+    running = Operator(cluster, "operator", port=18080, OCTAVO_LEASE_SECONDS="15")
     running.wait_leading()
     # Its watches begin a moment after it leads: a server that is looked at shows that they have.
     warm_up = {"apiVersion": "octavo.dev/v1alpha1", "kind": "LLMServer", "metadata": {"name": "warm-up"}}

@@ -132,7 +132,7 @@ def test_an_api_server_that_is_busy_is_left_alone_for_as_long_as_it_says(stage, 
     refused = cluster.state / "refused"
     faults = Faults(cluster, 18240)
     # All that runs by itself does so often, the lease too.
-    often = {"OCTAVO_RESYNC_SECONDS": "1", "OCTAVO_SETTLED_POLL_SECONDS": "1", "OCTAVO_LEASE_SECONDS": "20"}
+    often = {"OCTAVO_RESYNC_SECONDS": "1", "OCTAVO_SETTLED_POLL_SECONDS": "1", "OCTAVO_LEASE_SECONDS": "30"}
     running = start("patient", 18140, server=faults.url, **often)
     running.wait_leading()
     faults.do(cut_s=1.0)
@@ -169,7 +169,7 @@ def test_clocks_that_jump_by_hours_and_pods_that_lie_about_theirs_change_nothing
 
     jump(0)
     python = (sys.executable, str(Path(__file__).with_name("jumping.py")), str(hours))
-    poll = {"OCTAVO_LOADING_POLL_SECONDS": "0.5", "OCTAVO_SETTLED_POLL_SECONDS": "1"}
+    poll = {"OCTAVO_LOADING_POLL_SECONDS": "0.5", "OCTAVO_SETTLED_POLL_SECONDS": "1", "OCTAVO_LEASE_SECONDS": "10"}
     running = start("jumps", 18130, python=python, **poll)
     running.wait_leading()
     waiting = start("patient", 18131)

@@ -24,6 +24,7 @@ def test_at_rest_nothing_is_written_but_the_lease(stage, cluster, api):
     record = cluster.state / "at-rest"
     faults = Faults(cluster, 18230)
     often = {"OCTAVO_RESYNC_SECONDS": "1", "OCTAVO_SETTLED_POLL_SECONDS": "1", "OCTAVO_LOADING_POLL_SECONDS": "0.5"}
+    often |= {"OCTAVO_LEASE_SECONDS": "10"}  # renewed every two seconds
     running = Operator(cluster, "at-rest", 18150, server=faults.url, **often)
     try:
         running.wait_leading()

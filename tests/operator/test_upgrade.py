@@ -73,7 +73,7 @@ def world(stage, names):
 
 def test_no_engine_is_restarted_by_another_version_of_the_operator(stage, older, cluster, api):
     before = world(stage, older)
-    running = Operator(cluster, "newer", 18160, OCTAVO_SETTLED_POLL_SECONDS="1")
+    running = Operator(cluster, "newer", 18160, OCTAVO_SETTLED_POLL_SECONDS="1", OCTAVO_LEASE_SECONDS="15")
     try:
         running.wait_leading()
         for name in older:

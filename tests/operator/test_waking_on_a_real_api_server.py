@@ -56,7 +56,14 @@ def operator(cluster, api, activators):
 
 
 def an_operator(cluster):
-    return Operator(cluster, "wakes", 18320, OCTAVO_ACTIVATOR="octavo-activator", OCTAVO_ACTIVATOR_REPLICAS="2")
+    return Operator(
+        cluster,
+        "wakes",
+        18320,
+        OCTAVO_ACTIVATOR="octavo-activator",
+        OCTAVO_ACTIVATOR_REPLICAS="2",
+        OCTAVO_LEASE_SECONDS="15",
+    )
 
 
 def tell(api, addresses, ending=()):
