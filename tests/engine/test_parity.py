@@ -137,8 +137,10 @@ def test_fifty_at_once_and_again_on_a_prefix_hit(expected, block_size: int):
 
 @pytest.mark.slow
 def test_one_at_a_time(expected):
+    # Every other one: alone, each token reads all weights, and fifty took two minutes of the whole suite's seventeen.
+    some = slice(0, 50, 2)
     with engine(enable_prefix_caching=False) as llm:
-        compare([output for prompt in PROMPTS for output in generate(llm, [prompt])], expected)
+        compare([output for prompt in PROMPTS[some] for output in generate(llm, [prompt])], expected[some])
 
 
 @pytest.mark.slow
