@@ -102,7 +102,11 @@ def _read(pod: Pod, end: Termination, memory_limit: str | None) -> Failure:
     last_words = next((line.strip() for line in reversed(end.message.splitlines()) if line.strip()), "")
     said = f"; its last words: {last_words[:300]}" if last_words else " without a word"
     message = f"The engine ended with status {end.exit_code}{_signal(end.exit_code)}{said}"
-    return Failure(pod.name, EXITED, message, f"kubectl logs {pod.name} --previous tells more", end.finished_at)
+    fix = f"kubectl logs {pod.name} --previous tells more"
+    if end.exit_code == 128 + signal.SIGKILL:
+        # Some container runtimes miss the kernel's word now and then, so that the kubelet does not say OOMKilled.
+        fix += "; if nobody killed it, memory ended: see hardware.resources.limits.memory"
+    return Failure(pod.name, EXITED, message, fix, end.finished_at)
 
 
 def _signal(exit_code: int) -> str:

@@ -115,8 +115,19 @@ def test_an_image_that_cannot_be_pulled_is_named_and_its_coming_is_enough(stage,
 def test_host_memory_that_ends_is_told_and_the_next_start_is_seen(stage, engine):
     limits = {"resources": {"limits": {"memory": "32Mi"}}}
     serve(stage, engine={"image": engine, "args": ["--seed=1"]}, hardware=limits)
-    stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=90)
-    failure = stage.status()["lastFailure"]
+    for _ in range(3):
+        stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=90)
+        failure = stage.status()["lastFailure"]
+        if failure["code"] == "OOM_KILLED":
+            break
+        # containerd 1.6 sometimes sees the end before the kernel's word on it, and the kubelet then says 137.
+        assert "if nobody killed it, memory ended" in failure["fix"]
+        (pod,) = stage.pods()
+        stage.delete("pods", pod["metadata"]["name"])
+        wait_for(
+            lambda gone=pod["metadata"]["uid"]: gone not in {p["metadata"]["uid"] for p in stage.pods()}, "its end"
+        )
+        wait_for(lambda: stage.condition("Ready")["status"] == "False", "the new pod to be seen")
 
     assert failure["code"] == "OOM_KILLED"
     assert "at its memory limit of 32Mi" in failure["message"]

@@ -62,7 +62,7 @@ def is_served(api, name: str) -> bool:
 
 @pytest.fixture(scope="module")
 def running(cluster, defined) -> Iterator[Operator]:
-    made = Operator(cluster, "definitions", 18230, OCTAVO_RESYNC_SECONDS="1", OCTAVO_ALERTS_RULE="octavo-operator")
+    made = Operator(cluster, "definitions", 18170, OCTAVO_RESYNC_SECONDS="1", OCTAVO_ALERTS_RULE="octavo-operator")
     try:
         made.wait_leading()
         yield made
