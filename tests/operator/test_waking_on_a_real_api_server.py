@@ -118,7 +118,17 @@ def leads_to(stage, addresses):
         there = [endpoint["addresses"][0] for endpoint in (found or {}).get("endpoints") or []]
         return found if found and sorted(there) == sorted(addresses) else None
 
-    return wait_for(look, f"the Service to lead to {addresses}: {stage.get('endpointslices', 'qwen')}", 30)
+    found = wait_for(look, f"the Service to lead to {addresses}: {stage.get('endpointslices', 'qwen')}")
+    # kube-proxy hears of it a moment later: a request that comes before goes the old way, to an activator that is gone.
+    if addresses:
+        wait_for(lambda: destinations(stage) == set(addresses), f"kube-proxy to lead to {addresses}", every_s=0.1)
+    return found
+
+
+def destinations(stage):
+    rules = stage.api.cluster.run(["iptables-save", "-t", "nat"]).stdout.splitlines()
+    mine = [rule for rule in rules if f'"{stage.namespace}/qwen' in rule and "--to-destination" in rule]
+    return {rule.rpartition("--to-destination ")[2].rpartition(":")[0] for rule in mine}
 
 
 def replicas(stage):
