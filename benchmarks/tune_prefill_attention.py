@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,8 +24,7 @@ from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, How, 
 
 sys.path.insert(0, str(Path(__file__).parent))
 import prefill_attention_gluon
-
-HEADS, KV_HEADS, DIM = 32, 8, 128
+from attention import DIM, HEADS, KV_HEADS, milliseconds
 
 
 def variants() -> list[tuple[int, How]]:
@@ -64,22 +62,6 @@ def candidates(
             tiles(prefill_attention_gluon.ROWS), out, KV_HEADS, block_size, DIM**-0.5, stages,
         )  # fmt: skip
         yield f"blocks of {block_size}, Gluon, {stages} stages", run, out
-
-
-def milliseconds(runs: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
-    """Median of one call each, the candidates in turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            run()
-            begin.record()
-            for _ in range(3):
-                run()
-            end.record()
-            end.synchronize()
-            times[name].append(begin.elapsed_time(end) / 3)
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def measure(tokens: int) -> dict[str, float]:

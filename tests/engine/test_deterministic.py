@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -12,6 +9,7 @@ import models
 from octavo_engine import LLM, RequestOutput, SamplingParams
 from octavo_engine.kernels import invariant
 from octavo_engine.kernels.invariant import Invariant
+from preempting import preempting
 
 TEXT = "The lighthouse keeper wrote down the weather, the ships and the birds of every single day. "
 PROMPT = TEXT * 4 + "On the last page it said:"
@@ -42,22 +40,6 @@ def both(llm: LLM, *others: str) -> list[Told]:
     prompts = [*others[:half], PROMPT, PROMPT, *others[half:]]
     found = answers(llm, prompts, [SAMPLING[0]] * half + SAMPLING + [SAMPLING[1]] * (len(others) - half))
     return [told(output) for output in found[half : half + 2]]
-
-
-@contextmanager
-def preempting(llm: LLM, every: int) -> Iterator[None]:
-    step, count = llm._engine.step, 0
-
-    def interrupted():  # type: ignore[no-untyped-def]
-        nonlocal count
-        count += 1
-        if count % every == 0:
-            llm._engine.scheduler.preempt_all()
-        return step()
-
-    llm._engine.step = interrupted  # type: ignore[method-assign]
-    yield
-    llm._engine.step = step  # type: ignore[method-assign]
 
 
 def engine(**settings: object) -> LLM:

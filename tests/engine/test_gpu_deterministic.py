@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from octavo_engine.models.config import DecoderConfig, RopeConfig
 from octavo_engine.models.gpu_decoder import DeviceStep, GpuDecoder
 from octavo_engine.models.layout import slots
 from octavo_engine.runner.layout import Layout, Tiling, exact, pack
+from preempting import preempting
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
@@ -223,22 +223,6 @@ def told(output: RequestOutput) -> tuple[list[int], list[float]]:
     answer = output.outputs[0]
     assert answer.logprobs is not None
     return list(answer.token_ids), [chance.logprob for step in answer.logprobs for chance in step.values()]
-
-
-@contextmanager
-def preempting(llm: LLM, every: int) -> Iterator[None]:
-    step, count = llm._engine.step, 0
-
-    def interrupted() -> Any:
-        nonlocal count
-        count += 1
-        if count % every == 0:
-            llm._engine.scheduler.preempt_all()
-        return step()
-
-    llm._engine.step = interrupted  # type: ignore[method-assign]
-    yield
-    llm._engine.step = step  # type: ignore[method-assign]
 
 
 @pytest.mark.gpu

@@ -391,11 +391,9 @@ async def _copy(asked: Asked, answer: aiohttp.ClientResponse) -> web.StreamRespo
 
 async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
     body = b""
-    try:
+    with contextlib.suppress(aiohttp.ClientError, OSError):  # what came is told
         while len(body) < most and (chunk := await answer.content.readany()):
             body += chunk
-    except (aiohttp.ClientError, OSError):
-        pass  # what came is told
     return body[:most]
 
 
