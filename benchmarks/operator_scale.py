@@ -50,7 +50,7 @@ from operator_world import (
     percentiles,
     requests_of,
 )
-from stage import Api, Engines, Faults, Operator, chart
+from stage import Api, Engines, Faults, Operator, chart, define
 
 from cluster import Cluster
 from octavo_operator.desired import objects
@@ -93,8 +93,7 @@ def main() -> int:
 def measure(cluster: Cluster, turns: Sequence[str], asked: argparse.Namespace) -> dict[str, Any]:
     api = Api(cluster)
     cluster.kubectl("create", "namespace", "octavo-system")
-    cluster.kubectl("apply", "--server-side", "-f", "-", stdin=chart("octavo", "crd", "rbac", "serviceaccount"))
-    cluster.kubectl("wait", "--for=condition=Established", "crd/llmservers.octavo.dev", "--timeout=30s")
+    define(cluster, chart("octavo", "crd", "rbac", "serviceaccount"))
     Engines(cluster).answer_for_kwok()
     for number in range(NODES):
         add_node(api, f"kwok-{number}", asked.servers)

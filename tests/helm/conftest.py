@@ -16,9 +16,8 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope="session")
 def api(cluster):
-    from stage import chart
+    from stage import chart, define
 
     cluster.kubectl("create", "namespace", "octavo-system")
-    cluster.kubectl("apply", "--server-side", "-f", "-", stdin=chart("octavo", "crd"))
-    cluster.kubectl("wait", "--for=condition=Established", "crd/llmservers.octavo.dev", "--timeout=30s")
+    define(cluster, chart("octavo", "crd"))
     return cluster

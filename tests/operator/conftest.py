@@ -19,11 +19,10 @@ __all__ = ["api", "cluster", "engines", "operator", "stage"]
 @pytest.fixture(scope="session")
 def api(cluster) -> Iterator[object]:
     """The API server as an administrator, with the CRD and the chart's roles on it."""
-    from stage import Api, chart
+    from stage import Api, chart, define
 
     cluster.kubectl("create", "namespace", "octavo-system")
-    cluster.kubectl("apply", "--server-side", "-f", "-", stdin=chart("octavo", "crd", "rbac", "serviceaccount"))
-    cluster.kubectl("wait", "--for=condition=Established", "crd/llmservers.octavo.dev", "--timeout=30s")
+    define(cluster, chart("octavo", "crd", "rbac", "serviceaccount"))
     made = Api(cluster)
     yield made
     made.close()

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -222,6 +222,22 @@ def chart(release: str, *templates: str, values: tuple[str, ...] = (), root: Pat
     command += ["--kube-version=1.34.0", *(f"--show-only=templates/{name}.yaml" for name in templates)]
     command += [f"--set={value}" for value in values]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def define(cluster: Any, documents: str) -> None:
+    """Apply what the chart made, our kind's definition in it, and return once the API server serves the kind."""
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=documents)
+    name = "crd/llmservers.octavo.dev"
+    wait_for(
+        lambda: is_served(json.loads(cluster.kubectl("get", name, "-o", "json"))), "our kind to be served", 30, 0.2
+    )
+
+
+def is_served(definition: Mapping[str, Any]) -> bool:
+    """Whether its objects can be made. `kubectl wait` ends with an error where the conditions are null, as they are
+    until the controller has looked."""
+    conditions = definition.get("status", {}).get("conditions") or ()
+    return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
 
 
 class Faults:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from stage import says, wait_for
+from stage import is_served, says, wait_for
 
 from octavo_engine.status import Failure, FailureCode
 from octavo_engine.status import Stage as EngineStage
@@ -189,10 +189,4 @@ def with_definition(api, plural: str, kind: str, group: str) -> None:
     }
     path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
     api.request("POST", path, body)
-
-    def established() -> bool:
-        # Until the controller has looked, the conditions are there and null.
-        conditions = api.request("GET", f"{path}/{plural}.{group}").get("status", {}).get("conditions") or []
-        return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
-
-    wait_for(established, "the kind to be served")
+    wait_for(lambda: is_served(api.request("GET", f"{path}/{plural}.{group}")), "the kind to be served")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import definitions
 import pytest
 import yaml
-from stage import ApiError, Operator, wait_for
+from stage import ApiError, Operator, is_served, wait_for
 from test_commands_on_a_real_api_server import command
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
@@ -46,18 +46,13 @@ def defined(api) -> Iterator[None]:
     try:
         for body in bodies:
             api.request("POST", CRDS, body)
-        wait_for(lambda: all(is_served(api, name) for name in names), "the kinds to be served", 60)
+        wait_for(lambda: all(is_served(api.get(f"{CRDS}/{name}") or {}) for name in names), "the kinds to be served")
         yield
     finally:
         for name in names:
             with contextlib.suppress(ApiError):
                 api.request("DELETE", f"{CRDS}/{name}")
         wait_for(lambda: not any(api.get(f"{CRDS}/{name}") for name in names), "the kinds to be gone", 60)
-
-
-def is_served(api, name: str) -> bool:
-    conditions = (api.get(f"{CRDS}/{name}") or {}).get("status", {}).get("conditions")
-    return any(c["type"] == "Established" and c["status"] == "True" for c in conditions or ())
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / name) for name in ("engine", "operator", "tests", "tests/operator", "tests/cluster")]
 
-from stage import Api, Engines, Operator, Stage, chart, wait_for  # noqa: E402 -- the path above leads to it
+from stage import Api, Engines, Operator, Stage, chart, define, wait_for  # noqa: E402 -- the path above leads to it
 
 from cluster import Cluster  # noqa: E402
 
@@ -74,8 +74,7 @@ def compare(cluster: Cluster, older: Path, commit: str, write: Path | None) -> i
         before: dict[str, Any] = {}
         for number, (name, root) in enumerate((("older", older), ("newer", ROOT), ("older again", older))):
             documents = chart("octavo", "crd", "rbac", "serviceaccount", root=root)
-            cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=documents)
-            cluster.kubectl("wait", "--for=condition=Established", "crd/llmservers.octavo.dev", "--timeout=30s")
+            define(cluster, documents)
             if stage is None:
                 stage = Stage(api, Engines(cluster))
                 api.merge(f"/api/v1/nodes/{stage.node}", {"metadata": {"labels": NODE}})
