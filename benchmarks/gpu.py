@@ -168,6 +168,9 @@ class TracingRunner:
         traced.launch_s = time.monotonic() - began
         return launched
 
+    def is_done(self, launched: object) -> bool:
+        return self._runner.is_done(launched)
+
     def collect(self, launched: object) -> Sampled:
         traced = self._under_way.popleft()
         began = time.monotonic()

@@ -80,6 +80,9 @@ class Runner:
         self.steps.append([item.row for item in plan.items])
         return [7 if item.mask is None else item.mask[0] for item in plan.items if item.samples]
 
+    def is_done(self, launched: Any) -> bool:
+        return False
+
     def collect(self, launched: Any) -> Sampled:
         return Sampled(launched)
 

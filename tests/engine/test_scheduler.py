@@ -373,6 +373,9 @@ class NaiveDevice:
                 sampled.append(token)
         return sampled
 
+    def is_done(self, launched: list[int]) -> bool:
+        return False
+
     def collect(self, launched: list[int]) -> Sampled:
         return Sampled(launched)
 

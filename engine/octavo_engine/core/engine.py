@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from octavo_engine.core.constraint import Constraints
 from octavo_engine.core.cost import ChunkLimit, StepCost
 from octavo_engine.core.messages import NOT_FINITE, FinishReason, StepOutput, StepStats, Submit, TokenEvent
+from octavo_engine.core.pace import Pace
 from octavo_engine.core.request import Request
 from octavo_engine.core.scheduler import Commit, Scheduler
 from octavo_engine.core.step import Sampled, StepPlan
@@ -35,6 +37,9 @@ class Runner(Protocol):
     def launch(self, plan: StepPlan) -> Any:
         """Start a step; what it returns is handed to `collect` once, oldest first."""
 
+    def is_done(self, launched: Any) -> bool:
+        """Whether a step has ended, so that the device has nothing to do until the next is launched."""
+
     def collect(self, launched: Any) -> Sampled:
         """Wait for a step and take its result."""
 
@@ -49,6 +54,20 @@ IDLE_WAIT_S = 0.02
 """What a step waits for masks and grammars when nothing else is to be done; a new request may come meanwhile."""
 COMPILE_LIMIT_S = 10.0
 """A request whose grammar is not compiled by then ends with an error."""
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A step that was launched at started_s. in_time: before the one in front of it had ended."""
+
+    plan: StepPlan
+    launched: Any
+    started_s: float
+    in_time: bool
+
+    @property
+    def decodes(self) -> int:
+        return sum(item.count == 1 for item in self.plan.items)
 
 
 class Engine:
@@ -82,10 +101,11 @@ class Engine:
         """Requests whose grammar is being compiled: the scheduler does not know them yet."""
         self._pending: list[TokenEvent] = []
         self._live: set[str] = set()
-        self._launched: deque[tuple[StepPlan, Any, float]] = deque()
-        """Steps under way, oldest first, with the time of their launch."""
+        self._launched: deque[_UnderWay] = deque()
+        """Oldest first."""
         self.cost = StepCost()
         self._limit = ChunkLimit(max_slowdown) if max_slowdown else None
+        self._pace = Pace()
 
     @property
     def has_work(self) -> bool:
@@ -118,6 +138,14 @@ class Engine:
             self._live.discard(request.id)
             self._pending.append(TokenEvent(request.id, [], finish_reason=FinishReason.ABORT))
 
+    def hold_s(self) -> float:
+        """Seconds for which the next step may wait for requests to arrive, as one is under way; 0: call `step`."""
+        # Where requests wait already, one that arrives now would hardly be in the next step.
+        if not self._launched or self._pending or self.scheduler.waiting:
+            return 0.0
+        step = self._launched[-1]
+        return self._pace.hold_s(step.decodes, self._clock() - self._began(step))
+
     def step(self) -> StepOutput:
         """Launch one step if anything can run, take the results that are due; the output carries every event since.
 
@@ -129,7 +157,7 @@ class Engine:
         plan = self.scheduler.schedule(started, self._prompt_tokens)
         events, self._pending = self._pending, []
         if plan.items:
-            self._launched.append((plan, self._runner.launch(plan), started))
+            self._launch(plan, started)
         if self._launched and (len(self._launched) > self._runner.depth or not plan.items):
             events += self._collect()
         return StepOutput(events, self.load(), self._stats(plan, self._clock() - started))
@@ -182,19 +210,32 @@ class Engine:
         event = TokenEvent(request_id, [], finish_reason=FinishReason.ERROR, error=problem, error_param=param)
         self._pending.append(event)
 
+    def _launch(self, plan: StepPlan, started: float) -> None:
+        before = self._launched[-1] if self._launched else None
+        launched = self._runner.launch(plan)
+        in_time = before is not None and not self._runner.is_done(before.launched)
+        if before is not None:
+            self._pace.launched(in_time)
+        self._launched.append(_UnderWay(plan, launched, started, in_time))
+
     def _collect(self) -> list[TokenEvent]:
-        plan, launched, started = self._launched.popleft()
-        sampled = self._runner.collect(launched)
+        step = self._launched.popleft()
+        sampled = self._runner.collect(step.launched)
         now = self._clock()
-        # A step that waited for the one before it took as long as lies between their ends.
-        began = started if self._last_step_s is None else max(started, self._last_step_s)
-        self.cost.observe(plan.num_tokens, now - began)
+        took, prompt_tokens = now - self._began(step), step.plan.num_tokens - step.decodes
+        self.cost.observe(step.plan.num_tokens, took)
+        # What was launched on an idle device took the host's time too.
+        if step.decodes and not prompt_tokens and step.in_time:
+            self._pace.observe(step.decodes, took)
         if self._limit:
-            decodes = sum(item.count == 1 for item in plan.items)
-            self._limit.observe(decodes, plan.num_tokens - decodes, now - began)
+            self._limit.observe(step.decodes, prompt_tokens, took)
         self._num_steps += 1
         self._last_step_s = now
-        return [_event(c) for c in self._commit(plan, sampled, now)]
+        return [_event(c) for c in self._commit(step.plan, sampled, now)]
+
+    def _began(self, step: _UnderWay) -> float:
+        """A step that waited for the one before it took as long as lies between their ends."""
+        return step.started_s if self._last_step_s is None else max(step.started_s, self._last_step_s)
 
     def load(self) -> Load:
         scheduler = self.scheduler

@@ -111,18 +111,20 @@ def _constraints(tokenizer: Path, model: Path) -> Constraints | None:
 def serve(engine: Engine, inbox: queue.SimpleQueue[ToEngine], channel: Channel) -> None:
     """Steps while there is work, waits while there is none; returns on Shutdown."""
     while True:
-        if not engine.has_work:
-            message = _next(inbox, engine)
-            if isinstance(message, Shutdown):
-                return
+        message = _arrived(inbox, engine.hold_s()) if engine.has_work else _next(inbox, engine)
+        if isinstance(message, Shutdown):
+            return
+        if message is not None:
             _take(engine, message)
-        while not inbox.empty():
-            message = inbox.get()
-            if isinstance(message, Shutdown):
-                return
-            _take(engine, message)
-        if engine.has_work:
+        else:
             channel.send(engine.step())
+
+
+def _arrived(inbox: queue.SimpleQueue[ToEngine], within_s: float) -> ToEngine | None:
+    try:
+        return inbox.get(timeout=within_s) if within_s else inbox.get_nowait()
+    except queue.Empty:
+        return None
 
 
 def _next(inbox: queue.SimpleQueue[ToEngine], engine: Engine) -> ToEngine:

@@ -167,6 +167,9 @@ class GpuSteps:
         done.record()
         return Launched(host, places, done, tuple(item.row for item in sampled), asked, told, scores)
 
+    def is_done(self, launched: Launched) -> bool:
+        return bool(launched.done.query())
+
     def collect(self, launched: Launched) -> Sampled:
         places = launched.places
         if not places and not launched.scores:

@@ -140,6 +140,9 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> Any:
         return self._gpu.launch(plan) if self._gpu else self.execute(plan)
 
+    def is_done(self, launched: Any) -> bool:
+        return self._gpu is None or self._gpu.is_done(launched)
+
     def collect(self, launched: Any) -> Sampled:
         """The result of the oldest step that was launched and not collected."""
         sampled: Sampled = self._gpu.collect(launched) if self._gpu else launched
