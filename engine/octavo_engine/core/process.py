@@ -72,7 +72,10 @@ def run(config: EngineConfig, channel: Channel) -> None:
     # Threads that spin while they wait starve each other when cores are shared, as they are in pods: with another
     # busy process beside it a step took fifteen times as long. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from octavo_engine.runner.model_runner import ModelRunner  # imports torch: seconds, while the model is looked for
+    from octavo_engine.runner.quick_torch import import_torch
+
+    import_torch()  # seconds, while the model is looked for
+    from octavo_engine.runner.model_runner import ModelRunner
 
     runner = ModelRunner(config)
     start = inbox.get()
