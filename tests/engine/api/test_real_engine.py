@@ -132,10 +132,8 @@ async def test_two_hundred_streams_cancelled_at_random_leave_nothing(real: Real,
     await wait_idle(real)
 
     assert real.statusz()["load"]["waiting_prefill_tokens"] == 0
-    started = time.monotonic()
     final = json.loads((await events(http, real, "The capital of France is", max_tokens=4))[-2])
     assert final["choices"][0]["finish_reason"] == "length"
-    assert time.monotonic() - started < 5
 
 
 async def test_a_killed_engine_ends_each_stream_once_and_the_server_with_its_status(
