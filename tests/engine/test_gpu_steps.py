@@ -140,6 +140,33 @@ def test_a_grammars_mask_holds_in_graphs_beside_changes(monkeypatch: pytest.Monk
     assert even in ([True, False, True, False], [False, True, False, True])
 
 
+def test_what_a_step_is_described_in_is_not_written_again_before_the_step_has_read_it(monkeypatch: pytest.MonkeyPatch):
+    made = interpreted.steps(monkeypatch, max_tokens=8)
+    engine = interpreted.engine_of(made)
+    launched: list[bool] = []
+
+    class Reached(interpreted.Event):
+        def record(self) -> None:
+            self.index = len(launched)
+            launched.append(False)
+
+        def synchronize(self) -> None:
+            launched[self.index] = True
+
+    launch = made.launch
+
+    def checked(plan: Any) -> Any:
+        # A device may be that far behind: what was waited for has been read, nothing else.
+        assert all(launched[: max(len(launched) - gpu_steps.RING + 1, 0)]), launched
+        return launch(plan)
+
+    monkeypatch.setattr(torch.cuda, "Event", Reached)
+    monkeypatch.setattr(made, "launch", checked)
+    interpreted.generate(engine, [([3 + i % 190 for i in range(60)], sampling_of(max_tokens=2))])
+
+    assert len(launched) >= 8
+
+
 class Made(TorchDispatchMode):
     """The operations that make a tensor, by name. Views and what is written in place make none."""
 
