@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 LARGE = Path(__file__).parents[2] / "docker" / "models" / "llama-3.1-8b"
+
+
+@pytest.fixture(autouse=True)
+def emptied() -> None:
+    """What engines of earlier tests held is free again: a share of the whole card is asked for here."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def engine_of(folder: Path, **settings: Any) -> Engine:
@@ -64,7 +72,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "cut": {"top_k": 20, "top_p": 0.9, "min_p": 0.01},
     "penalties": {"repetition_penalty": 1.1, "frequency_penalty": 0.5, "presence_penalty": 0.5},
-    "lists": {"logit_bias": {5: 2.0}, "min_tokens": 20, "bad_words_ids": ((7,), (8, 9))},
+    "lists": {"logit_bias": {5: 2.0}, "min_tokens": 10, "bad_words_ids": ((7,), (8, 9))},
     "allowed": {"allowed_token_ids": tuple(range(100, 400))},
     "logprobs": {"logprobs": 20},
 }
