@@ -68,13 +68,16 @@ def main() -> None:
     alone: dict[str, object] = {}
     if "attention" in only:  # before the engine takes the memory
         only.remove("attention")
-        torch.cuda.empty_cache()
-        try:
-            alone = {"decode_attention": attention.decode(copy * 1e12), "prefill_attention": attention.prefill()}
-        except (RuntimeError, AssertionError) as error:  # what comes after it is worth more than this
-            alone = {"attention_failed": str(error)[:300]}
-            print(alone, flush=True)
-        torch.cuda.empty_cache()
+        for name, run_alone in (
+            ("decode_attention", lambda: attention.decode(copy * 1e12)), ("prefill_attention", attention.prefill)
+        ):  # fmt: skip
+            torch.cuda.empty_cache()
+            try:
+                alone[name] = run_alone()
+            except Exception as error:  # noqa: BLE001 - what comes after it is worth more than this
+                alone[f"{name}_failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+                print(alone, flush=True)
+    torch.cuda.empty_cache()
     config = EngineConfig(
         model=str(MODEL), load_format="dummy", max_model_len=17000, enable_prefix_caching=False,
         max_num_seqs=arguments.max_num_seqs, max_num_batched_tokens=arguments.max_num_batched_tokens, device="cuda",
@@ -103,6 +106,13 @@ def main() -> None:
         "kv_bytes_per_token": loaded.plan.kv_bytes_per_token,
         "deterministic": arguments.deterministic, "kv_cache_dtype": arguments.kv_cache_dtype, **alone,
     }  # fmt: skip
+
+    def keep() -> None:
+        """What is measured so far, whatever becomes of the rest."""
+        if arguments.output:
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+    keep()
     run(engine, fixed(4, 100, 8))
     for which in filter(None, arguments.profile.split(",")):
         profile(engine, which)
@@ -111,9 +121,8 @@ def main() -> None:
             decode(engine, copy, peer, result)
         else:
             workload(engine, name, peer, result, arguments.trace)
+        keep()
     print(json.dumps(result, indent=1))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def copy_rate() -> float:

@@ -5,7 +5,7 @@ in its softmax, the other has the matrix unit, and within a group the product of
 beside the next block's softmax. (Shah et al., "FlashAttention-3", 2024.) No sliding window and no soft cap.
 
 `tune_prefill_attention.py` measures it beside the Triton kernel. The interpreter knows no Gluon: until then it is known
-to compile for sm_90 without spilling, and nothing else.
+to compile for sm_90, with blocks of 64 without spilling (11 words with blocks of 128), and nothing else.
 """
 
 from __future__ import annotations

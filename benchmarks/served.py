@@ -35,6 +35,8 @@ from workloads import Workload, fixed, sharegpt_like
 MODEL = Path(__file__).parents[1] / "docker" / "models" / "llama-3.1-8b"
 PORT, MANAGEMENT_PORT = 18200, 18201
 CLIENTS = 8
+READY_S = 180
+"""Kernels that nobody has compiled yet take half a minute."""
 FLAGS = ["--load-format", "dummy", "--max-model-len", "17000", "--no-enable-prefix-caching", "--max-num-seqs", "1024"]
 FLAGS += ["--max-num-batched-tokens", "8192"]
 VLLM_H200 = {"poisson": {"ttft_ms": [20.7, 55.4], "gap_ms": [5.37, 12.4]}, "long": {"quiet_gap_ms": [6.41, 7.60]}}
@@ -50,11 +52,18 @@ def main() -> None:
     only = arguments.only.split(",")
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "flags": FLAGS}
     requests = fixed(256, 128, 512)
+
+    def keep() -> None:
+        """What is measured so far, whatever becomes of the rest."""
+        if arguments.output:
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
     with serving() as target:
         asyncio.run(warm(target))
         if "long" in only:
             result["long"] = asyncio.run(long_prompts(target))
             print("long", result["long"], "vLLM on H200", VLLM_H200["long"], flush=True)
+            keep()
         if "poisson" in only:
             load = Load(request_rate=15.0)
             answers, seconds = asyncio.run(
@@ -63,18 +72,18 @@ def main() -> None:
             tokens = sum(answer.output_len for answer in answers)
             result["poisson"] = {"output_tokens_per_s": round(tokens / seconds, 1), **latencies(answers)}
             print("poisson", result["poisson"], "vLLM on H200", VLLM_H200["poisson"], flush=True)
+            keep()
         if "streams" in only:
             answers, seconds = from_processes(target, samples(requests), CLIENTS)
             result["streams"] = {"output_tokens_per_s": round(256 * 512 / seconds, 1), **latencies(answers)}
             print("streams", result["streams"], flush=True)
-        with urllib.request.urlopen(f"http://127.0.0.1:{MANAGEMENT_PORT}/metrics") as metrics:
+        with urllib.request.urlopen(f"http://127.0.0.1:{MANAGEMENT_PORT}/metrics", timeout=5) as metrics:
             lines = metrics.read().decode().splitlines()
         result["kernel_compilations"] = next(x for x in lines if x.startswith("octavo:kernel_compilations_total"))
     if "streams" in only:
         result["streams"]["of_offline"] = round(result["streams"]["output_tokens_per_s"] / offline(requests), 3)
     print(json.dumps(result, indent=1))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    keep()
 
 
 @contextlib.contextmanager
@@ -86,17 +95,27 @@ def serving() -> Iterator[Target]:
         command += ["--port", str(PORT), "--management-port", str(MANAGEMENT_PORT), *FLAGS]
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            for _ in range(1200):
+            until = time.monotonic() + READY_S
+            while (at := stage()) != "ready":
                 if server.poll() is not None:
                     raise SystemExit(f"the server ended with {server.returncode}")
-                if stage() == "ready":
-                    break
+                if time.monotonic() > until:
+                    raise SystemExit(f"the server is not ready after {READY_S} s: {at}")
                 time.sleep(0.1)
             time.sleep(5)  # the graphs that are captured while nobody waits
             yield Target(f"http://127.0.0.1:{PORT}", "m", body={"temperature": 1.0})
         finally:
-            server.terminate()
-            server.wait(60)
+            end(server)
+
+
+def end(server: subprocess.Popen) -> None:
+    """Whatever becomes of it, its memory is free afterwards."""
+    server.terminate()
+    try:
+        server.wait(60)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait(60)
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -111,7 +130,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def stage() -> str:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{MANAGEMENT_PORT}/statusz") as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{MANAGEMENT_PORT}/statusz", timeout=5) as answer:
             return str(json.load(answer)["stage"])
     except OSError:
         return "no answer"

@@ -28,7 +28,7 @@ from octavo_engine.models.config import load_config
 from octavo_engine.models.layout import placements
 
 sys.path.insert(0, str(Path(__file__).parent))
-from served import MODEL, write_tokenizer
+from served import MODEL, READY_S, end, write_tokenizer
 
 PORT, MANAGEMENT_PORT = 18100, 18101
 
@@ -88,7 +88,11 @@ def start(folder: Path, flags: list[str]) -> dict[str, Any]:
                 raise SystemExit(f"the server ended with {server.returncode}")
             try:
                 status = json.load(urllib.request.urlopen(f"http://127.0.0.1:{MANAGEMENT_PORT}/statusz", timeout=5))
-            except (urllib.error.URLError, ConnectionError):
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                status = None
+            if time.monotonic() - began > READY_S:
+                raise SystemExit(f"the server is not ready after {READY_S} s: {status}")
+            if status is None:
                 time.sleep(0.01)
                 continue
             first_answer = first_answer or time.monotonic() - began
@@ -109,8 +113,7 @@ def start(folder: Path, flags: list[str]) -> dict[str, Any]:
         print(run, flush=True)
         return run
     finally:
-        server.terminate()
-        server.wait(60)
+        end(server)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@
     python benchmarks/table.py --read benchmarks/results/FILE
 
 Runs gpu.py, served.py and startup.py one after another (8 minutes), writes one result file with what each of them
-found, and prints the table: what must hold, what it is, whether it holds. For prebuilt kernels set
-OCTAVO_PREBUILT_KERNELS. The peer's figures are of vLLM 0.25.1 on the same kind of device; through HTTP of an H200.
+found, and prints the table: what must hold, what it is, whether it holds. A part that fails loses no other. For
+prebuilt kernels set OCTAVO_PREBUILT_KERNELS. The peer's figures are of vLLM 0.25.1 on the same kind of device; through
+HTTP of an H200.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PARTS = {"gpu": "gpu.py", "served": "served.py", "startup": "startup.py"}
+LIMIT_S = 400
+"""A part takes 1 to 5 minutes."""
 HUGGING_FACE_SHAREGPT = 124
 """Output tokens a second of transformers 5.17 in static batches of 64, on an H200."""
 VLLM_POISSON = {"ttft_ms": (20.7, 55.4), "gap_ms": (5.37, 12.4)}
@@ -66,9 +70,9 @@ def promises(found: dict[str, Any]) -> Iterator[Promise]:
     if "sharegpt_1000" in gpu:
         ratio = gpu["sharegpt_1000"]["output_tokens_per_s"] / HUGGING_FACE_SHAREGPT
         yield Promise("sharegpt_1000, of Hugging Face in static batches (H200)", ratio, 80)
-    if startup:
+    if startup.get("runs"):
         yield Promise("start to ready, s", min(run["ready_s"] for run in startup["runs"]), 8, 5, at_most=True)
-    if "streams" in served:
+    if "of_offline" in served.get("streams", {}):
         yield Promise("256 streams through HTTP, of offline", served["streams"]["of_offline"], 0.95, 0.99)
     if "poisson" in served:
         for name, words in (("ttft_ms", "first token"), ("gap_ms", "gap")):
@@ -80,14 +84,22 @@ def promises(found: dict[str, Any]) -> Iterator[Promise]:
         yield Promise("long prompts, first token p50, ms", long["long_ttft_ms"][0], 900, 700, True)
 
 
-def measure(parts: list[str]) -> dict[str, Any]:
+def measure(parts: list[str]) -> Iterator[dict[str, Any]]:
+    """What is found so far, after each part: of one that fails or takes too long what it had written until then."""
     found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d")}
     for part in parts:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder, "result.json")
-            subprocess.run([sys.executable, str(HERE / PARTS[part]), "--output", str(output)], check=True)
-            found[part] = json.loads(output.read_text())
-    return found
+            run = subprocess.Popen([sys.executable, str(HERE / PARTS[part]), "--output", str(output)])
+            try:
+                status = run.wait(LIMIT_S)
+            except subprocess.TimeoutExpired:
+                run.send_signal(signal.SIGINT)  # so that it ends the server that it may have started
+                status = run.wait()
+            if status:
+                print(f"{part} ended with {status}", flush=True)
+            found[part] = json.loads(output.read_text()) if output.exists() else {}
+        yield found
 
 
 def main() -> None:
@@ -96,9 +108,10 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--read", type=Path, help="print the table of a result file, measure nothing")
     arguments = parser.parse_args()
-    found = json.loads(arguments.read.read_text()) if arguments.read else measure(arguments.parts.split(","))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    found = json.loads(arguments.read.read_text()) if arguments.read else {}
+    for found in () if arguments.read else measure(arguments.parts.split(",")):
+        if arguments.output:
+            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     table = list(promises(found))
     print(*table, sep="\n")
     print(f"{sum(promise.holds for promise in table)} of {len(table)} hold")

@@ -80,18 +80,25 @@ def main() -> None:
             out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
             torch_us = timed(partial(_mm, x, out), weights)
             ranked = lt.candidates(m, n, k)
+            expected = torch.mm(x, weights[0].t()).float()
             times = []
             for place, algorithm in enumerate(ranked):
 
                 def run(weight: torch.Tensor, algorithm=algorithm, x=x, out=out) -> None:
                     lt.run(algorithm, x, weight, out)
 
+                try:
+                    run(weights[0])
+                except RuntimeError as error:
+                    print(f"{m:5d} {name:8s} no. {place}: {error}", flush=True)
+                    continue
+                if not (out.float() - expected).norm() < 0.01 * expected.norm():
+                    print(f"{m:5d} {name:8s} no. {place} computes something else", flush=True)
+                    continue
                 times.append((timed(run, weights), place))
-            torch.mm(x, weights[0].t(), out=out)
-            expected = out.clone()
+            if not times:
+                continue
             best_us, best = min(times)
-            lt.run(ranked[best], x, weights[0], out)
-            assert torch.allclose(out.float(), expected.float(), atol=0.05, rtol=0.05)
             of_shape = known.setdefault(f"{n} x {k}", {})
             of_shape.pop(str(m), None)
             if torch_us / best_us >= WORTH_IT:
@@ -108,8 +115,8 @@ def main() -> None:
             f"{m:5d} step: torch {sums[0] / 1e3:.2f} ms, best {sums[1] / 1e3:.2f}, floor {sums[2] / 1e3:.2f}",
             flush=True,
         )
-    if arguments.table:
-        arguments.table.write_text(text_of(table))
+        if arguments.table:  # what is measured is kept, whatever becomes of the rest
+            arguments.table.write_text(text_of(table))
 
 
 def text_of(table: dict) -> str:
