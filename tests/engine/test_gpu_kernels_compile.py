@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,6 +21,7 @@ SHARED_MEMORY = {"80": 163 * 1024, "89": 99 * 1024, "90": 227 * 1024, "100": 227
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="other tests run the kernels here, and its minutes are short")
 @pytest.mark.parametrize("target", ["cuda 80 32", "cuda 89 32", "cuda 90 32", "cuda 100 32", "hip gfx942 64"])
 def test_every_kernel_compiles_and_fits_into_shared_memory(target):
     # In a process of its own: here the kernels may be interpreted ones, which cannot be compiled.
