@@ -42,6 +42,9 @@ check: venv  ## style, types, import contracts
 test-engine: venv model  ## only the engine's tests
 	$(PYTEST) tests/engine $(ARGS)
 
+test-gpu: venv model  ## the tests that need a GPU
+	@tests/gpu $(PYTHON)
+
 coverage: venv model  ## which lines the tests without a cluster reach
 	$(PYTEST) -m "not cluster and not e2e and not gpu" --cov --cov-report=term:skip-covered $(ARGS)
 
