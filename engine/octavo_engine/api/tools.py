@@ -13,8 +13,6 @@ from octavo_engine.config import ServerConfig
 def output_format(request: ChatRequest, config: ServerConfig) -> OutputFormat | None:
     """How the request's answers are to be read; None: as they are. Raises ApiError."""
     reasoning = REASONING_PARSERS[config.reasoning_parser] if config.reasoning_parser else None
-    if request.include_reasoning is False and reasoning is None:
-        raise bad_request("include_reasoning=false needs a server with --reasoning-parser.", "include_reasoning")
     calls = _wants_calls(request, config)
     if reasoning is None and not calls:
         return None

@@ -69,6 +69,52 @@ def test_reasoning_message_and_calls_are_items_of_their_own(client, stream) -> N
     assert 0 < answer.usage.output_tokens_details.reasoning_tokens < answer.usage.output_tokens
 
 
+@pytest.mark.parametrize("asked", [{"summary": "auto"}, {"summary": "detailed"}, {"generate_summary": "auto"}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_summary_of_the_thinking_is_the_thinking(client, asked, stream) -> None:
+    request = {"model": "tiny", "input": "<think>\nHm, so.\n</think>\n\nYes.", "reasoning": asked}
+    said, kinds = "", []
+    if stream:
+        with client.responses.stream(**request) as events:
+            for event in events:
+                kinds.append(event.type)
+                if event.type == "response.reasoning_summary_text.delta":
+                    said += event.delta
+            answer = events.get_final_response()
+    else:
+        answer = client.responses.create(**request)
+
+    thinking, message = answer.output
+    assert [part.text.strip() for part in thinking.summary] == ["Hm, so."]
+    assert thinking.content[0].text == thinking.summary[0].text
+    assert message.content[0].text.strip() == "Yes."
+    assert answer.reasoning.summary == next(iter(asked.values()))
+    if stream:
+        assert said == thinking.summary[0].text
+        about = [kind.removeprefix("response.reasoning_summary_") for kind in kinds if "summary" in kind]
+        assert about[0] == "part.added"
+        assert about[-2:] == ["text.done", "part.done"]
+        assert set(about[1:-2]) == {"text.delta"}
+
+
+def test_without_being_asked_for_there_is_no_summary(client) -> None:
+    answer = client.responses.create(model="tiny", input="<think>\nHm.\n</think>\n\nYes.", reasoning={"effort": "low"})
+
+    assert answer.output[0].summary == []
+    assert answer.reasoning.summary is None
+
+
+def test_a_summary_alone_is_taken_back_as_the_thinking() -> None:
+    """Clients that show summaries keep nothing else."""
+    items = [
+        {"type": "reasoning", "id": "rs", "summary": [{"type": "summary_text", "text": "hm"}], "content": None},
+        {"type": "message", "role": "assistant", "content": "ok"},
+        {"role": "user", "content": "c"},
+    ]
+
+    assert converted(input=items)["messages"][0] == {"role": "assistant", "content": "ok", "reasoning": "hm"}
+
+
 def test_events_are_numbered_and_tell_the_text_piece_by_piece(client) -> None:
     events = list(client.responses.create(model="tiny", input="Hello 漢字", stream=True))
     kinds = [event.type for event in events]
@@ -116,7 +162,9 @@ def test_log_probabilities_come_with_the_text(client) -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type"), ({"input": []}, "body.input"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input.0.role"), ({"input": 5}, "body.input"),
-        ({"input": "ab" * 1000}, "input"), ({"previous_input_messages": []}, "previous_input_messages"),
+        ({"input": "ab" * 1000}, "input"), ({"reasoning": {"summary": "concise"}}, "reasoning.summary"),
+        ({"reasoning": {"generate_summary": "short"}}, "reasoning.generate_summary"),
+        ({"previous_input_messages": []}, "previous_input_messages"),
         ({"enable_response_messages": True}, "enable_response_messages"),
     ],
 )  # fmt: skip

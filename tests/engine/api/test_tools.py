@@ -219,12 +219,14 @@ async def test_auto_without_the_flags_is_refused_in_the_words_that_clients_know(
     assert error["message"] == words
 
 
-async def test_leaving_reasoning_out_needs_a_parser(server, http) -> None:
+async def test_without_a_parser_there_is_no_reasoning_to_leave_out(server, http) -> None:
     async with http.post(
         server.url + "/v1/chat/completions", json={**says("Hi"), "include_reasoning": False}
     ) as answer:
-        assert answer.status == 400
-        assert "--reasoning-parser" in (await answer.json())["error"]["message"]
+        body = await answer.json()
+
+    assert answer.status == 200, body
+    assert "Hi" in body["choices"][0]["message"]["content"]
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,13 @@ CHAT_NAMES = {
 
 
 class Reasoning(Strict):
+    """summary: what OpenAI shows of a thinking that it hides. generate_summary: the same, by its earlier name."""
+
     model_config = ConfigDict(extra="allow")
 
     effort: str | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
 
 
 class TextSettings(Strict):
@@ -75,8 +79,10 @@ def chat_request(request: ResponsesRequest) -> ChatRequest:
         # Obfuscation hides lengths from who listens to the network; a switch to leave it off asks for nothing here.
         options = {name: value for name, value in request.stream_options.items() if name != "include_obfuscation"}
         body["stream_options"] = options or None
-    if request.reasoning is not None and request.reasoning.effort is not None:
-        body["reasoning_effort"] = request.reasoning.effort
+    if request.reasoning is not None:
+        _check_summary(request.reasoning)
+        if request.reasoning.effort is not None:
+            body["reasoning_effort"] = request.reasoning.effort
     if request.text is not None and request.text.format is not None:
         body["response_format"] = _format(request.text.format)
     if request.tools:
@@ -89,6 +95,23 @@ def chat_request(request: ResponsesRequest) -> ChatRequest:
     if choice is not None and (request.tools or choice != "auto"):
         body["tool_choice"] = choice
     return build(ChatRequest, body)
+
+
+def summary_of(request: ResponsesRequest) -> str | None:
+    """How much of a summary of the thinking is asked for."""
+    reasoning = request.reasoning
+    return (reasoning.summary or reasoning.generate_summary) if reasoning is not None else None
+
+
+def _check_summary(reasoning: Reasoning) -> None:
+    """Nothing is hidden here, so the summary is the thinking itself; a shorter one nobody makes."""
+    for name in ("summary", "generate_summary"):
+        if (value := getattr(reasoning, name)) not in (None, "auto", "detailed"):
+            raise bad_request(
+                f"reasoning.{name} must be 'auto' or 'detailed', got {value[:50]!r}: the thinking is its own "
+                "summary, and no shorter one is made.",
+                f"reasoning.{name}",
+            )
 
 
 def renamed(error: ApiError) -> ApiError:
@@ -132,7 +155,8 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
         where = f"input.{index}"
         kind = item.get("type", "message")
         if kind == "reasoning":
-            thoughts += _text(item.get("content") or [], f"{where}.content")
+            part = "content" if item.get("content") else "summary"  # clients that show summaries send nothing else back
+            thoughts += _text(item.get(part) or [], f"{where}.{part}")
         elif kind == "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
             call = {"id": item.get("call_id"), "type": "function", "function": function}
@@ -176,7 +200,7 @@ def _text(content: Any, where: str) -> str:
     return "\n".join(texts)
 
 
-_TEXTS = frozenset({"input_text", "output_text", "text", "refusal", "reasoning_text"})
+_TEXTS = frozenset({"input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"})
 
 
 def _tool(index: int, tool: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import msgspec
 from octavo_engine.api.answer import Piece, TokenChance
 from octavo_engine.api.errors import ApiError
 from octavo_engine.api.output.parser import ToolCall
-from octavo_engine.api.responses.protocol import ResponsesRequest
+from octavo_engine.api.responses.protocol import ResponsesRequest, summary_of
 from octavo_engine.api.sse import logprob_entries
 
 _encode = msgspec.json.Encoder().encode
@@ -43,6 +43,7 @@ class ResponsesWriter:
     def __init__(self, request_id: str, created: int, model: str, request: ResponsesRequest) -> None:
         self._base, self._created, self._model = request_id, created, model
         self._request = request
+        self._summary = summary_of(request)
         self._sequence = 0
         self._output: list[dict[str, Any]] = []
         self._open: _Item | None = None
@@ -99,9 +100,13 @@ class ResponsesWriter:
             at = b',"item_id":"%b","output_index":%d,"content_index":0,"delta":' % (id.encode(), len(self._output))
             self._open = _Item(kind, id, place=at)
             shell = {**self._item(self._open, "in_progress"), "content": []}
+            if kind == "reasoning":
+                shell["summary"] = []
             events.append(self._event("response.output_item.added", **place, item=shell))
             part = {**self._part(self._open), "text": ""}
             events.append(self._event("response.content_part.added", **self._place(), part=part))
+            if kind == "reasoning" and self._summary:
+                events.append(self._summary_event("part.added", part={"type": "summary_text", "text": ""}))
         item = self._open
         if kind == "message" and not tokens:
             events.append(self._text_delta(item, text))
@@ -110,6 +115,8 @@ class ResponsesWriter:
         item.tokens += tokens
         extra = {"logprobs": logprob_entries(tokens)} if kind == "message" else {}
         events.append(self._event(f"response.{_TEXT[kind]}.delta", **self._place(), delta=text, **extra))
+        if kind == "reasoning" and self._summary:
+            events.append(self._summary_event("text.delta", delta=text))
 
     def _close(self, events: list[bytes]) -> None:
         if self._call is not None:
@@ -120,6 +127,9 @@ class ResponsesWriter:
         extra = {"logprobs": logprob_entries(item.tokens)} if item.kind == "message" else {}
         events.append(self._event(f"response.{_TEXT[item.kind]}.done", **place, text=text, **extra))
         events.append(self._event("response.content_part.done", **place, part=self._part(item)))
+        if item.kind == "reasoning" and self._summary:
+            events.append(self._summary_event("text.done", text=text))
+            events.append(self._summary_event("part.done", part={"type": "summary_text", "text": text}))
         whole = self._item(item, "completed")
         events.append(self._event("response.output_item.done", output_index=len(self._output), item=whole))
         self._output.append(whole)
@@ -149,6 +159,11 @@ class ResponsesWriter:
         assert self._open is not None
         return {"item_id": self._open.id, "output_index": len(self._output), "content_index": 0}
 
+    def _summary_event(self, kind: str, **fields: Any) -> bytes:
+        place = {**self._place(), "summary_index": 0}
+        del place["content_index"]
+        return self._event(f"response.reasoning_summary_{kind}", **place, **fields)
+
     def _event(self, kind: str, **fields: Any) -> bytes:
         fields = {"type": kind, "sequence_number": self._sequence, **fields}
         self._sequence += 1
@@ -177,7 +192,7 @@ class ResponsesWriter:
             "error": None, "incomplete_details": cut, "instructions": asked.instructions,
             "max_output_tokens": asked.max_output_tokens, "model": self._model, "output": self._output,
             "parallel_tool_calls": asked.parallel_tool_calls is not False, "previous_response_id": None,
-            "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
+            "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": self._summary},
             "store": False, "temperature": asked.temperature,
             "text": {"format": (asked.text.format if asked.text else None) or {"type": "text"}},
             "tool_choice": asked.tool_choice or "auto", "tools": asked.tools or [], "top_p": asked.top_p,
@@ -197,7 +212,9 @@ class ResponsesWriter:
 
     def _item(self, item: _Item, status: str) -> dict[str, Any]:
         shared = {"id": item.id, "type": item.kind, "status": status, "content": [self._part(item)]}
-        return {**shared, "summary": []} if item.kind == "reasoning" else {**shared, "role": "assistant"}
+        if item.kind == "message":
+            return {**shared, "role": "assistant"}
+        return {**shared, "summary": [{"type": "summary_text", "text": "".join(item.texts)}] if self._summary else []}
 
     def _part(self, item: _Item) -> dict[str, Any]:
         text = "".join(item.texts)
