@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import TextIO
 
@@ -41,7 +42,7 @@ class Screen:
         self._stream = stream
         self._stats_every_s = stats_every_s
         # Whoever asks for JSON reads the lines with a program, also when they run by on a terminal.
-        self._is_terminal = stream.isatty() and log_format == "console"
+        self._is_terminal = stream.isatty() and log_format == "console" and os.environ.get("TERM") != "dumb"
         self._started = started
         self._said: tuple[Stage, bool] | None = None
         """The stage that the last line was about, and whether its bytes were known."""
@@ -60,7 +61,8 @@ class Screen:
             return
         counts = statusz.progress.total_bytes > 0
         if self._is_terminal:
-            self._stream.write("\r\x1b[K  " + bar(statusz))
+            # A line that wraps cannot be drawn over: each tick would add one.
+            self._stream.write("\r\x1b[K" + f"  {bar(statusz)}"[: self._columns() - 1])
             self._stream.flush()
             self._bar_shown = True
         elif (statusz.stage, counts) != self._said or now - self._said_at >= LOG_EVERY_S:
@@ -102,6 +104,21 @@ class Screen:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
             self._bar_shown = False
+
+    def keep_apart(self, logger: logging.Logger) -> None:
+        """Let no line of the log begin behind the bar."""
+        for handler in logger.handlers:
+            handler.addFilter(self._make_room)
+
+    def _make_room(self, record: logging.LogRecord) -> bool:
+        self.clear()
+        return True
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or 80
+        except OSError:  # what says of itself that it is a terminal, and is none
+            return 80
 
     def _line(self, text: str) -> None:
         self._stream.write(text + "\n")

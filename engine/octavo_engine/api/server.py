@@ -104,6 +104,7 @@ class _Server:
         self._api = Api(board, self._client, self._metrics, keys, config, self._tracer)
         interval = None if config.disable_log_stats else config.log_stats_interval_s
         self._screen = Screen(board, sys.stderr, started, interval, log_format=config.log_format)
+        self._screen.keep_apart(logging.getLogger())
         self._drain = asyncio.Event()
         self._hurry = asyncio.Event()  # a second signal: end running requests now
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import pty
 import re
@@ -17,7 +19,10 @@ from typing import Any
 
 import pytest
 
+from octavo_engine.api.board import Board, Limits
+from octavo_engine.api.screen import Screen
 from octavo_engine.config import ConfigError, ServerConfig
+from octavo_engine.status import Stage
 
 ROOT = Path(__file__).resolve().parents[3]
 ASK = {"model": "tiny", "prompt": "abcdefgh", "max_tokens": 4, "temperature": 0}
@@ -185,6 +190,55 @@ def test_a_terminal_shows_what_is_loaded_a_bar_the_address_and_a_line_to_paste_t
     assert re.search(r"ready in \d\.\d s", shown)
     assert re.search(r"listening on (http://localhost:\d+)   chat at \1/", shown)
     assert json.loads(said)["choices"][0]["message"]["content"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def screen_of(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, columns: int = 80, term: str = "xterm") -> Screen:
+    """Of a server that loads, with a gigabyte and 25 s to go."""
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(terminal, "fileno", lambda: 7)
+    monkeypatch.setattr("os.get_terminal_size", lambda fd: os.terminal_size((columns, 24)))
+    board = Board(Limits(300.0, 60.0, max_num_queued_reqs=0, max_num_queued_tokens=0))
+    board.enter(Stage.LOADING_WEIGHTS, 16_000_000, 1_000_000_000)
+    return Screen(board, terminal, started=0.0)
+
+
+def test_the_bar_fits_a_narrow_terminal_where_a_line_that_wraps_could_not_be_drawn_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Terminal()
+    screen_of(terminal, monkeypatch, columns=30).tick(1.0)
+    text = terminal.getvalue().removeprefix("\r\x1b[K")
+
+    assert text.startswith("  loading weights   ─")
+    assert len(text) < 30
+
+
+def test_a_line_of_the_log_does_not_begin_behind_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    screen = screen_of(terminal, monkeypatch)
+    logger = logging.Logger("apart")
+    logger.addHandler(logging.StreamHandler(terminal))
+    screen.keep_apart(logger)
+    screen.tick(1.0)
+    logger.warning("a word")
+
+    assert terminal.getvalue().endswith("\r\x1b[Ka word\n")
+
+
+def test_a_terminal_that_draws_nothing_gets_lines(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    terminal = Terminal()
+    with caplog.at_level(logging.INFO, "octavo"):
+        screen_of(terminal, monkeypatch, term="dumb").tick(1.0)
+
+    assert terminal.getvalue() == ""
+    assert "loading weights" in caplog.text
 
 
 def test_the_line_to_paste_works_behind_a_key_and_a_prefix(model_folder: Path) -> None:
