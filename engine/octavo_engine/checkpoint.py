@@ -7,6 +7,7 @@ range, then the bytes. (github.com/huggingface/safetensors, "Format")
 from __future__ import annotations
 
 import json
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,13 @@ from octavo_engine.status import Failure, FailureCode, FatalError
 
 MAX_HEADER_BYTES = 100 * 2**20
 """The format's own limit; more than that is no header but garbage."""
+
+
+READ_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "model.safetensors.index.json", "*.safetensors",
+)  # fmt: skip
+"""What is read of a checkpoint's folder, where it is there."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +37,36 @@ class TensorInfo:
     num_bytes: int
 
 
+def check_may_enter(folder: Path) -> None:
+    """A volume often belongs to another user than the one that serves. Raises FatalError (MODEL_INVALID)."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise _not_ours(folder, "entered", "a+rx")
+
+
+def check_readable(folder: Path) -> None:
+    """The same for the files that are read of a checkpoint. Raises FatalError (MODEL_INVALID)."""
+    for file in (found for pattern in READ_FILES for found in sorted(folder.glob(pattern))):
+        if not file.exists():
+            what = f"{file} is a link to {os.readlink(file)}, which is not there."
+            raise FatalError(Failure(FailureCode.MODEL_INVALID, what, "finish the download, or copy the file"))
+        if not os.access(file, os.R_OK):
+            raise _not_ours(file, "read", "a+r")
+
+
+def _not_ours(path: Path, done: str, mode: str) -> FatalError:
+    message = f"{path} may not be {done} by user {os.getuid()}, which this process runs as."
+    return FatalError(Failure(FailureCode.MODEL_INVALID, message, f"let that user in, as with `chmod {mode} {path}`"))
+
+
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of the checkpoint in `folder`. Raises FatalError (MODEL_INVALID, WEIGHTS_CORRUPT)."""
     tensors: dict[str, TensorInfo] = {}
     for file in find_files(folder):
-        for info in _read_header(file):
-            tensors[info.name] = info
+        try:
+            infos = _read_header(file)
+        except OSError as error:
+            raise unreadable(file, str(error)) from error
+        tensors |= {info.name: info for info in infos}
     return tensors
 
 
@@ -104,5 +136,15 @@ def _corrupt(file: Path, what: str) -> FatalError:
     return FatalError(
         Failure(
             FailureCode.WEIGHTS_CORRUPT, f"{file} is damaged: {what}.", "delete the file and download or copy it again"
+        )
+    )
+
+
+def unreadable(file: Path, why: str) -> FatalError:
+    return FatalError(
+        Failure(
+            FailureCode.WEIGHTS_CORRUPT,
+            f"{file} cannot be read: {why}.",
+            "delete the file and download or copy it again",
         )
     )

@@ -183,7 +183,7 @@ def describe(plan: Plan, model: DecoderConfig, memory: DeviceMemory) -> str:
 
 
 def _too_large(memory: DeviceMemory, weights: int, activation: int, budget: int) -> FatalError:
-    need, have = weights + activation, budget
+    need, have = weights + activation, max(budget, 0)
     if memory.kind == "cpu":
         fix = f"give the process at least {_gib(need / 0.9 + 64 * 2**20)} of memory, or choose a smaller model"
     else:
@@ -199,16 +199,23 @@ def _too_large(memory: DeviceMemory, weights: int, activation: int, budget: int)
 
 
 def _kv_too_small(config: EngineConfig, wanted: int, fits: int, per_token: int, kv_budget: int) -> FatalError:
-    need, have = wanted * per_token, max(kv_budget, 0)
+    need, have = -(-wanted // config.block_size) * config.block_size * per_token, max(kv_budget, 0)
     message = (
-        f"The KV cache is too small for one request of {wanted:,} tokens: it needs {_gib(need)}, "
-        f"{_gib(have)} are left for it ({fits:,} tokens)."
+        f"The KV cache is too small for one request of {wanted:,} tokens: it needs {_size(need)}, "
+        f"{_size(have)} are left for it ({fits:,} tokens)."
     )
-    larger = "--kv-cache-memory-bytes" if config.kv_cache_memory_bytes is not None else "--gpu-memory-utilization"
+    larger = "--gpu-memory-utilization"
+    if config.kv_cache_memory_bytes is not None:
+        larger = f"--kv-cache-memory-bytes to {-(-need // 2**20)}M at least,"
     fix = f"set --max-model-len <= {fits}" if fits >= 2 else f"raise {larger} or use a device with more memory"
     if config.kv_cache_dtype == "auto" and 2 * fits >= wanted:
         fix += ", or set --kv-cache-dtype fp8"
-    return FatalError(Failure(FailureCode.KV_CACHE_TOO_SMALL, message, fix, need=_gib(need), have=_gib(have)))
+    return FatalError(Failure(FailureCode.KV_CACHE_TOO_SMALL, message, fix, need=_size(need), have=_size(have)))
+
+
+def _size(count: int) -> str:
+    """In MiB where GiB would be mostly zeros."""
+    return _gib(count) if count >= GIB // 10 else f"{count / 2**20:.2f} MiB"
 
 
 def _gib(count: float) -> str:

@@ -336,7 +336,7 @@ def test_a_cache_without_room_for_two_tokens_names_the_setting_that_made_it_so()
         plan(model_of(), cpu(4), kv_cache_memory_bytes=100)
 
     assert refused.value.failure.code is FailureCode.KV_CACHE_TOO_SMALL
-    assert refused.value.failure.fix == "raise --kv-cache-memory-bytes or use a device with more memory"
+    assert refused.value.failure.fix == "raise --kv-cache-memory-bytes to 1M at least, or use a device with more memory"
 
 
 @pytest.mark.parametrize("setting", ["max_num_seqs", "max_num_batched_tokens"])

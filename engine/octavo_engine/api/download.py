@@ -1,9 +1,8 @@
-"""`octavo download`: a model into a store, with the same status port and the same death certificate as a server's."""
+"""`octavo download`: a model into a store or the Hub's cache; status port and death certificate are as a server's."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import logging
 import sys
 import threading
@@ -17,7 +16,6 @@ from octavo_engine.api.screen import Screen
 from octavo_engine.api.serve import leave
 from octavo_engine.config import ConfigError, EngineConfig, ServerConfig
 from octavo_engine.status import ExitStatus, FatalError, Stage
-from octavo_engine.store.models import default_root
 
 TICK_S = 0.2
 
@@ -35,7 +33,9 @@ def run(engine: EngineConfig, config: ServerConfig) -> int:
     try:
         management = ManagementServer(listen(config.host, config.management_port, "--management-port"), board, 0)
         management.start()
-        folder = _download(engine, config, board, Screen(board, sys.stderr, started))
+        screen = Screen(board, sys.stderr, started)
+        screen.keep_apart(logging.getLogger())
+        folder = _download(engine, config, board, screen)
     except FatalError as error:
         board.fail(error.failure)
         leave(error.failure, config.termination_log)
@@ -46,7 +46,7 @@ def run(engine: EngineConfig, config: ServerConfig) -> int:
 def _download(engine: EngineConfig, config: ServerConfig, board: Board, screen: Screen) -> ModelFolder:
     if folder := local_folder(engine.model):
         return folder
-    store = store_of(engine, engine.model) or store_of(_with_default_store(engine), engine.model)
+    store = store_of(engine, engine.model)
     board.enter(Stage.DOWNLOADING)
     moved_at = time.monotonic()
 
@@ -59,7 +59,7 @@ def _download(engine: EngineConfig, config: ServerConfig, board: Board, screen: 
 
     def work() -> None:
         try:
-            result.set_result(download(engine.model, engine.revision, None, report, store=store))
+            result.set_result(download(engine.model, engine.revision, engine.download_dir, report, store=store))
         except BaseException as error:  # noqa: BLE001 -- it is raised in the thread that waits
             result.set_exception(error)
 
@@ -74,7 +74,3 @@ def _download(engine: EngineConfig, config: ServerConfig, board: Board, screen: 
         screen.tick(now)
         if (idle := now - moved_at) > config.startup_stall_s:
             raise FatalError(stalled(engine.model, idle))
-
-
-def _with_default_store(engine: EngineConfig) -> EngineConfig:
-    return dataclasses.replace(engine, model_store=str(default_root()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import os
 import re
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from octavo_engine.checkpoint import check_may_enter, check_readable
 from octavo_engine.config import EngineConfig
 from octavo_engine.status import Failure, FailureCode, FatalError
 from octavo_engine.store import cache
@@ -25,6 +27,10 @@ from octavo_engine.store.transfer import DamagedError, sleep
 
 log = logging.getLogger(__name__)
 
+DISK_ERRORS = frozenset({
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG,
+})  # fmt: skip
+"""Of the folder that it is to be kept in: the network has no part in them, and another try changes nothing."""
 ATTEMPTS = 3
 PAUSE_S = 2.0
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -46,7 +52,8 @@ class ModelFolder:
 def local_folder(name: str, *, of: Literal["model", "tokenizer"] = "model") -> ModelFolder | None:
     """The folder when `name` is one, None when it names a model on the Hub. Raises FatalError: neither."""
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # not Path's: it raises where a folder on the way may not be entered
+        check_may_enter(path)
         file = "config.json" if of == "model" else "tokenizer.json"
         if not (path / file).is_file():
             holds = "config.json, tokenizer.json and the safetensors files" if of == "model" else file
@@ -57,18 +64,16 @@ def local_folder(name: str, *, of: Literal["model", "tokenizer"] = "model") -> M
                     f"name the folder that holds {holds}",
                 )
             )
+        check_readable(path)
         return ModelFolder(path.resolve())
     if S3_SOURCE.fullmatch(name):
         return None
     if HUB_NAME.fullmatch(hub_id(name)) and not name.startswith((".", "/", "~")):
         return None
-    raise FatalError(
-        Failure(
-            FailureCode.MODEL_NOT_FOUND,
-            f"{name} is neither a folder nor a Hugging Face id.",
-            "check the path, or write an id like Qwen/Qwen3-8B",
-        )
-    )
+    is_file = os.path.isfile(path)
+    what = "is a file, and a model is a folder" if is_file else "is neither a folder nor a Hugging Face id"
+    fix = "name the folder that holds it" if is_file else "check the path, or write an id like Qwen/Qwen3-8B"
+    raise FatalError(Failure(FailureCode.MODEL_NOT_FOUND, f"{name} {what}.", fix))
 
 
 def hub_id(name: str) -> str:
@@ -117,7 +122,8 @@ def download(
             raise
         except Exception as error:
             failure = explain(name, revision, error)
-            if attempt == ATTEMPTS or failure.code is not FailureCode.DOWNLOAD_FAILED:
+            of_this_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+            if attempt == ATTEMPTS or failure.code is not FailureCode.DOWNLOAD_FAILED or of_this_disk:
                 raise FatalError(failure) from error
             time.sleep(PAUSE_S * attempt)
         else:
@@ -216,11 +222,18 @@ def explain(name: str, revision: str | None, error: Exception) -> Failure:
             else "check HF_TOKEN: it is wrong, or of an account without access",
             detail=detail,
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Failure(
             FailureCode.DOWNLOAD_FAILED,
             f"The disk is full: {where} could not be stored.",
             "give the cache more space, or point --download-dir (or HF_HOME) to a larger disk",
+            detail=detail,
+        )
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return Failure(
+            FailureCode.DOWNLOAD_FAILED,
+            f"{where} could not be stored in the cache: {error.strerror}.",
+            "point --download-dir (or HF_HOME) to a folder that this user may write to",
             detail=detail,
         )
     return Failure(

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from octavo_engine.checkpoint import TensorInfo, read_headers
+from octavo_engine.checkpoint import TensorInfo, read_headers, unreadable
 from octavo_engine.host import available_cpus
 from octavo_engine.kernels.kv_scales import KvScales
 from octavo_engine.models.config import DecoderConfig
@@ -148,7 +148,7 @@ class Loading:
             target.finish()
             self._done.put(0)
         except OSError as error:
-            self._done.put(_unreadable(piece.file, str(error)))
+            self._done.put(unreadable(piece.file, str(error)))
         except Exception as error:  # noqa: BLE001 - raised again in the thread that waits
             self._done.put(error)
         finally:
@@ -199,18 +199,8 @@ def _read_exactly(file: int, piece: Piece, into: Tensor) -> None:
     while done < piece.num_bytes:
         got = os.preadv(file, [raw[done:]], piece.offset + done)
         if got == 0:
-            raise _unreadable(piece.file, "it ended early; somebody may be writing it")
+            raise unreadable(piece.file, "it ended early; somebody may be writing it")
         done += got
-
-
-def _unreadable(file: Path, why: str) -> FatalError:
-    return FatalError(
-        Failure(
-            FailureCode.WEIGHTS_CORRUPT,
-            f"{file} cannot be read: {why}.",
-            "delete the file and download or copy it again",
-        )
-    )
 
 
 def load(folder: Path, config: DecoderConfig, tensors: dict[str, Tensor], on_progress: OnProgress) -> None:

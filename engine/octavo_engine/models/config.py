@@ -92,11 +92,10 @@ def load_config(folder: Path) -> DecoderConfig:
             "give the folder of a Hugging Face checkpoint: config.json, tokenizer.json and *.safetensors side by side",
         )  # fmt: skip
     try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise _fatal(
-            FailureCode.MODEL_INVALID, f"{path} is not JSON: {error}.", "download or copy the checkpoint again"
-        ) from error
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else f"is not JSON: {error}"
+        raise _fatal(FailureCode.MODEL_INVALID, f"{path} {why}.", "download or copy the checkpoint again") from error
     if not isinstance(raw, dict):
         raise _fatal(
             FailureCode.MODEL_INVALID, f"{path} holds no JSON object.", "download or copy the checkpoint again"

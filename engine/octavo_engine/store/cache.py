@@ -46,6 +46,12 @@ def fill(
     assert listing.revision is not None
     home = root / ("models--" + repo.replace("/", "--"))
     snapshot = home / "snapshots" / listing.revision
+    name = revision or "main"
+    ref = None if name == listing.revision else home / "refs" / name
+    if (ref is None or _says(ref, listing.revision)) and all(_has(snapshot, home, file) for file in listing.files):
+        # Nothing is written where there is nothing to bring: such a cache may be mounted read-only.
+        report(listing.num_bytes, listing.num_bytes)
+        return snapshot
     for folder in (home / "blobs", snapshot, home / "refs", root / ".locks" / home.name):
         folder.mkdir(parents=True, exist_ok=True)
     done, total, counting = 0, listing.num_bytes, Lock()
@@ -74,9 +80,7 @@ def fill(
     with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="download") as pool:
         for result in [pool.submit(bring, file) for file in listing.files]:
             result.result()
-    name = revision or "main"
-    if name != listing.revision:
-        ref = home / "refs" / name
+    if ref is not None:
         ref.parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(listing.revision)
     return snapshot
@@ -121,6 +125,15 @@ def _download(
             if attempt == ATTEMPTS:
                 raise
     part.rename(blob)
+
+
+def _has(snapshot: Path, home: Path, file: RemoteFile) -> bool:
+    blob = home / "blobs" / _digest(file)
+    return blob.is_file() and (snapshot / file.name).is_file() and os.path.samefile(snapshot / file.name, blob)
+
+
+def _says(ref: Path, commit: str) -> bool:
+    return ref.is_file() and ref.read_text().strip() == commit
 
 
 def _digest(file: RemoteFile) -> str:

@@ -154,6 +154,47 @@ def test_a_model_larger_than_the_memory_is_refused_before_anything_is_loaded(fol
     assert "of memory, or choose a smaller model" in failure.fix
 
 
+def denied(name: str, mode: int) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).chmod(mode)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (denied("model.safetensors", 0), "model.safetensors may not be read by user"),
+        (denied("config.json", 0), "config.json may not be read by user"),
+        (denied(".", 0), "may not be entered by user"),
+        (
+            lambda folder: (folder / "more.safetensors").symlink_to("../blobs/0123"),
+            "more.safetensors is a link to ../blobs/0123, which is not there",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "plan"])
+def test_files_of_another_user_and_links_to_nothing_are_named(folder, spoil, words, command):
+    """As on a volume that was filled by root, and in a cache of which a part was removed."""
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o755)
+    spoil(folder)
+    arguments = [sys.executable, "-m", "octavo_engine", command, str(folder)]
+    if os.getuid() == 0:  # to whom everything is open
+        arguments = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *arguments]
+        for path in (folder, *folder.iterdir()):
+            os.chown(path, 12345, 12345, follow_symlinks=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == ExitStatus.MODEL_INVALID
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert words in done.stderr
+
+
+def test_a_file_of_a_model_is_not_its_folder(folder: Path):
+    status, lines, _ = serve(folder / "model.safetensors")
+
+    assert status == ExitStatus.MODEL_NOT_FOUND
+    assert "model.safetensors is a file, and a model is a folder. Fix: name the folder that holds it" in lines[0]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_named(folder: Path):
     status, lines, failure = serve(folder, "--device=cuda")
@@ -208,7 +249,13 @@ def test_the_whole_model_would_have_been_served(folder: Path):
     [
         ([], 0, "longest request"),
         (["--memory=1G"], 40, "does not fit on a GPU of 1.0 GiB"),
+        (["--memory=100M"], 40, "the engine may use 0.00 GiB"),
         (["--kv-cache-memory-bytes=20k", "--max-model-len=256"], 41, "set --max-model-len <= "),
+        (
+            ["--kv-cache-memory-bytes=1k"],
+            41,
+            "0.00 MiB are left for it (0 tokens). Fix: raise --kv-cache-memory-bytes to 1M",
+        ),
         (["--memory=24G", "--max-model-len=256"], 0, "on a GPU of 24.0 GiB"),
         (["--memory=lots"], 2, "--memory"),
     ],

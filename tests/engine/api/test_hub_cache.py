@@ -125,6 +125,65 @@ def test_a_second_start_downloads_nothing(hub: Hub, tmp_path: Path) -> None:
     assert len([line for line in hub.requests() if "GET" in line and "safetensors" in line]) == 2
 
 
+def test_what_octavo_download_brings_is_served_without_another_download(hub: Hub, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    command = [sys.executable, "-m", "octavo_engine", "download", "org/name"]
+    done = subprocess.run(command, env=environment(hub, home), capture_output=True, text=True, timeout=60)
+    with serving(hub, home) as server:
+        server.wait("ready")
+
+    assert Path(done.stdout.strip()) == snapshot(home), done.stderr
+    assert len([line for line in hub.requests() if "GET" in line and "safetensors" in line]) == 2
+
+
+def test_ctrl_c_ends_a_download_at_once_and_without_a_word(hub: Hub, tmp_path: Path) -> None:
+    """Threads that download were waited for: fifty seconds of a slow model."""
+    set_faults(hub, bytes_per_s=20000)
+    command = [sys.executable, "-m", "octavo_engine", "download", "org/name", f"--model-store={tmp_path / 'store'}"]
+    process = subprocess.Popen(command, env=environment(hub, tmp_path), stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    while "MB" not in (line := process.stderr.readline()):  # bytes come
+        assert line
+    process.send_signal(signal.SIGINT)
+
+    assert process.wait(5) == -signal.SIGINT
+    assert "Traceback" not in process.communicate()[1]
+
+
+def as_another_user(command: list[str]) -> list[str]:
+    """Without the rights by which root writes everywhere."""
+    return ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command] if os.getuid() == 0 else command
+
+
+def test_a_cache_that_cannot_be_written_serves_what_is_whole_in_it(hub: Hub, tmp_path: Path) -> None:
+    """As mounted read-only into many pods."""
+    home = tmp_path / "home"
+    with serving(hub, home) as server:
+        server.wait("ready")
+    folders = [home, *(path for path in home.rglob("*") if path.is_dir() and not path.is_symlink())]
+    for path in [*folders, *home.rglob("*.lock")]:
+        path.chmod(0o555)
+    plan = [sys.executable, "-m", "octavo_engine", "download", "org/name"]
+    done = subprocess.run(as_another_user(plan), env=environment(hub, home), capture_output=True, text=True, timeout=60)
+    for path in folders:
+        path.chmod(0o755)
+
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == snapshot(home)
+
+
+def test_a_cache_that_cannot_be_written_is_named_at_once_where_something_is_missing(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir(mode=0o555)
+    command = [sys.executable, "-m", "octavo_engine", "download", "org/name"]
+    done = subprocess.run(
+        as_another_user(command), env=environment(hub, tmp_path / "home"), capture_output=True, text=True, timeout=60
+    )
+
+    assert done.returncode == 30
+    assert "could not be stored in the cache: Permission denied. Fix: point --download-dir (or HF_HOME)" in done.stderr
+    assert len([line for line in hub.requests() if "/api/models/" in line]) == 1  # no second try
+
+
 def test_download_dir_is_where_it_is_kept(hub: Hub, tmp_path: Path) -> None:
     with serving(hub, tmp_path / "home", f"--download-dir={tmp_path / 'elsewhere'}") as server:
         server.wait("ready")
