@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 COMPILE_SETTINGS = ("model", "revision", "download_dir", "block_size", "dtype")
 DOWNLOAD_SETTINGS = (
-    *("model", "revision", "model_store", "model_store_size"),
+    *("model", "revision", "download_dir", "model_store", "model_store_size"),
     *("host", "management_port", "log_level", "startup_stall_s", "termination_log"),
 )
 
@@ -135,9 +136,10 @@ def _parsers() -> tuple[ArgumentParser, dict[str, tuple[ArgumentParser, Command]
     commands.add_parser("bench", help="measure speed: bench serve, bench throughput, bench latency")
     fetch = commands.add_parser(
         "download",
-        help="bring a model into a store, whole and verified",
-        description="Download a model into --model-store and verify it, so that servers find it whole. Goes on with "
-        "what an earlier try left. For the cache of several pods: they wait for one another, and only one downloads.",
+        help="bring a model to this machine, whole and verified",
+        description="Download a model and verify it, so that `octavo serve` with the same flags finds it whole. Goes "
+        "on with what an earlier try left. A --model-store may be shared by pods: they wait for one another, and only "
+        "one downloads.",
     )
     _add_model(fetch)
     add_arguments(fetch, [EngineConfig, ServerConfig], only=DOWNLOAD_SETTINGS)
@@ -230,6 +232,8 @@ def _complete(namespace: argparse.Namespace, warnings: list[str]) -> int:
 def _talk(namespace: argparse.Namespace) -> Talk:
     from octavo_engine.client import Talk
 
+    if not re.match(r"https?://[^/]", namespace.url):
+        raise ConfigError("--url", namespace.url, f"an address such as http://localhost:{API_PORT}/v1")
     variables = ("OPENAI_API_KEY", "OCTAVO_API_KEY", "VLLM_API_KEY")
     key = namespace.api_key or next((os.environ[name] for name in variables if os.environ.get(name)), None)
     sampling = {name: getattr(namespace, name) for name in ("max_tokens", "temperature")}
@@ -282,6 +286,11 @@ def _plan(namespace: argparse.Namespace, warnings: list[str]) -> int:
 def _compile_kernels(namespace: argparse.Namespace, warnings: list[str]) -> int:
     config = _engine_config(namespace)
     config.check()
+    output = Path(namespace.output).expanduser()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--output", namespace.output, f"a folder that can be written ({error.strerror})") from None
     from octavo_engine.api.find_model import download, local_folder, store_of
     from octavo_engine.models.config import load_config
     from octavo_engine.plan import choose_dtype
@@ -300,7 +309,6 @@ def _compile_kernels(namespace: argparse.Namespace, warnings: list[str]) -> int:
     from octavo_engine.runner.device import TORCH_DTYPES
 
     began = time.monotonic()
-    output = Path(namespace.output)
     count = compile_kernels(model, namespace.architecture, output, config.block_size, TORCH_DTYPES[dtype])
     print(f"compiled {count} kernels for {namespace.architecture} into {output} in {time.monotonic() - began:.0f} s")
     return ExitStatus.OK

@@ -163,7 +163,7 @@ class EngineConfig:
     )  # fmt: skip
     quantization: str | None = _setting(
         None,
-        "Weight quantization scheme of the checkpoint.",
+        "Refused: this version reads checkpoints in float32, float16 and bfloat16.",
         group="Model",
         choices=QUANTIZATIONS,
         aliases=("-q",),
@@ -200,10 +200,17 @@ class EngineConfig:
         64, "Tokens in one block of the KV cache.", group="Memory and parallelism", choices=BLOCK_SIZES, managed=True
     )
     tensor_parallel_size: int = _setting(
-        1, "GPUs that share each layer.", group="Memory and parallelism", low=1, high=64, aliases=("-tp",), managed=True
+        1,
+        "GPUs that share each layer; this version computes on one.",
+        group="Memory and parallelism",
+        low=1,
+        high=64,
+        aliases=("-tp",),
+        managed=True,
     )
     pipeline_parallel_size: int = _setting(
-        1, "Groups of GPUs that share the layers in sequence.", group="Memory and parallelism", low=1, high=64,
+        1, "Groups of GPUs that share the layers in sequence; this version computes on one GPU.",
+        group="Memory and parallelism", low=1, high=64,
         aliases=("-pp",), managed=True,
     )  # fmt: skip
     enforce_eager: bool = _setting(
@@ -601,11 +608,19 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            known = [option for option in self._option_string_actions if option.startswith("--")]
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-            expected = f"did you mean {near[0]}?" if near else "see --help"
+            # Without their dashes: two flags are not alike because both have them.
+            known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-"), known, n=1)
+            expected = f"did you mean --{near[0]}?" if near else "see --help"
             self.error(f"unknown argument {unknown[0]!r}: {expected}")
         return parsed
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:  # names the function that converts
+            expected = {int: "a whole number", float: "a number", parse_count: "a count, as 4096, 16k or 24G"}
+            raise ConfigError(action.option_strings[-1], arg_string, expected.get(action.type, "JSON")) from None
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}")
@@ -696,8 +711,10 @@ def _range_text(low: float | None, high: float | None) -> str:
 
 def _help(f: dataclasses.Field[Any]) -> str:
     default = f.default
-    if default in (None, (), "", False, True) or f.metadata["secret"]:
-        shown = {True: " Default: on.", False: " Default: off."}.get(default, "") if isinstance(default, bool) else ""
+    if isinstance(default, bool):  # first, as 0 and 1 equal False and True, and are worth telling
+        shown = " Default: on." if default else " Default: off."
+    elif default in (None, (), "") or f.metadata["secret"]:
+        shown = ""
     else:
         shown = f" Default: {' '.join(default) if isinstance(default, tuple) else default}."
     return str(f.metadata["help"] + shown).replace("%", "%%")

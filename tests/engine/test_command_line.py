@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -404,6 +405,16 @@ def octavo(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["serve", "m", "--ssl-keyfile=k.pem"], "--ssl-certfile"),
         (["serve"], "--model: got '', expected a Hugging Face id"),
         (["sevre", "m"], "did you mean serve?"),
+        (["serve", "m", "--gguf"], "unknown argument '--gguf': see --help"),
+        (["plan", "m", "--memory", "lots"], "--memory: got 'lots', expected a count, as 4096, 16k or 24G"),
+        (["chat", "--max-tokens", "many"], "--max-tokens: got 'many', expected a whole number"),
+        (["chat", "--url", "localhost:8000"], "--url: got 'localhost:8000', expected an address such as http://"),
+        (
+            ["compile-kernels", "m", "--output", "/proc/kernels"],
+            "--output: got '/proc/kernels', expected a folder that",
+        ),
+        (["bench", "serve", "--extra-body", "{"], "--extra-body: got '{', expected JSON"),
+        (["bench", "serve", "--output-json", "/nowhere/x"], "--output-json: got '/nowhere', expected a folder that"),
     ],
 )
 def test_a_command_line_that_is_refused_ends_with_status_2_and_one_line(arguments: list[str], words: str) -> None:
@@ -421,6 +432,11 @@ def test_help_of_a_flag_is_printed_by_the_command() -> None:
     assert "Longest prompt plus output" in done.stdout
 
 
+@pytest.mark.parametrize(("flag", "default"), [("seed", "0"), ("tensor-parallel-size", "1"), ("ssl-cert-reqs", "0")])
+def test_a_default_of_0_or_1_is_told_like_any_other(flag: str, default: str) -> None:
+    assert help_about(make_parser(), flag).rstrip().endswith(f"Default: {default}.")
+
+
 def test_the_page_of_flags_is_made_from_the_tables() -> None:
     """Written with: octavo serve --help=markdown > docs/flags.md"""
     page = (Path(__file__).parents[2] / "docs" / "flags.md").read_text()
@@ -436,6 +452,28 @@ def test_a_pipe_that_is_closed_ends_a_command_without_a_word() -> None:
     assert done.stderr == ""
     assert done.stdout.startswith("#")
     assert done.returncode in (0, 141)
+
+
+@pytest.mark.parametrize("module", ["config", "llm"], ids=["while its own modules are imported", "while it measures"])
+def test_ctrl_c_ends_a_command_by_the_signal_and_without_a_word(module: str, tmp_path: Path) -> None:
+    """The signal comes as the module is asked for: early in every command, late in a benchmark's."""
+    command = ["bench", "latency", str(tmp_path)] if module == "llm" else ["serve", "m"]
+    program = f"""
+import importlib.abc, os, runpy, signal, sys
+
+class Interrupter(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "octavo_engine.{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupter())
+sys.argv = ["octavo", *{command!r}]
+runpy.run_module("octavo_engine", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+
+    assert done.stderr == ""
+    assert done.returncode == -signal.SIGINT
 
 
 def test_collect_env_tells_versions_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -161,6 +162,7 @@ def run(commands: dict[str, tuple[ArgumentParser, Command]], arguments: list[str
     namespace, warnings = read(command, arguments[1:], os.environ)
     for warning in warnings:
         print(f"octavo bench: {warning}", file=sys.stderr)
+    _check_places(namespace)
     try:
         return run_it(namespace)
     except FatalError as error:
@@ -222,7 +224,6 @@ def _serve(namespace: argparse.Namespace) -> int:
         about = {"backend": namespace.backend, "label": namespace.label, **metadata}
         if not namespace.save_detailed:
             details = {name: value for name, value in details.items() if not isinstance(value, list)}
-        namespace.result_dir.mkdir(parents=True, exist_ok=True)
         _write(namespace.result_dir / _file_name(namespace, model), {**about, **result, **details})
     return 1 if failures else ExitStatus.OK
 
@@ -334,6 +335,20 @@ def _goodput(words: list[str]) -> dict[str, float]:
         if name not in ("ttft", "tpot", "e2el"):
             raise ConfigError("--goodput", word, "one of ttft, tpot and e2el before the colon")
     return bounds
+
+
+def _check_places(namespace: argparse.Namespace) -> None:
+    """Where figures are to be written must be writable before minutes of measuring, not after. Raises ConfigError."""
+    places: list[tuple[str, Path]] = []
+    if namespace.output_json is not None:
+        places.append(("--output-json", namespace.output_json.parent))
+    if getattr(namespace, "save_result", False) or getattr(namespace, "save_detailed", False):
+        with contextlib.suppress(OSError):
+            namespace.result_dir.mkdir(parents=True, exist_ok=True)
+        places.append(("--result-dir", namespace.result_dir))
+    for flag, folder in places:
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(flag, str(folder), "a folder that is there and can be written")
 
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:

@@ -155,4 +155,5 @@ async def _served_model(base_url: str, api_key: str | None) -> str:
                 )
             return str((await response.json())["data"][0]["id"])
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise OSError(f"no server answers at {base_url}: {error}. Start one with `octavo serve MODEL`") from error
+        cause = getattr(error, "os_error", error)  # without what aiohttp adds of TLS
+        raise OSError(f"no server answers at {base_url}: {cause}. Start one with `octavo serve MODEL`") from error
