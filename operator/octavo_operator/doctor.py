@@ -6,7 +6,6 @@ Reads only, with the rights of whoever runs it; what they may not read is said a
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -53,9 +52,6 @@ async def examine(cluster: Cluster, namespace: str, now: datetime) -> list[Verdi
 
 def report(verdicts: list[Verdict]) -> str:
     return "".join(f"{verdict.level:<5} {verdict.sentence}\n" for verdict in verdicts)
-
-
-Check = Callable[[Cluster, str, datetime], Awaitable[list[Verdict]]]
 
 
 async def _version(cluster: Cluster, namespace: str, now: datetime) -> list[Verdict]:

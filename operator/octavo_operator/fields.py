@@ -58,7 +58,6 @@ Quantity = Annotated[
 ]
 """An amount as Kubernetes writes it: 4Gi, 500m, 2."""
 Text = Annotated[str, Field(max_length=256)]
-LabelKey = Annotated[str, Field(pattern=LABEL_KEY, max_length=317)]
 
 
 class Resources(Part):

@@ -47,7 +47,6 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Raises jinja2.TemplateSyntaxError."""
-        self._source = source
         self._template = _environment().from_string(source)
         self._special_tokens = dict(special_tokens)
         self.render_s = RENDER_S

@@ -244,10 +244,6 @@ class EngineClient(asyncio.Protocol):
     async def connect(self, sock: socket.socket) -> None:
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=sock)
 
-    @property
-    def num_live(self) -> int:
-        return len(self._live)
-
     def send(self, message: ToEngine) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(encode(message))
