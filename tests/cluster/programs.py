@@ -6,17 +6,17 @@ flags, so a change of either builds anew and leaves the old one for whoever stil
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from machine import cache_dir
+from machine import cache_dir, make_once
 
 MODULES = Path(__file__).resolve().parent / "go"
 STATIC_FLAGS = ("-trimpath", "-buildvcs=false")
@@ -86,28 +86,23 @@ def search_path() -> str:
 def build(names: tuple[str, ...], say: Callable[[str], None]) -> None:
     """Build what is not there yet. Go's own caches stay where Go keeps them."""
     for name in names:
-        if is_built(name):
-            continue
-        component, target = COMPONENTS[name], folder(name)
-        say(f"building {name}: {', '.join(component.programs())}")
-        started = time.monotonic()
-        partial = target.with_name(f"{target.name}.{os.getpid()}")
-        partial.mkdir(parents=True)
-        tags = ["-tags", component.tags] if component.tags else []
-        linker_flags = " ".join(["-s", "-w", *_version_flags(component)])
-        try:
-            for packages, out in _outputs(component, partial):
-                subprocess.run(
-                    ["go", "build", *STATIC_FLAGS, *tags, "-ldflags", linker_flags, "-o", out, *packages],
-                    cwd=MODULES / name,
-                    # GOWORK and GOFLAGS of the person who runs this must not change what is built.
-                    env=os.environ | {"CGO_ENABLED": "0", "GOWORK": "off", "GOFLAGS": "-mod=readonly"},
-                    check=True,
-                )
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        say(f"built {name} in {time.monotonic() - started:.0f} s")
+        make_once(folder(name), functools.partial(_build, COMPONENTS[name], say))
+
+
+def _build(component: Component, say: Callable[[str], None], target: Path) -> None:
+    say(f"building {component.name}: {', '.join(component.programs())}")
+    started = time.monotonic()
+    tags = ["-tags", component.tags] if component.tags else []
+    linker_flags = " ".join(["-s", "-w", *_version_flags(component)])
+    for packages, out in _outputs(component, target):
+        subprocess.run(
+            ["go", "build", *STATIC_FLAGS, *tags, "-ldflags", linker_flags, "-o", out, *packages],
+            cwd=MODULES / component.name,
+            # GOWORK and GOFLAGS of the person who runs this must not change what is built.
+            env=os.environ | {"CGO_ENABLED": "0", "GOWORK": "off", "GOFLAGS": "-mod=readonly"},
+            check=True,
+        )
+    say(f"built {component.name} in {time.monotonic() - started:.0f} s")
 
 
 def _outputs(component: Component, target: Path) -> list[tuple[list[str], str]]:
