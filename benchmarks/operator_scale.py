@@ -92,7 +92,6 @@ def main() -> int:
 
 def measure(cluster: Cluster, turns: Sequence[str], asked: argparse.Namespace) -> dict[str, Any]:
     api = Api(cluster)
-    cluster.kubectl("create", "namespace", "octavo-system")
     define(cluster, chart("octavo", "crd", "rbac", "serviceaccount"))
     Engines(cluster).answer_for_kwok()
     for number in range(NODES):

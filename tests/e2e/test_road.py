@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import demo
-import programs
 import pytest
 import yaml
+from fixtures import built
 
 import models
 from cluster import Cluster
@@ -172,8 +172,7 @@ def test_a_pod_finds_the_service_by_its_name(installed, loaded_images):
 
 
 def test_prometheus_scrapes_what_the_operator_wired(installed):
-    if not programs.is_built("prometheus"):
-        pytest.skip("Prometheus is not built: run `python tests/cluster/cluster.py build prometheus`")
+    built("prometheus")
     url = installed.start_prometheus()
 
     def sample() -> list[Any] | None:

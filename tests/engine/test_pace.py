@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import queue
 import random
-import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from simulated import COSTS, Served, serve
 
 from octavo_engine.core import process

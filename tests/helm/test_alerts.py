@@ -6,7 +6,6 @@ import importlib.util
 import json
 import re
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "octavo"
 RULES = CHART / "files" / "rules.yaml"
-sys.path.insert(0, str(ROOT / "tests" / "cluster"))
 
 SERVER = 'namespace="ml", server="qwen"'
 ENGINE = 'namespace="ml", model_name="qwen", pod="qwen-1", instance="i", engine="0"'
@@ -148,16 +146,6 @@ STORIES = {
         {},
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def promtool() -> str:
-    import programs
-
-    path = programs.folder("promtool") / "promtool"
-    if not path.exists():
-        pytest.skip("promtool is not built: run `python tests/cluster/cluster.py build promtool`")
-    return str(path)
 
 
 def rules() -> list[dict[str, Any]]:

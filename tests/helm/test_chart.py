@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,6 @@ from octavo_operator.wake import ACTIVATOR_LABELS, PORTS
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "octavo"
-sys.path.insert(0, str(ROOT / "tests" / "cluster"))
-
-
-@pytest.fixture(scope="session")
-def helm() -> str:
-    import programs
-
-    path = programs.folder("helm") / "helm"
-    if not path.exists():
-        pytest.skip("helm is not built: run `python tests/cluster/cluster.py build helm`")
-    return str(path)
 
 
 def render(helm: str, *flags: str) -> list[dict[str, Any]]:

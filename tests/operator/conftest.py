@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "cluster")]
-
-from fixtures import cluster  # noqa: E402 -- the path above leads to it
-
-__all__ = ["api", "cluster", "engines", "operator", "stage"]
+from stage import LEASE, Api, ApiError, Engines, Operator, Stage, chart, define, wait_for
 
 
 @pytest.fixture(scope="session")
-def api(cluster) -> Iterator[object]:
+def api(cluster) -> Iterator[Api]:
     """The API server as an administrator, with the CRD and the chart's roles on it."""
-    from stage import Api, chart, define
-
-    cluster.kubectl("create", "namespace", "octavo-system")
     define(cluster, chart("octavo", "crd", "rbac", "serviceaccount"))
     made = Api(cluster)
     yield made
@@ -29,28 +19,40 @@ def api(cluster) -> Iterator[object]:
 
 
 @pytest.fixture(scope="session")
-def engines(cluster, api):
+def engines(cluster, api) -> Engines:
     """Stand-ins for engines: what each says on its management port is up to the test."""
-    from stage import Engines
-
     return Engines(cluster)
 
 
 @pytest.fixture
-def stage(api, engines) -> Iterator[object]:
+def stage(api, engines) -> Iterator[Stage]:
     """A namespace of its own, gone after the test."""
-    from stage import Stage
-
     made = Stage(api, engines)
     yield made
     made.remove()
 
 
-@pytest.fixture(scope="module")
-def operator(cluster, api) -> Iterator[object]:
-    """One running operator for the tests of a file. Another one would wait for its lease."""
-    from stage import Operator, wait_for
+@pytest.fixture
+def start(cluster, api):
+    """Starts operators; those that still run at the end of the test are stopped, and the next waits for no lease."""
+    started = []
 
+    def one(identity, port, account="octavo-operator", **environment):
+        started.append(Operator(cluster, identity, port, account, **environment))
+        return started[-1]
+
+    yield one
+    for running in started:
+        if running.process.poll() is None:
+            running.kill()
+            running.process.wait(10)
+    with contextlib.suppress(ApiError):
+        api.request("DELETE", LEASE)
+
+
+@pytest.fixture(scope="module")
+def operator(cluster, api) -> Iterator[Operator]:
+    """One running operator for the tests of a file. Another one would wait for its lease."""
     # A busy machine may keep it from renewing for seconds, and nobody waits for this lease.
     running = Operator(cluster, "operator", port=18080, OCTAVO_LEASE_SECONDS="15")
     running.wait_leading()

@@ -25,8 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pytest
 import yaml
+from fixtures import built
 
 import waiting
 from octavo_engine.status import Effective, Failure, Load, Progress, Statusz
@@ -55,6 +55,7 @@ KINDS = {
 CHILDREN = ("deployments", "services", "poddisruptionbudgets")
 NODE_LABEL = "octavo.dev/staged"
 T = TypeVar("T")
+LEASE = "/apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator"
 Document = dict[str, Any]
 
 
@@ -213,20 +214,16 @@ EFFECTIVE = Effective(
 
 def chart(release: str, *templates: str, values: tuple[str, ...] = (), root: Path = ROOT) -> str:
     """What the chart makes of these templates, by the real helm."""
-    import programs
-
-    helm = programs.folder("helm") / "helm"
-    if not helm.exists():
-        pytest.skip("helm is not built: run `python tests/cluster/cluster.py build helm`")
-    command = [str(helm), "template", release, str(root / "helm/octavo"), "-n", "octavo-system"]
+    command = [f"{built('helm')}/helm", "template", release, str(root / "helm/octavo"), "-n", "octavo-system"]
     command += ["--kube-version=1.34.0", *(f"--show-only=templates/{name}.yaml" for name in templates)]
     command += [f"--set={value}" for value in values]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def define(cluster: Any, documents: str) -> None:
-    """Apply what the chart made, our kind's definition in it, and return once the API server serves the kind."""
-    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=documents)
+    """Apply what the chart made for octavo-system, our kind's definition in it, and return once the kind is served."""
+    namespace = "apiVersion: v1\nkind: Namespace\nmetadata: {name: octavo-system}\n---\n"
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=namespace + documents)
     name = "crd/llmservers.octavo.dev"
     wait_for(
         lambda: is_served(json.loads(cluster.kubectl("get", name, "-o", "json"))), "our kind to be served", 30, 0.2

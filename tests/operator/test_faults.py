@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import random
@@ -11,30 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from stage import CHILDREN, ApiError, Faults, Operator, says, wait_for
+from stage import CHILDREN, Faults, says, wait_for
 
 from octavo_engine.status import Load, Stage
 
-LEASE = "/apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator"
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
-
-
-@pytest.fixture
-def start(cluster, api):
-    """Starts operators; those that still run at the end of the test are stopped."""
-    started = []
-
-    def one(identity, port, **more):
-        started.append(Operator(cluster, identity, port, **more))
-        return started[-1]
-
-    yield one
-    for running in started:
-        if running.process.poll() is None:
-            running.kill()
-            running.process.wait(10)
-    with contextlib.suppress(ApiError):
-        api.request("DELETE", LEASE)
 
 
 def test_a_watch_that_goes_deaf_is_noticed_and_the_operator_starts_anew(stage, cluster, start):

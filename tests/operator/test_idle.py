@@ -6,12 +6,11 @@ less often: benchmarks/operator_scale.py --turns idle counts ten minutes of them
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
 
 import pytest
-from stage import ApiError, Faults, Operator, certificate, says
+from stage import LEASE, Faults, certificate, says
 
 from octavo_engine.status import Failure, FailureCode, Stage
 
@@ -20,46 +19,41 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 REST_S = 6.0
 
 
-def test_at_rest_nothing_is_written_but_the_lease(stage, cluster, api):
+def test_at_rest_nothing_is_written_but_the_lease(stage, cluster, start):
     record = cluster.state / "at-rest"
     faults = Faults(cluster, 18230)
     often = {"OCTAVO_RESYNC_SECONDS": "1", "OCTAVO_SETTLED_POLL_SECONDS": "1", "OCTAVO_LOADING_POLL_SECONDS": "0.5"}
     often |= {"OCTAVO_LEASE_SECONDS": "10"}  # renewed every two seconds
-    running = Operator(cluster, "at-rest", 18150, server=faults.url, **often)
-    try:
-        running.wait_leading()
-        stage.serve()
-        (pod,) = stage.wait_pods(1)
-        stage.up(pod)
-        stage.serve("scaled", autoscaling={"maxReplicas": 3})
-        (pod,) = stage.wait_pods(1, "scaled")
-        stage.up(pod)
-        stage.serve("loading")
-        (pod,) = stage.wait_pods(1, "loading")
-        stage.engines.say(stage.run_pod(pod), says(Stage.LOADING_WEIGHTS, 50, done=1, total=2, eta=60.0))
-        stage.serve("sick")
-        (pod,) = stage.wait_pods(1, "sick")
-        stage.crash_pod(pod, certificate(Failure(FailureCode.KV_CACHE_TOO_SMALL, "Too small.", "")), 41, restarts=3)
-        stage.serve("suspended", suspend=True)
-        for name in ("qwen", "scaled", "suspended"):
-            stage.wait_condition("Progressing", "False", "Settled", name)
-        stage.wait_condition("Ready", "False", "LoadingWeights", "loading")
-        stage.wait_condition("Ready", "False", "KvCacheTooSmall", "sick")
-        time.sleep(2)  # the last events of that
-        looks = running.metric("octavo_operator_look_seconds_count")
-        faults.do(record=str(record))
-        time.sleep(REST_S)
-        faults.do()
-        looks = running.metric("octavo_operator_look_seconds_count") - looks
-        log = running.log()
-    finally:
-        running.stop()
-        with contextlib.suppress(ApiError):
-            api.request("DELETE", "/apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator")
+    running = start("at-rest", 18150, server=faults.url, **often)
+    running.wait_leading()
+    stage.serve()
+    (pod,) = stage.wait_pods(1)
+    stage.up(pod)
+    stage.serve("scaled", autoscaling={"maxReplicas": 3})
+    (pod,) = stage.wait_pods(1, "scaled")
+    stage.up(pod)
+    stage.serve("loading")
+    (pod,) = stage.wait_pods(1, "loading")
+    stage.engines.say(stage.run_pod(pod), says(Stage.LOADING_WEIGHTS, 50, done=1, total=2, eta=60.0))
+    stage.serve("sick")
+    (pod,) = stage.wait_pods(1, "sick")
+    stage.crash_pod(pod, certificate(Failure(FailureCode.KV_CACHE_TOO_SMALL, "Too small.", "")), 41, restarts=3)
+    stage.serve("suspended", suspend=True)
+    for name in ("qwen", "scaled", "suspended"):
+        stage.wait_condition("Progressing", "False", "Settled", name)
+    stage.wait_condition("Ready", "False", "LoadingWeights", "loading")
+    stage.wait_condition("Ready", "False", "KvCacheTooSmall", "sick")
+    time.sleep(2)  # the last events of that
+    looks = running.metric("octavo_operator_look_seconds_count")
+    faults.do(record=str(record))
+    time.sleep(REST_S)
+    faults.do()
+    looks = running.metric("octavo_operator_look_seconds_count") - looks
+    log = running.log()
     requests = Counter(line.partition("?")[0] for line in record.read_text().splitlines())
     writes = {request for request in requests if not request.startswith("GET ")}
 
-    assert writes == {"PUT /apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator"}
+    assert writes == {f"PUT {LEASE}"}
     # It was awake: every server was looked at, and every kind was listed.
     assert looks > 5
     assert requests["GET /api/v1/pods"] >= 2

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import programs
 import pytest
+from fixtures import built
 from stage import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
@@ -11,8 +11,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
 @pytest.fixture(scope="module")
 def kwok(cluster, engines):
-    if not programs.is_built("kwok"):
-        pytest.skip("kwok is not built: run `python tests/cluster/cluster.py build kwok`")
+    built("kwok")
     cluster.start_kwok()
     engines.answer_for_kwok()
 

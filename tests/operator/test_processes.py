@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import signal
 import time
 
 import pytest
-from stage import ApiError, Operator, Stage, chart, wait_for
+from stage import LEASE, Stage, chart, wait_for
 
-LEASE = "/apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator"
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
-
-@pytest.fixture
-def start(cluster, api):
-    """Starts operators; those that still run at the end of the test are stopped."""
-    started = []
-
-    def one(identity, port, account="octavo-operator", **environment):
-        started.append(Operator(cluster, identity, port, account, **environment))
-        return started[-1]
-
-    yield one
-    for running in started:
-        if running.process.poll() is None:
-            running.kill()
-            running.process.wait(10)
-    with contextlib.suppress(ApiError):
-        api.request("DELETE", LEASE)
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.05, 0.1])
@@ -74,12 +54,7 @@ def test_of_two_operators_one_works_and_the_other_takes_over_when_it_dies(stage,
     assert looked == 0
     print(f"takeover after a kill: {took_s:.1f} s with a lease of 3 s")
     assert took_s < 8
-    assert (
-        stage.api.get("/apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator")["spec"][
-            "holderIdentity"
-        ]
-        == second.identity
-    )
+    assert stage.api.get(LEASE)["spec"]["holderIdentity"] == second.identity
 
 
 def test_an_operator_that_is_asked_to_end_hands_its_lease_over_at_once(start):

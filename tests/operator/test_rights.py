@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
-from stage import KINDS, Activator, ApiError, Faults, Operator, certificate, chart, says, wait_for
+from stage import KINDS, LEASE, Activator, ApiError, Faults, Operator, certificate, chart, says, wait_for
 
 from octavo_engine.status import Failure, FailureCode, Load, Stage
 
@@ -89,7 +89,7 @@ def test_the_activator_is_granted_what_it_calls_and_nothing_more(stage, cluster)
 
 def forget_lease(api):
     with contextlib.suppress(ApiError):
-        api.request("DELETE", "/apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator")
+        api.request("DELETE", LEASE)
 
 
 def is_made(kind):

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import pytest
-from stage import KINDS, ApiError, Operator, wait_for
+from stage import KINDS, wait_for
 
 OLDER = json.loads(Path(__file__).with_name("older-version.json").read_text())
 PLURALS = {"Deployment": "deployments", "Service": "services", "PodDisruptionBudget": "poddisruptionbudgets"}
@@ -71,27 +71,22 @@ def world(stage, names):
     return found
 
 
-def test_no_engine_is_restarted_by_another_version_of_the_operator(stage, older, cluster, api):
+def test_no_engine_is_restarted_by_another_version_of_the_operator(stage, older, start):
     before = world(stage, older)
-    running = Operator(cluster, "newer", 18160, OCTAVO_SETTLED_POLL_SECONDS="1", OCTAVO_LEASE_SECONDS="15")
-    try:
-        running.wait_leading()
-        for name in older:
-            stage.wait_condition("UpdateAvailable", "True", "OperatorChanged", name)
-            stage.wait_condition("Progressing", "False", "Settled", name)
-        looks = running.metric("octavo_operator_look_seconds_count")
-        more = 3 * len(older)
-        wait_for(lambda: running.metric("octavo_operator_look_seconds_count") > looks + more, "more looks", 60, 0.5)
-        after = world(stage, older)
-        # Asked for by a change of the spec, the newer template goes out with it, and for this server alone.
-        stage.patch("plain", {"engine": {"maxModelLen": 1024}})
-        stage.wait_condition("UpdateAvailable", "False", "UpToDate", "plain")
-        wait_for(lambda: not before["plain"][1].keys() & world(stage, older)["plain"][1].keys(), "another pod")
-        last = world(stage, older)
-    finally:
-        running.stop()
-        with contextlib.suppress(ApiError):
-            api.request("DELETE", "/apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator")
+    running = start("newer", 18160, OCTAVO_SETTLED_POLL_SECONDS="1", OCTAVO_LEASE_SECONDS="15")
+    running.wait_leading()
+    for name in older:
+        stage.wait_condition("UpdateAvailable", "True", "OperatorChanged", name)
+        stage.wait_condition("Progressing", "False", "Settled", name)
+    looks = running.metric("octavo_operator_look_seconds_count")
+    more = 3 * len(older)
+    wait_for(lambda: running.metric("octavo_operator_look_seconds_count") > looks + more, "more looks", 60, 0.5)
+    after = world(stage, older)
+    # Asked for by a change of the spec, the newer template goes out with it, and for this server alone.
+    stage.patch("plain", {"engine": {"maxModelLen": 1024}})
+    stage.wait_condition("UpdateAvailable", "False", "UpToDate", "plain")
+    wait_for(lambda: not before["plain"][1].keys() & world(stage, older)["plain"][1].keys(), "another pod")
+    last = world(stage, older)
 
     assert after == before
     assert {name for name in older if last[name] != before[name]} == {"plain"}

@@ -66,7 +66,6 @@ def main() -> int:
 
 
 def compare(cluster: Cluster, older: Path, commit: str, write: Path | None) -> int:
-    cluster.kubectl("create", "namespace", "octavo-system")
     api = Api(cluster)
     restarted = 0
     with contextlib.ExitStack() as kubelets:

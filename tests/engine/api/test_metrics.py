@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import shutil
 import subprocess
 
 import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-
-import models
 
 BASE = {"model_name", "engine"}
 TTFT = (
@@ -283,15 +279,6 @@ def test_boards_and_alerts_for_vllm_find_every_series(server, query: str) -> Non
         assert name in samples
     for label in {"model_name", "finished_reason", "handler", "status"} & set(re.findall(r"\w+", query)):
         assert any(label in s.labels for f in families(server).values() for s in f.samples if s.name in names)
-
-
-@pytest.fixture
-def promtool() -> str:
-    built = sorted(models.cache_dir().glob("programs/promtool-*/promtool"), key=os.path.getmtime)
-    program = str(built[-1]) if built else shutil.which("promtool")
-    if program is None:
-        pytest.skip("promtool is not built: run `python tests/cluster/cluster.py build promtool`")
-    return program
 
 
 def test_promtool_finds_nothing_but_vllms_own_spellings_to_complain_of(server, promtool: str) -> None:
