@@ -98,13 +98,13 @@ def _without_dots(arguments: Sequence[str]) -> list[str]:
             continue
         flag, path, text = found.groups()
         if text is None and (text := next(words, None)) is None:
-            raise UsageError(f"{word} has no value")
+            raise UsageError(f"{word} has no value: write {word}=VALUE")
         place = objects.setdefault(flag.replace("_", "-"), {})
         *outer, last = path.split(".")
         for key in outer:
             place = place.setdefault(key, {})
             if not isinstance(place, dict):
-                raise UsageError(f"{word}: {key} has a value of its own already")
+                raise UsageError(f"{word}: {key} has a value of its own already, and so no {last}: leave one out")
         place[last] = _json_or_text(text)
     return rest + [f"{flag}={json.dumps(value)}" for flag, value in objects.items()]
 
@@ -152,14 +152,16 @@ def _arguments_of(parser: ArgumentParser, file: Path) -> list[str]:
     for key, value in document.items():
         flag = "--" + key.lstrip("-").replace("_", "-")
         if flag == "--config" or not key.lstrip("-"):
-            raise UsageError(f"{parser.prog}: {file}: {key!r} cannot stand in a file")
+            raise UsageError(
+                f"{parser.prog}: {file}: {key!r} cannot stand in a file, where names are flags but --config: remove it"
+            )
         match value:
             case True:
                 arguments.append(flag)
             case False:
                 arguments.append("--no-" + flag[2:])
             case None:
-                raise UsageError(f"{parser.prog}: {file}: {key} has no value")
+                raise UsageError(f"{parser.prog}: {file}: {key} has no value: write one behind the colon, or remove it")
             case list():
                 arguments += [f"{flag}={_text(part)}" for part in value]
             case _:

@@ -421,7 +421,11 @@ class PodSpec(Part):
         json_schema_extra={
             **_NAMES_KEYED,
             **rules(
-                rule("!self.exists(c, c.name == 'engine')", "'engine is the name of the engine\\'s own container'")
+                rule(
+                    "!self.exists(c, c.name == 'engine')",
+                    "'podTemplate.spec.initContainers has \\'engine\\', the name of the engine\\'s own container: "
+                    "choose another'",
+                )
             ),
         },
         description="Containers that run before the engine starts, or beside it with restartPolicy Always.",
@@ -478,7 +482,9 @@ class PodSpec(Part):
                 raise ValueError(f"podTemplate.spec.{alias} is refused: engine pods take nothing from the node")
         own = [c.name for c in (*(self.containers or ()), *(self.init_containers or ()))]
         if any(c.name == names.ENGINE_CONTAINER for c in self.init_containers or ()):
-            raise ValueError("engine is the name of the engine's own container")
+            raise ValueError(
+                "podTemplate.spec.initContainers has 'engine', the name of the engine's own container: choose another"
+            )
         if len(set(own)) < len(own):
             raise ValueError(f"podTemplate.spec has a container's name twice: {', '.join(own)}")
         volumes = [volume.name for volume in self.volumes or ()]

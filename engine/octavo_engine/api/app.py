@@ -394,8 +394,7 @@ class Api:
         model = self._serving()
         body = await self._parse(DetokenizeRequest, request)
         model.check_name(body.model)
-        if body.tokens and max(body.tokens) >= model.tokenizer.vocab_size:
-            raise bad_request(f"Token id {max(body.tokens)} is out of vocabulary.", "tokens")
+        model.check_ids(body.tokens, "tokens")
         decode = functools.partial(model.tokenizer.decode, skip_special_tokens=False)
         return web.json_response({"prompt": await self._in_thread(decode, body.tokens)})
 

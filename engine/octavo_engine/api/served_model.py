@@ -171,10 +171,7 @@ class ServedModel:
         if len(token_ids) >= self.max_model_len:
             raise self._too_long(str(len(token_ids)), param)
         # Also of text: some tokenizers know tokens that the model has no embedding for.
-        if max(token_ids) >= self.tokenizer.vocab_size:
-            raise bad_request(
-                f"Token id {max(token_ids)} is out of vocabulary: ids are 0 to {self.tokenizer.vocab_size - 1}.", param
-            )
+        self.check_ids(token_ids, param)
         return token_ids
 
     def _too_long(self, count: str, param: str) -> ApiError:
@@ -183,6 +180,12 @@ class ServedModel:
             f"tokens in the {param}, which leaves no room for output. Please reduce the length of the {param}.",
             param,
         )
+
+    def check_ids(self, token_ids: list[int], param: str) -> None:
+        """Raises ApiError for an id that no token has."""
+        largest, size = max(token_ids, default=0), self.tokenizer.vocab_size
+        if largest >= size:
+            raise bad_request(f"Token id {largest} is out of vocabulary: ids are 0 to {size - 1}.", param)
 
     def resolved(self, sampling: SamplingParams) -> SamplingParams:
         """With bad words spelled in ids. Raises ApiError for an id that no token has: it is meant for another model."""
