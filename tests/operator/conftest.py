@@ -45,7 +45,7 @@ def start(cluster, api):
     for running in started:
         if running.process.poll() is None:
             running.kill()
-            running.process.wait(10)
+            running.process.wait(60)
     with contextlib.suppress(ApiError):
         api.request("DELETE", LEASE)
 

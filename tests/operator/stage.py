@@ -55,6 +55,9 @@ KINDS = {
 CHILDREN = ("deployments", "services", "poddisruptionbudgets")
 NODE_LABEL = "octavo.dev/staged"
 T = TypeVar("T")
+PATIENCE_S = 120.0
+"""For what comes by itself. A wait ends when it has come, so that only a failure takes longer; on a machine that four
+others keep busy, an operator took more than 30 s to start."""
 LEASE = "/apis/coordination.k8s.io/v1/namespaces/octavo-system/leases/octavo-operator"
 Document = dict[str, Any]
 
@@ -65,7 +68,7 @@ class ApiError(Exception):
         self.status, self.message = status, message
 
 
-def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 60, every_s: float = 0.02) -> T:
+def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = PATIENCE_S, every_s: float = 0.02) -> T:
     """The bound is for a machine that is busy; on an idle one everything waited for comes within seconds."""
     return waiting.wait_for(look, what, timeout_s, every_s)
 
@@ -352,7 +355,7 @@ class Stage:
         return found[0] if found else {"status": "Missing", "reason": "Missing", "message": ""}
 
     def wait_condition(
-        self, kind: str, status: str, reason: str, name: str = "qwen", timeout_s: float = 60
+        self, kind: str, status: str, reason: str, name: str = "qwen", timeout_s: float = PATIENCE_S
     ) -> Document:
         def look() -> Document | None:
             found = self.condition(kind, name)
@@ -515,7 +518,7 @@ class Operator:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def wait_leading(self, timeout_s: float = 30) -> None:
+    def wait_leading(self, timeout_s: float = PATIENCE_S) -> None:
         wait_for(lambda: "leading identity" in self.log(), f"{self.identity} to lead: {self.log()}", timeout_s)
 
     def get(self, path: str) -> str:
@@ -534,7 +537,7 @@ class Operator:
     def stop(self) -> int:
         if self.process.poll() is None:
             self.kill(signal.SIGTERM)
-        return self.process.wait(20)
+        return self.process.wait(60)
 
 
 class Activator(Operator):
@@ -548,5 +551,5 @@ class Activator(Operator):
         environment = {"OCTAVO_LISTEN_HOST": address, "OCTAVO_ACTIVATOR_LEAVE_SECONDS": "2", **environment}
         super().__init__(cluster, f"activator-{address}", 8081, "octavo-activator", **environment)
 
-    def wait_serving(self, timeout_s: float = 60) -> None:
+    def wait_serving(self, timeout_s: float = PATIENCE_S) -> None:
         wait_for(lambda: "taking requests" in self.log(), f"{self.address} to listen: {self.log()}", timeout_s)

@@ -128,7 +128,7 @@ def test_without_prefetching_the_job_goes_and_a_retained_claim_is_found_again(op
     stage.patch("qwen", {"cache": {"prefetch": False}})
     wait_for(lambda: stage.get("jobs", "qwen") is None, "the Job to be gone")
     stage.delete("llmservers", "qwen")
-    wait_for(lambda: stage.get("services", "qwen") is None, "the Service to be collected", 60)
+    wait_for(lambda: stage.get("services", "qwen") is None, "the Service to be collected")
     stage.serve(cache={**retained, "prefetch": False})
     wait_for(lambda: stage.get("deployments", "qwen"), "a Deployment")
 
@@ -160,9 +160,9 @@ def test_a_route_waits_for_its_kind_and_says_so(operator, stage, api):
 
     with_definition(api, "httproutes", "HTTPRoute", "gateway.networking.k8s.io")
     try:
-        route = wait_for(lambda: stage.get("httproutes", "qwen"), "the route", 40)
+        route = wait_for(lambda: stage.get("httproutes", "qwen"), "the route")
         assert route["spec"]["rules"][0]["backendRefs"] == [{"name": "qwen", "port": 80}]
-        wait_for(lambda: stage.condition("Ready")["reason"] != "KindMissing", "the cause to be gone", 40)
+        wait_for(lambda: stage.condition("Ready")["reason"] != "KindMissing", "the cause to be gone")
         stage.patch("qwen", {"expose": None})
         wait_for(lambda: stage.get("httproutes", "qwen") is None, "the route to be gone")
     finally:

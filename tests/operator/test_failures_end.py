@@ -57,7 +57,7 @@ def policy(stage):
             return "cost centre" in str(error) or None
         return None
 
-    wait_for(refused, "the policy to be in force", 30, 0.2)
+    wait_for(refused, "the policy to be in force", every_s=0.2)
 
 
 def no_policy(stage):
@@ -141,7 +141,7 @@ def test_what_keeps_pods_from_running_is_told_and_over_when_it_is_mended(stage, 
     case.mend(stage)
     with stage.kubelet():
         # The ReplicaSet's controller comes back to a refusal after a growing while.
-        stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=90)
+        stage.wait_condition("Ready", "True", "AllReplicasReady")
         stage.wait_condition("Progressing", "False", "Settled")
 
     for words in case.says:
@@ -206,10 +206,10 @@ def test_a_node_that_is_lost_is_named_and_the_pod_counts_again_when_it_is_back(s
     stage.wait_condition("Ready", "True", "AllReplicasReady")
     stage.engines.say(address, None)
     # A node that says nothing is given up after 50 s, and its pods are no longer ready.
-    told = stage.wait_condition("Ready", "False", "NodeLost", timeout_s=90)
+    told = stage.wait_condition("Ready", "False", "NodeLost")
     stage.node_is_ready()
     stage.up(pod)
-    stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=60)
+    stage.wait_condition("Ready", "True", "AllReplicasReady")
 
     assert f"The node {stage.node} is not ready" in told["message"]
     assert "kubectl describe node" in told["message"]

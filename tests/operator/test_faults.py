@@ -34,14 +34,14 @@ def test_a_watch_that_goes_deaf_is_noticed_and_the_operator_starts_anew(stage, c
         stage.delete("services", "qwen")
         return running.process.poll() is not None
 
-    wait_for(ended, "its end", 30, 0.5)
+    wait_for(ended, "its end", every_s=0.5)
     faults.do()
     again = start("deaf", 18101, server=faults.url, OCTAVO_RESYNC_SECONDS="600")
     again.wait_leading(20)
     wait_for(lambda: stage.get("services", "qwen"), "the Service")
     time.sleep(2)
     stage.delete("services", "qwen")
-    wait_for(lambda: stage.get("services", "qwen"), "the Service by the new watches", 20)
+    wait_for(lambda: stage.get("services", "qwen"), "the Service by the new watches")
 
     print(f"a lost deletion was found after {found_s:.1f} s with a sweep every 3 s")
     assert found_s < 15  # 5 s on a quiet machine
@@ -76,7 +76,7 @@ def test_two_operators_killed_at_random_behind_a_failing_api_server_end_in_the_s
                 everyone.append(running[name])
 
     bring_back()
-    wait_for(lambda: any(map(leads, running.values())), "one to lead", 30)
+    wait_for(lambda: any(map(leads, running.values())), "one to lead")
     with stage.kubelet():
         stage.serve(engine={"maxModelLen": 2048})
         kills = sorted(rng.sample(range(len(ACTS)), 4))
@@ -84,20 +84,20 @@ def test_two_operators_killed_at_random_behind_a_failing_api_server_end_in_the_s
             time.sleep(rng.uniform(0, 1.5))
             stage.patch("qwen", patch)
             if number in kills:
-                leader = wait_for(lambda: next((n for n in running if leads(running[n])), None), "a leader", 30)
+                leader = wait_for(lambda: next((n for n in running if leads(running[n])), None), "a leader")
                 time.sleep(rng.uniform(0, 1.0))
                 running[leader].kill()
                 killed += 1
             bring_back()
         faults.do()
         bring_back()
-        stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=60)
-        stage.wait_condition("Progressing", "False", "Settled", timeout_s=60)
-        wait_for(lambda: len(stage.pods()) == 1, "one pod", 30)
+        stage.wait_condition("Ready", "True", "AllReplicasReady")
+        stage.wait_condition("Progressing", "False", "Settled")
+        wait_for(lambda: len(stage.pods()) == 1, "one pod")
     final = stage.get("llmservers", "qwen")["spec"]
     stage.create("llmservers", {**SERVER, "metadata": {"name": "calm"}, "spec": final})
     with stage.kubelet("calm"):
-        stage.wait_condition("Progressing", "False", "Settled", "calm", timeout_s=60)
+        stage.wait_condition("Progressing", "False", "Settled", "calm")
 
     assert world_of(stage, "qwen") == world_of(stage, "calm")
     answers = sum(one.metric("octavo_operator_api_requests_total") for one in running.values())
@@ -118,13 +118,13 @@ def test_an_api_server_that_is_busy_is_left_alone_for_as_long_as_it_says(stage, 
     faults.do(cut_s=1.0)
     with stage.kubelet():
         stage.serve()
-        stage.wait_condition("Progressing", "False", "Settled", timeout_s=60)
+        stage.wait_condition("Progressing", "False", "Settled")
         faults.do(busy_s=2, refused=str(refused), cut_s=1.0)
         stage.patch("qwen", {"replicas": 2})
         time.sleep(9)
         faults.do()
-        stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=60)
-        wait_for(lambda: len(stage.pods()) == 2, "the second pod", 60)
+        stage.wait_condition("Ready", "True", "AllReplicasReady")
+        wait_for(lambda: len(stage.pods()) == 2, "the second pod")
     times: dict[str, list[float]] = {}
     for line in refused.read_text().splitlines():
         at, _, what = line.partition(" ")
@@ -181,12 +181,12 @@ def test_clocks_that_jump_by_hours_and_pods_that_lie_about_theirs_change_nothing
     starting = wait_for(lambda: "starting" in str(stage.status().get("pods")) and stage.status(), "it to start")
     stage.up(fresh)
     with stage.kubelet():
-        stage.wait_condition("Progressing", "False", "Settled", timeout_s=60)
+        stage.wait_condition("Progressing", "False", "Settled")
     jump(0)
     final = stage.get("llmservers", "qwen")["spec"]
     stage.create("llmservers", {**SERVER, "metadata": {"name": "calm"}, "spec": final})
     with stage.kubelet("calm"):
-        stage.wait_condition("Progressing", "False", "Settled", "calm", timeout_s=60)
+        stage.wait_condition("Progressing", "False", "Settled", "calm")
 
     assert loading["pods"][0]["etaSeconds"] == 1
     assert (held, given_up) == ("WaitingForIdle", "ImagePull")

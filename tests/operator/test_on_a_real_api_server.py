@@ -115,7 +115,7 @@ def test_looking_again_writes_nothing(stage, operator):
     before, looks, events = versions(), operator.metric(LOOKS), stage.events()
     stage.api.merge(stage.path("services", "qwen"), {"metadata": {"labels": {"team": None}}})
     del before[service_uid := stage.get("services", "qwen")["metadata"]["uid"]]
-    wait_for(lambda: operator.metric(LOOKS) > looks, "the next look", 60, 0.2)
+    wait_for(lambda: operator.metric(LOOKS) > looks, "the next look", every_s=0.2)
     time.sleep(0.5)
     after = versions()
     del after[service_uid]
@@ -131,10 +131,10 @@ def test_an_engine_that_is_silent_behind_passing_probes_does_not_count_as_ready(
     address = stage.up(pod)
     stage.wait_condition("Ready", "True", "AllReplicasReady")
     stage.engines.say(address, None)
-    ready = stage.wait_condition("Ready", "Unknown", "EngineUnreachable", timeout_s=60)
+    ready = stage.wait_condition("Ready", "Unknown", "EngineUnreachable")
     counted = stage.status()["readyReplicas"]
     stage.up(pod)
-    stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=60)
+    stage.wait_condition("Ready", "True", "AllReplicasReady")
 
     assert "does not answer the operator on port 8001" in ready["message"]
     assert "NetworkPolicy" in ready["message"]
@@ -308,8 +308,8 @@ def test_among_many_gpus_the_last_pods_wait_and_the_resource_stays_readable(stag
     for number in range(6):
         stage.add_node(f"{stage.node}-gpu-{number}", gpus=8)
     stage.serve(replicas=50, hardware={"gpus": 1, "nodeSelector": {"octavo.dev/staged": stage.node}})
-    found = stage.wait_condition("Schedulable", "False", "InsufficientGPU", timeout_s=60)
-    wait_for(lambda: sum("nodeName" in pod["spec"] for pod in stage.pods()) == 48, "48 pods on nodes", 60, 0.2)
+    found = stage.wait_condition("Schedulable", "False", "InsufficientGPU")
+    wait_for(lambda: sum("nodeName" in pod["spec"] for pod in stage.pods()) == 48, "48 pods on nodes", every_s=0.2)
     wait_for(
         lambda: [pod["stage"] for pod in stage.status()["pods"]][:3] == ["pending", "pending", "creating"], "order"
     )
@@ -388,7 +388,7 @@ def test_scaling_and_suspending_go_through_the_scale_subresource_and_back(stage)
         scale = stage.api.get(stage.path("llmservers", "qwen", "scale"))
         stage.patch("qwen", {"suspend": True})
         stage.wait_condition("Ready", "False", "Suspended")
-        wait_for(lambda: stage.status().get("phase") == "Suspended", "no pods", 30)
+        wait_for(lambda: stage.status().get("phase") == "Suspended", "no pods")
         pods = stage.pods()
         stage.patch("qwen", {"suspend": False})
         wait_for(lambda: stage.status().get("readyReplicas") == 3, "three ready replicas again")

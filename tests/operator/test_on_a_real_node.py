@@ -30,8 +30,8 @@ def serve(stage, **spec):
 
 def test_four_gpus_are_given_and_the_fifth_pod_waits_with_the_reason(stage):
     serve(stage, replicas=5, hardware={"gpus": 1})
-    found = stage.wait_condition("Schedulable", "False", "InsufficientGPU", timeout_s=30)
-    wait_for(lambda: sum("node" in pod for pod in stage.status()["pods"]) == 4, "four pods on the node", 30)
+    found = stage.wait_condition("Schedulable", "False", "InsufficientGPU")
+    wait_for(lambda: sum("node" in pod for pod in stage.status()["pods"]) == 4, "four pods on the node")
 
     assert "no nvidia.com/gpu free, and each pod needs 1" in found["message"]
     assert "free one, add nodes, or lower replicas or hardware.gpus" in found["message"]
@@ -49,7 +49,7 @@ def engine(cluster) -> str:
 
 def test_a_claim_that_is_not_there_is_named_and_its_coming_is_enough(stage, engine):
     serve(stage, model={"source": "pvc://models/folder"}, engine={"image": engine})
-    found = stage.wait_condition("Schedulable", "False", "ClaimMissing", timeout_s=60)
+    found = stage.wait_condition("Schedulable", "False", "ClaimMissing")
     cached = stage.condition("ModelCached")
     volume = {"capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteMany"], "storageClassName": ""}
     volume |= {"hostPath": {"path": "/tmp"}, "claimRef": {"namespace": stage.namespace, "name": "models"}}
@@ -59,8 +59,8 @@ def test_a_claim_that_is_not_there_is_named_and_its_coming_is_enough(stage, engi
         asked = {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
         asked["resources"] = {"requests": {"storage": "1Gi"}}
         stage.create("persistentvolumeclaims", {"metadata": {"name": "models"}, "spec": asked})
-        stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=120)
-        on_claim = stage.wait_condition("ModelCached", "True", "OnClaim", timeout_s=60)
+        stage.wait_condition("Ready", "True", "AllReplicasReady")
+        on_claim = stage.wait_condition("ModelCached", "True", "OnClaim")
     finally:
         stage.api.request("DELETE", f"{volumes}/{stage.namespace}")
 
@@ -76,12 +76,12 @@ def test_a_config_map_that_is_not_there_is_named_and_its_coming_is_enough(stage,
     container["volumeMounts"] = [{"name": "settings", "mountPath": "/settings"}]
     volumes = [{"name": "settings", "configMap": {"name": "settings", "optional": True}}]
     serve(stage, engine={"image": engine}, podTemplate={"spec": {"containers": [container], "volumes": volumes}})
-    found = stage.wait_condition("Ready", "False", "ConfigMapMissing", timeout_s=60)
+    found = stage.wait_condition("Ready", "False", "ConfigMapMissing")
     maps = f"/api/v1/namespaces/{stage.namespace}/configmaps"
     stage.api.request("POST", maps, {"metadata": {"name": "settings"}, "data": {"other": "x"}})
-    key = stage.wait_condition("Ready", "False", "ConfigMapKeyMissing", timeout_s=120)
+    key = stage.wait_condition("Ready", "False", "ConfigMapKeyMissing")
     stage.api.merge(f"{maps}/settings", {"data": {"level": "info"}})
-    stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=120)
+    stage.wait_condition("Ready", "True", "AllReplicasReady")
 
     assert "The ConfigMap settings was not found in this namespace: create it" in found["message"]
     assert "The ConfigMap settings has no key level: add it" in key["message"]
@@ -92,7 +92,7 @@ def test_a_config_map_of_files_that_is_not_there_is_named(stage, engine):
     container = {"name": "engine", "volumeMounts": [{"name": "files", "mountPath": "/files"}]}
     spec = {"containers": [container], "volumes": [{"name": "files", "configMap": {"name": "files"}}]}
     serve(stage, engine={"image": engine}, podTemplate={"spec": spec})
-    found = stage.wait_condition("Ready", "False", "ConfigMapMissing", timeout_s=60)
+    found = stage.wait_condition("Ready", "False", "ConfigMapMissing")
 
     assert "The ConfigMap files was not found" in found["message"]
 
@@ -100,10 +100,10 @@ def test_a_config_map_of_files_that_is_not_there_is_named(stage, engine):
 def test_an_image_that_cannot_be_pulled_is_named_and_its_coming_is_enough(stage, cluster, engine):
     image = "localhost:1/no/engine:1"
     serve(stage, engine={"image": image})
-    found = stage.wait_condition("Ready", "False", "ImagePull", timeout_s=60)
+    found = stage.wait_condition("Ready", "False", "ImagePull")
     cluster.run(["ctr", "-n", "k8s.io", "images", "tag", engine, image])
     try:
-        stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=120)
+        stage.wait_condition("Ready", "True", "AllReplicasReady")
     finally:
         cluster.run(["ctr", "-n", "k8s.io", "images", "rm", image])
 
@@ -116,7 +116,7 @@ def test_host_memory_that_ends_is_told_and_the_next_start_is_seen(stage, engine)
     limits = {"resources": {"limits": {"memory": "32Mi"}}}
     serve(stage, engine={"image": engine, "args": ["--seed=1"]}, hardware=limits)
     for _ in range(3):
-        stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=90)
+        stage.wait_condition("Ready", "True", "AllReplicasReady")
         failure = stage.status()["lastFailure"]
         if failure["code"] == "OOM_KILLED":
             break
@@ -137,7 +137,7 @@ def test_host_memory_that_ends_is_told_and_the_next_start_is_seen(stage, engine)
 
 def test_a_death_certificate_is_read_from_a_real_termination_log(stage, engine):
     serve(stage, engine={"image": engine, "args": ["--seed=2"]})
-    stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=90)
+    stage.wait_condition("Ready", "True", "AllReplicasReady")
     failure = stage.status()["lastFailure"]
 
     assert (failure["code"], failure["fix"]) == ("WEIGHTS_CORRUPT", "download it again")
@@ -147,11 +147,11 @@ def test_a_death_certificate_is_read_from_a_real_termination_log(stage, engine):
 def test_a_token_secret_that_is_not_there_is_named_and_its_coming_is_seen(stage, engine):
     model = {"source": "hf://org/name", "tokenSecretRef": {"name": "hf"}}
     serve(stage, model=model, engine={"image": engine})
-    found = stage.wait_condition("Ready", "False", "SecretMissing", timeout_s=60)
+    found = stage.wait_condition("Ready", "False", "SecretMissing")
     stage.create("secrets", {"metadata": {"name": "hf"}, "stringData": {"other": "x"}})
-    key = stage.wait_condition("Ready", "False", "SecretKeyMissing", timeout_s=90)
+    key = stage.wait_condition("Ready", "False", "SecretKeyMissing")
     stage.api.merge(stage.path("secrets", "hf"), {"stringData": {"token": "x"}})
-    stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=90)
+    stage.wait_condition("Ready", "True", "AllReplicasReady")
 
     assert "The Secret hf was not found" in found["message"]
     assert "The Secret hf has no key token" in key["message"]
@@ -159,7 +159,7 @@ def test_a_token_secret_that_is_not_there_is_named_and_its_coming_is_seen(stage,
 
 def test_a_secret_of_keys_that_is_not_there_is_named(stage):
     serve(stage, expose={"apiKeysSecretRef": {"name": "keys"}})
-    found = stage.wait_condition("Ready", "False", "SecretMissing", timeout_s=60)
+    found = stage.wait_condition("Ready", "False", "SecretMissing")
 
     assert "The Secret keys was not found" in found["message"]
 
@@ -171,17 +171,17 @@ def test_an_engine_that_does_not_answer_is_called_unreachable(stage):
         pods = stage.status().get("pods")
         return pods and pods[0]["stage"] == "unreachable"
 
-    wait_for(unreachable, "the stage", 60)
+    wait_for(unreachable, "the stage")
     assert "does not answer on the management port" in stage.condition("Ready")["message"]
 
 
 def test_a_killed_container_is_told_with_its_signal(stage, cluster):
     serve(stage)
-    wait_for(lambda: (stage.status().get("pods") or [{}])[0].get("stage") == "starting", "it to run", 60)
+    wait_for(lambda: (stage.status().get("pods") or [{}])[0].get("stage") == "starting", "it to run")
     (pod,) = stage.pods()
     container = pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
     cluster.run(["ctr", "-n", "k8s.io", "tasks", "kill", "-s", "SIGKILL", container])
-    found = stage.wait_condition("Ready", "False", "Exited", timeout_s=60)
+    found = stage.wait_condition("Ready", "False", "Exited")
 
     assert "status 137 (SIGKILL)" in found["message"]
     assert wait_for(lambda: stage.status()["pods"][0].get("restarts"), "the restart", 60) >= 1

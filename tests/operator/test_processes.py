@@ -21,10 +21,10 @@ def test_an_operator_killed_in_the_middle_of_it_is_followed_by_one_that_ends_it(
     stage.serve()
     time.sleep(delay_s)
     first.kill()
-    first.process.wait(10)
+    first.process.wait(60)
     with stage.kubelet():
         start("killed", 18090)  # the same pod's container, started again: its own lease is free for it
-        stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=30)
+        stage.wait_condition("Ready", "True", "AllReplicasReady")
         stage.wait_condition("Progressing", "False", "Settled")
 
     assert len(stage.pods()) == 1
@@ -34,10 +34,10 @@ def test_an_operator_killed_in_the_middle_of_it_is_followed_by_one_that_ends_it(
 
 def test_of_two_operators_one_works_and_the_other_takes_over_when_it_dies(stage, start):
     first, second = start("one", 18091), start("two", 18092)
-    wait_for(lambda: "leading identity" in first.log() + second.log(), "one to lead", 30)
+    wait_for(lambda: "leading identity" in first.log() + second.log(), "one to lead")
     if "leading identity" in second.log():
         first, second = second, first
-    wait_for(lambda: second.get("/readyz").endswith("200"), "the one that waits to be ready", 30, 0.2)
+    wait_for(lambda: second.get("/readyz").endswith("200"), "the one that waits to be ready", every_s=0.2)
     waits = "leading identity" not in second.log()
     time.sleep(5)
     still_waits = "leading identity" not in second.log()
@@ -58,13 +58,13 @@ def test_of_two_operators_one_works_and_the_other_takes_over_when_it_dies(stage,
 
 
 def test_an_operator_that_is_asked_to_end_hands_its_lease_over_at_once(start):
-    first = start("leaving", 18093, OCTAVO_LEASE_SECONDS="30")
+    first = start("leaving", 18093, OCTAVO_LEASE_SECONDS="300")
     first.wait_leading()
     time.sleep(2)  # until its watches run, which have handlers of their own for signals
     first.kill(signal.SIGTERM)
-    status = first.process.wait(15)
-    second = start("next", 18094, OCTAVO_LEASE_SECONDS="30")
-    second.wait_leading(timeout_s=10)
+    status = first.process.wait(60)
+    second = start("next", 18094, OCTAVO_LEASE_SECONDS="300")
+    second.wait_leading()
 
     assert status == 0
     assert "Traceback" not in first.log()
@@ -74,7 +74,7 @@ def test_an_operator_that_loses_its_lease_ends_with_a_failure(api, start):
     running = start("loser", 18095)
     running.wait_leading()
     lease = api.merge(LEASE, {"spec": {"holderIdentity": "thief"}})
-    status = running.process.wait(15)
+    status = running.process.wait(60)
 
     assert lease["spec"]["holderIdentity"] == "thief"
     assert status == 1
@@ -106,7 +106,7 @@ def test_an_operator_of_some_namespaces_needs_no_rights_beyond_them(stage, api, 
 
 def test_without_an_api_server_the_operator_says_so_and_is_not_ready(start, tmp_path):
     running = start("alone", 18096, KUBECONFIG="/nowhere/kubeconfig")
-    status = running.process.wait(15)
+    status = running.process.wait(60)
 
     assert status == 1
     assert "no way to the API server" in running.log()

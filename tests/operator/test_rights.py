@@ -114,10 +114,10 @@ def live(stage):
     wait_for(lambda: stage.api.get(hpa) is None, "its end")
     stage.patch("qwen", {"engine": {"maxModelLen": 4096}})
     known = pod["metadata"]["uid"]
-    fresh = wait_for(lambda: next((p for p in stage.pods() if is_new(p, known)), None), "the new revision's pod", 30)
+    fresh = wait_for(lambda: next((p for p in stage.pods() if is_new(p, known)), None), "the new revision's pod")
     failure = Failure(FailureCode.KV_CACHE_TOO_SMALL, "Too small.", "")
     stage.crash_pod(fresh, certificate(failure), 41, restarts=3)
-    stage.wait_condition("Progressing", "False", "RolledBack", timeout_s=30)
+    stage.wait_condition("Progressing", "False", "RolledBack")
     expose = {"ingress": {"hostname": "x.example"}, "networkPolicy": {}}
     stage.patch("qwen", {"expose": expose})
     kinds = ("ingresses", "networkpolicies")

@@ -41,12 +41,12 @@ def test_a_surge_without_a_free_gpu_goes_on_in_place_and_says_why(stage):
     stage.patch("qwen", {"engine": {"maxModelLen": 1024}})
     fresh = newest(stage, [old])
     still_there = "deletionTimestamp" not in stage.get("pods", old["metadata"]["name"])["metadata"]
-    wait_for(lambda: stage.status().get("revision", {}).get("strategy") == "InPlace", "the change of mind", 30)
+    wait_for(lambda: stage.status().get("revision", {}).get("strategy") == "InPlace", "the change of mind")
     wait_for(lambda: "deletionTimestamp" in stage.get("pods", old["metadata"]["name"])["metadata"], "the old pod to go")
     why = stage.status()["revision"]["reason"]
     stage.forget(old["metadata"]["name"])
     stage.up(on_node(stage, fresh["metadata"]["name"]))
-    stage.wait_condition("Progressing", "False", "Settled", timeout_s=30)
+    stage.wait_condition("Progressing", "False", "Settled")
 
     assert still_there
     assert "replaced in place, as there is no room for one more" in why
@@ -70,7 +70,7 @@ def test_a_revision_that_does_not_come_up_is_rolled_back_and_a_corrected_one_is_
     stage.patch("qwen", {"engine": {"maxModelLen": 1024}})
     stage.up(on_node(stage, newest(stage, [old])["metadata"]["name"]))
     with stage.kubelet():
-        stage.wait_condition("Progressing", "False", "Settled", timeout_s=30)
+        stage.wait_condition("Progressing", "False", "Settled")
 
     assert "Rolled back to the last revision that worked" in told["message"]
     assert "spec.engine.maxModelLen <= 2048" in told["message"]
@@ -86,7 +86,7 @@ def test_a_revision_that_does_not_come_up_is_rolled_back_and_a_corrected_one_is_
 def test_a_change_waits_for_the_queue_to_be_empty_when_asked_to(stage):
     (pod,) = up_and_settled(stage, rollout={"waitForIdle": True}, engine={"maxModelLen": 2048})
     address = stage.up(pod, load=Load(running=1, waiting=3))
-    wait_for(lambda: stage.status()["pods"][0].get("queued") == 3, "the load to be known", 40)
+    wait_for(lambda: stage.status()["pods"][0].get("queued") == 3, "the load to be known")
     stage.patch("qwen", {"engine": {"maxModelLen": 1024}})
     told = stage.wait_condition("Progressing", "True", "WaitingForIdle")
     time.sleep(2)
@@ -103,7 +103,7 @@ def test_the_idlest_pods_end_first(stage):
     loads = (5, 0, 2)
     for pod, running in zip(pods, loads, strict=True):
         stage.up(pod, load=Load(running=running))
-    wait_for(lambda: sorted(p.get("running", 0) for p in stage.status()["pods"]) == [0, 2, 5], "the loads", 40)
+    wait_for(lambda: sorted(p.get("running", 0) for p in stage.status()["pods"]) == [0, 2, 5], "the loads")
     stage.api.merge(stage.path("llmservers", "qwen", "scale"), {"spec": {"replicas": 1}})
 
     def going():

@@ -30,8 +30,8 @@ def test_a_queue_brings_a_second_replica_within_seconds_and_idleness_takes_both(
     stage.up(second)
     stage.engines.say(address, says(Stage.READY, load=Load()))
     with stage.kubelet():
-        wait_for(lambda: replicas(stage) == 0, "no replicas", 30)
-        stage.wait_condition("Ready", "False", "ScaledToZero", timeout_s=30)
+        wait_for(lambda: replicas(stage) == 0, "no replicas")
+        stage.wait_condition("Ready", "False", "ScaledToZero")
 
     print(f"from a queue to the second pod: {took_s:.1f} s")
     assert took_s < 10
@@ -59,7 +59,7 @@ def test_an_hpa_is_made_and_goes_with_the_wish_for_it(stage):
     path = f"/apis/autoscaling/v2/namespaces/{stage.namespace}/horizontalpodautoscalers/qwen"
     hpa = wait_for(lambda: stage.api.get(path), "the HPA")
     # It finds its scale and its pods' selector; what it lacks here is the metrics' adapter.
-    wait_for(lambda: "AbleToScale" in str(stage.api.get(path).get("status")), "the HPA's controller to look", 40)
+    wait_for(lambda: "AbleToScale" in str(stage.api.get(path).get("status")), "the HPA's controller to look")
     able = {c["type"]: c for c in stage.api.get(path)["status"]["conditions"]}["AbleToScale"]
     stage.patch("qwen", {"autoscaling": None})
     wait_for(lambda: stage.api.get(path) is None, "the HPA to be gone")

@@ -80,7 +80,7 @@ def test_no_engine_is_restarted_by_another_version_of_the_operator(stage, older,
         stage.wait_condition("Progressing", "False", "Settled", name)
     looks = running.metric("octavo_operator_look_seconds_count")
     more = 3 * len(older)
-    wait_for(lambda: running.metric("octavo_operator_look_seconds_count") > looks + more, "more looks", 60, 0.5)
+    wait_for(lambda: running.metric("octavo_operator_look_seconds_count") > looks + more, "more looks", every_s=0.5)
     after = world(stage, older)
     # Asked for by a change of the spec, the newer template goes out with it, and for this server alone.
     stage.patch("plain", {"engine": {"maxModelLen": 1024}})

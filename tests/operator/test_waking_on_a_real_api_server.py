@@ -38,7 +38,7 @@ def activators(cluster, api):
     for one in running:
         if one.process.poll() is None:
             one.kill()
-            one.process.wait(10)
+            one.process.wait(60)
     cluster.kubectl("delete", "--wait=false", "-f", "-", stdin=documents)
     tell(api, ())
 
@@ -87,7 +87,7 @@ def asleep(stage, cluster, operator, activators):
     stage.serve(autoscaling=ZERO, replicas=0)
     leads_to(stage, ADDRESSES)
     made = Asleep(stage, cluster)
-    wait_for(lambda: ends(made.ask(path="/health"))[0] == "200", "kube-proxy to know the way", 30)
+    wait_for(lambda: ends(made.ask(path="/health"))[0] == "200", "kube-proxy to know the way")
     return made
 
 
@@ -148,23 +148,23 @@ def test_requests_wake_their_server_and_are_answered_and_then_it_sleeps_again(as
     time.sleep(2)
     still = replicas(stage)
     plain, stream = asleep.ask(body={"n": 1}), asleep.ask(body={"n": 2, "stream": True})
-    wait_for(lambda: replicas(stage) == 1, "the wake", 30)
+    wait_for(lambda: replicas(stage) == 1, "the wake")
     began = time.monotonic()
     asleep.up()
     answers = [ends(plain), ends(stream)]
     took_s = time.monotonic() - began
-    stage.wait_condition("Ready", "True", "AllReplicasReady", timeout_s=30)
+    stage.wait_condition("Ready", "True", "AllReplicasReady")
     leads_to(stage, ())
 
     def by_itself():
         code, text = ends(asleep.ask(body={"n": 3}))
         return code if "X-Forwarded-For" not in text else None
 
-    straight = wait_for(by_itself, "the Service to lead to the pod alone", 30)
+    straight = wait_for(by_itself, "the Service to lead to the pod alone")
     with stage.kubelet():
-        wait_for(lambda: replicas(stage) == 0, "it to go to sleep", 60)
+        wait_for(lambda: replicas(stage) == 0, "it to go to sleep")
         slept = leads_to(stage, ADDRESSES)
-        wait_for(lambda: stage.status().get("phase") == "Asleep", "its last pod to be gone", 30)
+        wait_for(lambda: stage.status().get("phase") == "Asleep", "its last pod to be gone")
 
     assert "The first request wakes it, through the activator." in told["message"]
     assert phase == "Asleep"
@@ -183,10 +183,10 @@ def test_requests_wake_their_server_and_are_answered_and_then_it_sleeps_again(as
 
 def test_requests_beyond_the_bound_are_told_when_to_come_again_and_the_others_are_answered(asleep, stage):
     waiting = [asleep.ask("-i", body={"n": n}) for n in range(2 * FULL + 4)]
-    wait_for(lambda: sum(one.poll() is not None for one in waiting) >= 4, "those that are too many to be told", 30)
+    wait_for(lambda: sum(one.poll() is not None for one in waiting) >= 4, "those that are too many to be told")
     refused = [ends(one) for one in waiting if one.poll() is not None]
     held = [one for one in waiting if one.returncode is None]
-    wait_for(lambda: replicas(stage) == 1, "the wake", 30)
+    wait_for(lambda: replicas(stage) == 1, "the wake")
     asleep.up()
     answered = [ends(one) for one in held]
 
@@ -200,15 +200,15 @@ def test_requests_beyond_the_bound_are_told_when_to_come_again_and_the_others_ar
 
 def test_an_activator_that_is_killed_takes_its_own_requests_along_and_no_others(asleep, stage, activators, cluster):
     waiting = [asleep.ask(body={"n": n}) for n in range(FULL)]
-    wait_for(lambda: replicas(stage) == 1, "the wake", 30)
+    wait_for(lambda: replicas(stage) == 1, "the wake")
 
     def counts():
         found = [json.loads(one.get("/held")[:-3])["servers"] for one in activators]
         return [sum(s["requests"] for s in servers) for servers in found]
 
-    first, _ = wait_for(lambda: (c := counts()) and sum(c) == FULL and c, "all to be held", 30)
+    first, _ = wait_for(lambda: (c := counts()) and sum(c) == FULL and c, "all to be held")
     activators[0].kill()
-    activators[0].process.wait(10)
+    activators[0].process.wait(60)
     tell(stage.api, ADDRESSES[1:])
     leads_to(stage, ADDRESSES[1:])
     later = asleep.ask(body={"n": 9})
@@ -226,7 +226,7 @@ def test_an_activator_that_is_asked_to_end_answers_first_whom_it_holds(asleep, s
     tell(stage.api, ADDRESSES[:1])
     leads_to(stage, ADDRESSES[:1])
     waiting = asleep.ask(body={"n": 1})
-    wait_for(lambda: replicas(stage) == 1, "the wake", 30)
+    wait_for(lambda: replicas(stage) == 1, "the wake")
     activators[0].kill(15)
     # As Kubernetes tells of a pod that ends: it is not ready, and it is there. The operator goes on asking it.
     tell(stage.api, ADDRESSES, ending=ADDRESSES[:1])
@@ -246,13 +246,13 @@ def test_an_activator_that_is_asked_to_end_answers_first_whom_it_holds(asleep, s
 
 def test_a_request_that_comes_while_no_operator_is_there_wakes_its_server_when_one_is(asleep, stage, operator, cluster):
     operator[0].kill()
-    operator[0].process.wait(10)
+    operator[0].process.wait(60)
     waiting = asleep.ask(body={"n": 1, "stream": True})
     time.sleep(2)
     meanwhile = replicas(stage), waiting.poll()
     operator[0] = an_operator(cluster)
     operator[0].wait_leading()
-    wait_for(lambda: replicas(stage) == 1, "the wake", 60)
+    wait_for(lambda: replicas(stage) == 1, "the wake")
     asleep.up()
     code, text = ends(waiting)
 
@@ -265,16 +265,16 @@ def test_a_request_that_comes_while_no_operator_is_there_wakes_its_server_when_o
 def test_the_activator_runs_while_a_server_may_go_to_zero_and_not_otherwise(stage, operator, activators):
     tell(stage.api, ADDRESSES)
     stage.serve(autoscaling=ZERO)
-    wait_for(lambda: stage.api.get(DEPLOYMENT)["spec"]["replicas"] == 2, "the activator to be started", 30)
-    own = wait_for(lambda: stage.get("endpointslices", "qwen"), "a port", 20)
+    wait_for(lambda: stage.api.get(DEPLOYMENT)["spec"]["replicas"] == 2, "the activator to be started")
+    own = wait_for(lambda: stage.get("endpointslices", "qwen"), "a port")
     leads_to(stage, ADDRESSES)
     before = stage.get("endpointslices", "qwen")["metadata"]["resourceVersion"]
     stage.patch("qwen", {"autoscaling": {"idleSeconds": 11}})
-    wait_for(lambda: stage.status().get("activatorPort") == own["ports"][0]["port"], "another look", 20)
+    wait_for(lambda: stage.status().get("activatorPort") == own["ports"][0]["port"], "another look")
     after = stage.get("endpointslices", "qwen")["metadata"]["resourceVersion"]
     stage.patch("qwen", {"autoscaling": None})
-    wait_for(lambda: stage.api.get(DEPLOYMENT)["spec"]["replicas"] == 0, "it to be ended", 30)
-    wait_for(lambda: stage.get("endpointslices", "qwen") is None, "the slice to go", 20)
+    wait_for(lambda: stage.api.get(DEPLOYMENT)["spec"]["replicas"] == 0, "it to be ended")
+    wait_for(lambda: stage.get("endpointslices", "qwen") is None, "the slice to go")
 
     assert 20000 <= own["ports"][0]["port"] < 20500
     assert before == after, "what is as it should be is not written again"
@@ -283,7 +283,7 @@ def test_the_activator_runs_while_a_server_may_go_to_zero_and_not_otherwise(stag
 def test_without_an_activator_a_server_at_zero_says_so(stage, operator):
     tell(stage.api, ())
     stage.serve(autoscaling=ZERO, replicas=0)
-    wait_for(lambda: "when a pod of the activator is ready" in stage.condition("Ready")["message"], "the sentence", 30)
+    wait_for(lambda: "when a pod of the activator is ready" in stage.condition("Ready")["message"], "the sentence")
     stage.serve("secret", autoscaling=ZERO, replicas=0, expose={"tls": {"secretName": "t"}})
     found = stage.wait_condition("Ready", "False", "ScaledToZero", "secret")
 

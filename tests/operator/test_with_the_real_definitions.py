@@ -52,7 +52,7 @@ def defined(api) -> Iterator[None]:
         for name in names:
             with contextlib.suppress(ApiError):
                 api.request("DELETE", f"{CRDS}/{name}")
-        wait_for(lambda: not any(api.get(f"{CRDS}/{name}") for name in names), "the kinds to be gone", 60)
+        wait_for(lambda: not any(api.get(f"{CRDS}/{name}") for name in names), "the kinds to be gone")
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,9 @@ def theirs(stage, plural: str) -> dict | None:
 def test_the_api_server_takes_our_objects_and_nobody_argues_about_its_defaults(running, stage):
     stage.serve(replicas=0, **EVERY_WAY)
     made = {plural: wait_for(lambda plural=plural: theirs(stage, plural), plural, 60) for plural in THEIRS}
-    stage.wait_condition("Progressing", "False", "Settled", timeout_s=60)
+    stage.wait_condition("Progressing", "False", "Settled")
     stage.patch("qwen", {"lifecycle": {"drainTimeoutSeconds": 60}})
-    wait_for(lambda: stage.status(), "another look", 60)
+    wait_for(lambda: stage.status(), "another look")
     after = {plural: theirs(stage, plural) for plural in THEIRS}
 
     # What their definitions fill in is there, and we have not written a second time.
@@ -84,12 +84,12 @@ def test_the_api_server_takes_our_objects_and_nobody_argues_about_its_defaults(r
     for plural, before in made.items():
         assert after[plural]["metadata"]["resourceVersion"] == before["metadata"]["resourceVersion"], plural
     stage.patch("qwen", {"expose": None, "autoscaling": None})
-    wait_for(lambda: not any(theirs(stage, p) for p in THEIRS if p != "podmonitors"), "them to be gone", 60)
+    wait_for(lambda: not any(theirs(stage, p) for p in THEIRS if p != "podmonitors"), "them to be gone")
 
 
 def test_a_pod_monitor_that_no_prometheus_selects_is_told_with_the_label_that_it_lacks(running, stage, cluster):
     stage.serve(replicas=0)
-    stage.wait_condition("MonitoringReady", "False", "AlertsMissing", timeout_s=60)
+    stage.wait_condition("MonitoringReady", "False", "AlertsMissing")
     # What kube-prometheus-stack makes, as far as it matters here.
     asks = {"matchLabels": {"release": "kps"}}
     selectors = {"podMonitorSelector": asks, "podMonitorNamespaceSelector": {}, "ruleSelector": asks}
@@ -101,12 +101,12 @@ def test_a_pod_monitor_that_no_prometheus_selects_is_told_with_the_label_that_it
     rules = f"{MONITORING}/octavo-system/prometheusrules"
     stage.api.request("POST", rules, rule | {"metadata": {"name": "octavo-operator"}})
     try:
-        told = stage.wait_condition("MonitoringReady", "False", "NotSelected", timeout_s=60)
+        told = stage.wait_condition("MonitoringReady", "False", "NotSelected")
         examined = command(cluster, "doctor").stdout
         stage.patch("qwen", {"observability": {"labels": {"release": "kps"}}})
-        unalarmed = stage.wait_condition("MonitoringReady", "False", "AlertsNotSelected", timeout_s=60)
+        unalarmed = stage.wait_condition("MonitoringReady", "False", "AlertsNotSelected")
         stage.api.merge(f"{rules}/octavo-operator", {"metadata": {"labels": {"release": "kps"}}})
-        ready = stage.wait_condition("MonitoringReady", "True", "PodMonitor", timeout_s=60)
+        ready = stage.wait_condition("MonitoringReady", "True", "PodMonitor")
     finally:
         stage.api.request("DELETE", f"{rules}/octavo-operator")
         stage.api.request("DELETE", f"{prometheus}/k8s")
