@@ -258,8 +258,15 @@ async function look() {
   let response;
   try { response = await fetch("ui/status", { headers: headers(), cache: "no-store" }); }
   catch { state("away", "no answer"); return; }
-  $("key-part").hidden = response.status !== 401 && !$("key").value;
-  if (response.status === 401) { state("away", "needs a key"); $("key-part").open = true; return; }
+  const refused = response.status === 401, first = refused && $("key-part").hidden;
+  $("key-part").hidden = !refused && !$("key").value;
+  $("engine-part").hidden = refused;
+  if (refused) {
+    state("away", $("key").value ? "another key is needed" : "needs a key");
+    $("key-part").open = true;
+    if (first && !$("prompt").value) $("key").focus();
+    return;
+  }
   if (!response.ok) { state("away", `HTTP ${response.status}`); return; }
   draw(await response.json());
 }
