@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
@@ -20,6 +21,10 @@ from octavo_operator.settings import SettingsError, from_environment
 
 if TYPE_CHECKING:
     from octavo_operator.cluster import Cluster
+
+
+BROKEN_PIPE = 128 + 13
+"""As of a program that SIGPIPE ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,6 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _doctor(parsed.namespace)
             case "crd":
                 sys.stdout.write(yaml.safe_dump(custom_resource_definition(), sort_keys=False, width=120))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What comes after a pipe (`| head`) has read enough. Python would complain once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except (SettingsError, RenderError, OSError) as error:
         print(f"octavo-operator {parsed.command}: {error}", file=sys.stderr)
         return 2
@@ -77,7 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _text(filename: str) -> str:
-    return sys.stdin.read() if filename == "-" else Path(filename).read_text()
+    try:
+        return sys.stdin.read() if filename == "-" else Path(filename).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RenderError(f"{filename} is not text in UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def _diff(text: str, namespace: str) -> int:

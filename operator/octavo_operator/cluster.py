@@ -124,7 +124,8 @@ class Cluster:
             else:
                 config.load_incluster_config(client_configuration=configuration)
         except config.ConfigException as error:
-            raise UnavailableError(f"no way to the API server: {error}") from error
+            hint = "name a kubeconfig that works in KUBECONFIG, or run this in a pod"
+            raise UnavailableError(f"no way to the API server: {error}. Fix: {hint}") from error
         configuration.connection_pool_maxsize = CONNECTIONS
         # The client would read the user's netrc for each request: asked for only where there is a proxy to find.
         proxied = any(name.lower() in ("https_proxy", "http_proxy", "all_proxy") for name in os.environ)

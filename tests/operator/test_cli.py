@@ -68,6 +68,30 @@ def test_render_refuses_what_it_cannot_read_in_one_line(text, words, tmp_path, c
     assert error.startswith("octavo-operator render: ")
 
 
+def test_a_pipe_that_is_closed_ends_a_command_without_a_word():
+    run = f"set -o pipefail; {sys.executable} -m octavo_operator.cli crd | true"  # more than a pipe holds
+    done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, timeout=60)
+
+    assert done.stderr == ""
+    assert done.returncode == 141
+
+
+def test_a_file_that_is_not_text_ends_in_one_line(tmp_path, capsys):
+    (tmp_path / "m.yaml").write_bytes(b"a: \xff\xfe")
+    status = main(["render", "-f", str(tmp_path / "m.yaml")])
+
+    assert status == 2
+    assert "m.yaml is not text in UTF-8: invalid start byte at byte 3" in capsys.readouterr().err
+
+
+def test_without_a_kubeconfig_doctor_says_where_to_name_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    status = main(["doctor"])
+
+    assert status == 2
+    assert "Fix: name a kubeconfig that works in KUBECONFIG" in capsys.readouterr().err
+
+
 def test_a_file_that_is_not_there_and_a_bad_setting_end_in_one_line(monkeypatch, capsys):
     assert main(["render", "-f", "/no/such/file"]) == 2
     assert "/no/such/file" in capsys.readouterr().err
