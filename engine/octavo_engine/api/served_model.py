@@ -236,7 +236,11 @@ def _check_seen(
     if tools is not None:
         with contextlib.suppress(TemplateRefusedError):
             if render(messages, tools=None) == text:
-                raise bad_request("This model's chat template knows no tools: it leaves them out.", "tools")
+                raise bad_request(
+                    "This model's chat template knows no tools: it leaves them out. One that does is given to the "
+                    "server by --chat-template.",
+                    "tools",
+                )
     if any("tool_calls" in message for message in messages):
         bare = [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
         with contextlib.suppress(TemplateRefusedError):
