@@ -69,13 +69,14 @@ def scale(
         return Scaling(min(wanted, max(2 * current, current + 1)), f"{why}.")
     if not loads and current:
         return None  # they are starting, or do not answer: nobody knows what is enough
+    if current == 1 and not wanted:
+        # Nobody asked for all of idleSeconds; the delay is about how many replicas are enough for those who ask.
+        return Scaling(0, f"No request came for {spec.idle_seconds} s.")
     if tick - history.since < spec.scale_down_delay_seconds:
         return None
-    most = max(number for _, number in history.recommended)
+    most = max(max(number for _, number in history.recommended), 1)
     if most >= current:
         return None
-    if most == 0:
-        return Scaling(0, f"No request came for {spec.idle_seconds} s.")
     return Scaling(most, f"{most} would have been enough for {spec.scale_down_delay_seconds} s: {why}.")
 
 

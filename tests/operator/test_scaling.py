@@ -86,10 +86,22 @@ def test_the_last_replica_goes_when_nobody_asked_for_long_enough_and_only_where_
     busy = decided(of, 1, [load(0.1)], history, 30)
     soon = decided(of, 1, [IDLE], history, 80)
     idle = decided(of, 1, [IDLE], history, 91)
-    kept = decided(spec(scaleDownDelaySeconds=0, idleSeconds=60), 1, [IDLE], History(0.0), 1000)
+    kept = decided(spec(scaleDownDelaySeconds=0), 1, [IDLE], History(0.0), 1000)
 
     assert (busy, soon, kept) == (None, None, None)
     assert idle == Scaling(0, "No request came for 60 s.")
+
+
+def test_the_last_replica_goes_after_idle_seconds_whatever_the_delay_is():
+    """It went after both, one after the other: 900 s with the defaults, where idleSeconds said 600."""
+    of, history = spec(minReplicas=0, scaleDownDelaySeconds=300, idleSeconds=60), History(0.0)
+    one = [decided(of, 1, [IDLE], history, at_s) for at_s in (0, 30, 59, 60)]
+    of_two = [decided(of, 2, [IDLE] * 2, History(0.0), at_s) for at_s in (0, 60, 299)]
+    later = decided(of, 2, [IDLE] * 2, History(0.0), 300)
+
+    assert one == [None, None, None, Scaling(0, "No request came for 60 s.")]
+    assert of_two == [None, None, None], "the second one goes by the delay"
+    assert later.replicas == 1
 
 
 def test_a_held_request_wakes_a_server_and_nothing_else_does():
