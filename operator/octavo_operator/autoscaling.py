@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
-from octavo_operator.fields import Part, config, rule
+from octavo_operator.fields import Part, config, rule, without_effect
 
 HPA_LONGEST = 3600
 """Seconds of an HPA's stabilization, bounded by its API."""
+
+
+_IDLE = (
+    "autoscaling.idleSeconds is for servers that may go to zero: set autoscaling.minReplicas to 0, or remove "
+    "idleSeconds"
+)
 
 
 class Target(Part):
@@ -49,6 +55,11 @@ class Autoscaling(Part):
             f"'autoscaling.scaleDownDelaySeconds is above {HPA_LONGEST}, the most that an HPA takes, and KEDA makes "
             "one: lower it, or set mode BuiltIn'",
             field_path=".scaleDownDelaySeconds",
+        ),
+        rule(
+            "!has(self.idleSeconds) || (has(self.minReplicas) && self.minReplicas == 0)",
+            f"'{_IDLE}'",
+            field_path=".idleSeconds",
         ),
     )
 
@@ -100,4 +111,10 @@ class Autoscaling(Part):
                 f"autoscaling.scaleDownDelaySeconds is above {HPA_LONGEST}, the most that an HPA takes, and KEDA makes "
                 "one: lower it, or set mode BuiltIn"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_effect(self, info: ValidationInfo) -> Self:
+        if "idle_seconds" in self.model_fields_set and self.min_replicas > 0:
+            without_effect(info, _IDLE)
         return self

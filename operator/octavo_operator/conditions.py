@@ -193,6 +193,9 @@ def _progressing(view: View) -> Finding:
             "not know the field. It is left so, and tried again when the specification changes."
         )
         return Finding(names.PROGRESSING, "False", "KeptOtherwise", message, trouble=True)
+    if view.settled and (idle := view.server.without_effect):
+        message = f"Everything is as specified, and some of it does nothing: {'; '.join(idle)}."
+        return Finding(names.PROGRESSING, "False", "WithoutEffect", message, trouble=True)
     if view.settled:
         return Finding(names.PROGRESSING, "False", "Settled", "Everything is as specified.")
     if view.cause:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
-from octavo_operator.fields import DNS_LABEL, DNS_SUBDOMAIN, SECRET_KEY, Part, config, rule
+from octavo_operator.fields import DNS_LABEL, DNS_SUBDOMAIN, SECRET_KEY, Part, config, rule, without_effect
 from octavo_operator.model import SecretRef
 
 HOSTNAME = r"^(\*\.)?[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
@@ -109,9 +109,22 @@ class Peer(Part):
         return self
 
 
+_EMPTY = "is empty, and names nobody: name a peer, or remove it, which means"
+_NO_CLIENTS = f"expose.networkPolicy.allowFrom {_EMPTY} all pods of this namespace"
+_NO_SCRAPERS = f"expose.networkPolicy.allowMetricsFrom {_EMPTY} every namespace"
+
+
 class NetworkPolicy(Part):
     """Where it is set, only these reach the pods; the operator reaches their management port in any case."""
 
+    model_config = config(
+        rule("!has(self.allowFrom) || size(self.allowFrom) > 0", f"'{_NO_CLIENTS}'", field_path=".allowFrom"),
+        rule(
+            "!has(self.allowMetricsFrom) || size(self.allowMetricsFrom) > 0",
+            f"'{_NO_SCRAPERS}'",
+            field_path=".allowMetricsFrom",
+        ),
+    )
     allow_from: list[Peer] | None = Field(
         None,
         max_length=16,
@@ -126,6 +139,14 @@ class NetworkPolicy(Part):
         description="Auto: a pod that has its model on a disk reaches nothing, one that downloads it, everything. "
         "All: everything, for sidecars that need it. Default: Auto.",
     )
+
+    @model_validator(mode="after")
+    def _has_effect(self, info: ValidationInfo) -> Self:
+        if self.allow_from == []:
+            without_effect(info, _NO_CLIENTS)
+        if self.allow_metrics_from == []:
+            without_effect(info, _NO_SCRAPERS)
+        return self
 
 
 class Tls(Part):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationInfo
 from pydantic.alias_generators import to_camel
 
 from octavo_operator.quantity import parse_quantity
@@ -39,6 +39,19 @@ def rules(*made: dict[str, JsonValue]) -> dict[str, JsonValue]:
 def config(*made: dict[str, JsonValue], **more: JsonValue) -> ConfigDict:
     """Of a part: its rules, and more keywords of its schema."""
     return ConfigDict(json_schema_extra={**(rules(*made) if made else {}), **more})
+
+
+def without_effect(info: ValidationInfo, sentence: str) -> None:
+    """Notes a field that does nothing beside the others that are there; the sentence says what would be right.
+
+    A CEL rule with the same sentence keeps new ones out. Those that were stored before there was the rule stay, and the
+    API server takes every change that leaves them alone; so must the operator, or a new version of it would no longer
+    look after them. It passes a list as the validation's context, and tells what comes into it as a condition. Without
+    a list, as for a manifest that is yet to be applied, the sentence is an error.
+    """
+    if info.context is None:
+        raise ValueError(sentence)
+    info.context.append(sentence)
 
 
 KEEPS_UNKNOWN: dict[str, JsonValue] = {"x-kubernetes-preserve-unknown-fields": True}

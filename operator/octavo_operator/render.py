@@ -47,4 +47,6 @@ def manifests(text: str, namespace: str, defaults: EngineDefaults) -> Iterator[S
         server = parse({**document, "metadata": given}, defaults.profiles)
         if not isinstance(server, Server):
             raise RenderError("; ".join(f"{metadata['name']}: {problem}" for problem in server))
+        if server.without_effect:
+            raise RenderError("; ".join(f"{metadata['name']}: {sentence}" for sentence in server.without_effect))
         yield server

@@ -4,7 +4,8 @@ crd.py generates the schema of the CustomResourceDefinition from these models, s
 `parse` would refuse, also while the operator is down. A rule between fields stands here twice, in CEL for the API
 server and below it as a validator for `parse`, which also reads manifests that no API server has seen; one table of
 tests holds both to the same answers. Bounds of the engine's settings are taken from EngineConfig.
-Nothing here is accepted and ignored: every field ends up in a child object or in a flag of the engine.
+Nothing here is accepted and ignored: every field ends up in a child object or in a flag of the engine, and one that
+does nothing beside the others that are there is refused (fields.without_effect).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import ErrorDetails
 
 from octavo_engine.config import (
@@ -30,7 +31,7 @@ from octavo_engine.status import API_PORT, MANAGEMENT_PORT
 from octavo_operator.autoscaling import Autoscaling
 from octavo_operator.digest import digest
 from octavo_operator.expose import Expose
-from octavo_operator.fields import DNS_SUBDOMAIN, IMAGE, Part, Quantity, Resources, Text, config, rule
+from octavo_operator.fields import DNS_SUBDOMAIN, IMAGE, Part, Quantity, Resources, Text, config, rule, without_effect
 from octavo_operator.model import MODELS_PATH, Model
 from octavo_operator.model_cache import ModelCache
 from octavo_operator.placement import Affinity, Toleration, TopologySpread
@@ -80,6 +81,12 @@ TAKEN_FLAGS: tuple[str, ...] = managed_flags()
 NO_PROFILES: Mapping[str, Mapping[str, Any]] = {}
 
 
+_TWO_SIZES = (
+    "engine.gpuMemoryUtilization says what is left for the KV cache, and engine.kvCacheMemory says its size: remove "
+    "one of the two"
+)
+
+
 class Engine(Part):
     """How the engine runs. What is left out is for the engine to decide."""
 
@@ -89,6 +96,11 @@ class Engine(Part):
             "'engine.maxNumBatchedTokens must be at least engine.maxNumSeqs, one token for each running request: raise "
             "the first or lower the second'",
             field_path=".maxNumBatchedTokens",
+        ),
+        rule(
+            "!has(self.gpuMemoryUtilization) || !has(self.kvCacheMemory)",
+            f"'{_TWO_SIZES}'",
+            field_path=".gpuMemoryUtilization",
         ),
     )
 
@@ -205,6 +217,17 @@ class Engine(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_effect(self, info: ValidationInfo) -> Self:
+        if self.gpu_memory_utilization is not None and self.kv_cache_memory is not None:
+            without_effect(info, _TWO_SIZES)
+        return self
+
+
+_NAMES_NO_GPU = (
+    "hardware.resourceName says how nodes call the GPUs, and hardware.gpus is 0: remove resourceName, or set gpus"
+)
+
 
 class Hardware(Part):
     """What each engine pod needs of a node."""
@@ -217,6 +240,11 @@ class Hardware(Part):
             "'hardware.resources asks for ' + (has(self.resourceName) ? self.resourceName : 'nvidia.com/gpu') + "
             "', which hardware.gpus sets: remove it from resources'",
             field_path=".resources",
+        ),
+        rule(
+            "!has(self.resourceName) || !has(self.gpus) || self.gpus > 0 || has(self.profile)",
+            f"'{_NAMES_NO_GPU}'",
+            field_path=".resourceName",
         ),
     )
 
@@ -268,6 +296,13 @@ class Hardware(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_effect(self, info: ValidationInfo) -> Self:
+        # A profile's name for the GPUs is for those servers of it that have some.
+        if "resource_name" in self.model_fields_set and not self.gpus and self.profile is None:
+            without_effect(info, _NAMES_NO_GPU)
+        return self
+
     @property
     def shared_memory_bytes(self) -> int:
         if self.shared_memory is None:
@@ -294,8 +329,22 @@ class Lifecycle(Part):
     )
 
 
+_LABELS_OF_NONE = (
+    "observability.labels are the PodMonitor's, and observability.podMonitor is Disabled: remove labels, or set "
+    "podMonitor to Auto or Enabled"
+)
+
+
 class Observability(Part):
     """How Prometheus finds the metrics."""
+
+    model_config = config(
+        rule(
+            "!has(self.labels) || !has(self.podMonitor) || self.podMonitor != 'Disabled'",
+            f'"{_LABELS_OF_NONE}"',
+            field_path=".labels",
+        ),
+    )
 
     pod_monitor: Literal["Auto", "Enabled", "Disabled"] = Field(
         "Auto",
@@ -308,6 +357,12 @@ class Observability(Part):
         max_length=32,
         description="Labels of the PodMonitor, by which a Prometheus selects it (release: kube-prometheus-stack).",
     )
+
+    @model_validator(mode="after")
+    def _has_effect(self, info: ValidationInfo) -> Self:
+        if self.labels is not None and self.pod_monitor == "Disabled":
+            without_effect(info, _LABELS_OF_NONE)
+        return self
 
 
 class Verify(Part):
@@ -341,8 +396,22 @@ class Verify(Part):
     )
 
 
+_NEVER_IDLE = (
+    "rollout.idleTimeoutSeconds is the longest wait of rollout.waitForIdle: set waitForIdle to true, or remove "
+    "idleTimeoutSeconds"
+)
+
+
 class Rollout(Part):
     """How pods are replaced when their template changes."""
+
+    model_config = config(
+        rule(
+            "!has(self.idleTimeoutSeconds) || (has(self.waitForIdle) && self.waitForIdle)",
+            f"'{_NEVER_IDLE}'",
+            field_path=".idleTimeoutSeconds",
+        ),
+    )
 
     strategy: Literal["Auto", "Surge", "InPlace", "Recreate"] | None = Field(
         None,
@@ -373,6 +442,12 @@ class Rollout(Part):
         description="Auto: when pods of a new revision fail again and again before one was ready, the last revision "
         "that worked is put back until the spec changes. Never: they go on failing. Default: Auto.",
     )
+
+    @model_validator(mode="after")
+    def _has_effect(self, info: ValidationInfo) -> Self:
+        if "idle_timeout_seconds" in self.model_fields_set and not self.wait_for_idle:
+            without_effect(info, _NEVER_IDLE)
+        return self
 
 
 class Restart(Part):
@@ -482,6 +557,8 @@ class Server:
     spec: Spec
     asked: str = ""
     """A digest of what of the spec, as it was written, goes into the pods, and by which rule it was made."""
+    without_effect: tuple[str, ...] = ()
+    """What of the spec does nothing, a sentence each. It was stored by an API server that did not refuse it yet."""
 
     @property
     def engine_config(self) -> EngineConfig:
@@ -528,8 +605,9 @@ def parse(resource: Mapping[str, Any], profiles: Mapping[str, Profile] = NO_PROF
     if chosen is not None and chosen not in profiles:
         known = f"the operator knows {', '.join(sorted(profiles))}" if profiles else "the operator has no profiles"
         return (Problem("spec.hardware.profile", f"got {chosen!r}, but {known} (Helm value engine.profiles)"),)
+    idle: list[str] = []
     try:
-        spec = Spec.model_validate(with_profile(raw, profiles[chosen]) if chosen is not None else raw)
+        spec = Spec.model_validate(with_profile(raw, profiles[chosen]) if chosen is not None else raw, context=idle)
     except ValidationError as error:
         return tuple(
             Problem("spec" + "".join(f".{part}" for part in problem["loc"]), _sentence(problem))
@@ -549,6 +627,7 @@ def parse(resource: Mapping[str, Any], profiles: Mapping[str, Profile] = NO_PROF
         generation=int(metadata.get("generation", 0)),
         spec=spec,
         asked=f"{ASKED_RULE}.{digest(_asked(raw))}",
+        without_effect=tuple(idle),
     )
 
 
@@ -586,7 +665,7 @@ def with_profile(spec: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
 def problems_of_profile(profile: Profile) -> list[str]:
     """What is wrong with a profile of the operator's settings; empty when nothing is."""
     try:
-        Hardware.model_validate({name: value for name, value in profile.items() if name != "image"})
+        Hardware.model_validate({name: value for name, value in profile.items() if name != "image"}, context=[])
         Engine.model_validate({"image": profile["image"]} if "image" in profile else {})
     except ValidationError as error:
         return [".".join(map(str, p["loc"])) + f": {_sentence(p)}" for p in error.errors()]

@@ -6,16 +6,20 @@ in test_spec.py.
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from stage import ApiError
+from stage import ApiError, wait_for
 
 from octavo_engine.config import EngineConfig
 from octavo_operator.crd import custom_resource_definition
+from octavo_operator.render import RenderError, render
+from octavo_operator.settings import EngineDefaults
 from octavo_operator.spec import NAME_MAX, Server, parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +58,6 @@ GOOD: dict[str, dict[str, Any]] = {
             "blockSize": 128,
             "enablePrefixCaching": False,
             "enableChunkedPrefill": True,
-            "kvCacheMemory": "4Gi",
             "tensorParallel": 1,
             "pipelineParallel": 1,
             "args": ["--seed=7", "--log-level=debug", "--max_num_queued_reqs=5"],
@@ -178,6 +181,15 @@ GOOD: dict[str, dict[str, Any]] = {
             "runtimeClassName": "nvidia",
         },
     },
+    "a name for the GPUs of those that have some": {
+        "model": HF,
+        "hardware": {"profile": "p", "gpus": 0, "resourceName": "amd.com/gpu"},
+    },
+    "waits": {
+        "model": HF,
+        "rollout": {"waitForIdle": True, "idleTimeoutSeconds": 60},
+        "autoscaling": {"minReplicas": 0, "maxReplicas": 1, "idleSeconds": 60},
+    },
     "rest": {
         "model": HF,
         "replicas": 0,
@@ -188,6 +200,45 @@ GOOD: dict[str, dict[str, Any]] = {
         "rollout": {"strategy": "Recreate"},
         "podTemplate": {"metadata": {"labels": {"team": "ml"}, "annotations": {"prometheus.io/scrape": "false"}}},
     },
+}
+# What does nothing beside the others that are there. spec, words of the refusal, which both have to a letter
+WITHOUT_EFFECT: dict[str, tuple[dict[str, Any], str]] = {
+    "idle seconds of a server that never sleeps": (
+        {"model": HF, "autoscaling": {"maxReplicas": 2, "idleSeconds": 60}},
+        "autoscaling.idleSeconds is for servers that may go to zero: set autoscaling.minReplicas to 0",
+    ),
+    "idle seconds of an HPA": (
+        {"model": HF, "autoscaling": {"mode": "HPA", "minReplicas": 1, "maxReplicas": 2, "idleSeconds": 60}},
+        "or remove idleSeconds",
+    ),
+    "a wait for nothing": (
+        {"model": HF, "rollout": {"idleTimeoutSeconds": 60}},
+        "rollout.idleTimeoutSeconds is the longest wait of rollout.waitForIdle: set waitForIdle to true",
+    ),
+    "a wait that is not wanted": (
+        {"model": HF, "rollout": {"waitForIdle": False, "idleTimeoutSeconds": 60}},
+        "or remove idleTimeoutSeconds",
+    ),
+    "labels of no monitor": (
+        {"model": HF, "observability": {"podMonitor": "Disabled", "labels": {"release": "x"}}},
+        "observability.labels are the PodMonitor's, and observability.podMonitor is Disabled",
+    ),
+    "a name for no GPU": (
+        {"model": HF, "hardware": {"gpus": 0, "resourceName": "amd.com/gpu"}},
+        "hardware.resourceName says how nodes call the GPUs, and hardware.gpus is 0: remove resourceName",
+    ),
+    "two sizes of one cache": (
+        {"model": HF, "engine": {"gpuMemoryUtilization": "0.9", "kvCacheMemory": "4Gi"}},
+        "engine.kvCacheMemory says its size: remove one of the two",
+    ),
+    "nobody may ask": (
+        {"model": HF, "expose": {"networkPolicy": {"allowFrom": []}}},
+        "expose.networkPolicy.allowFrom is empty, and names nobody: name a peer, or remove it",
+    ),
+    "nobody may scrape": (
+        {"model": HF, "expose": {"networkPolicy": {"allowMetricsFrom": []}}},
+        "expose.networkPolicy.allowMetricsFrom is empty, and names nobody",
+    ),
 }
 # spec, words that the API server's refusal must have
 BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -416,7 +467,29 @@ def test_bounds_are_the_engines_own():
 
 @pytest.mark.parametrize("spec", GOOD.values(), ids=list(GOOD))
 def test_the_parser_takes_a_good_spec(spec):
-    assert isinstance(parse(server(spec)), Server)
+    found = parse(server(spec), {"p": {}})
+
+    assert isinstance(found, Server), found
+    assert found.without_effect == ()
+
+
+@pytest.mark.parametrize(("spec", "words"), WITHOUT_EFFECT.values(), ids=list(WITHOUT_EFFECT))
+def test_what_does_nothing_is_refused_in_a_manifest_and_told_of_a_server_that_has_it(spec, words):
+    stored = parse(server(spec))
+
+    assert isinstance(stored, Server), "an object of an older version must still be looked after"
+    assert words in " ".join(stored.without_effect)
+    with pytest.raises(RenderError, match=re.escape(words)):
+        render(yaml.safe_dump(server(spec)), EngineDefaults(), pod_monitors_known=False, namespace="default")
+
+
+def test_a_profiles_name_for_gpus_means_nothing_to_a_server_without_any_and_is_no_mistake():
+    found = parse(
+        server({"model": HF, "hardware": {"profile": "p", "gpus": 0}}), {"p": {"resourceName": "amd.com/gpu"}}
+    )
+
+    assert isinstance(found, Server)
+    assert found.without_effect == ()
 
 
 @pytest.mark.parametrize("spec", [spec for spec, _ in BAD.values()], ids=list(BAD))
@@ -459,6 +532,41 @@ def test_the_api_server_refuses_a_bad_spec_in_these_words(api, spec, words):
 
     assert refusal is not None
     assert [word for word in words if word not in refusal] == [], refusal
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("spec", "words"), WITHOUT_EFFECT.values(), ids=list(WITHOUT_EFFECT))
+def test_the_api_server_refuses_what_does_nothing(api, spec, words):
+    assert words in str(try_to_create(api, server(spec)))
+
+
+@pytest.mark.cluster
+def test_what_was_stored_before_it_was_refused_can_still_be_changed_around_it(api):
+    """As after an upgrade: the operator writes the status, people scale, and the field goes with its part."""
+    definition = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/llmservers.octavo.dev"
+    path = "/apis/octavo.dev/v1alpha1/namespaces/default/llmservers"
+    body = server({"model": HF, "replicas": 0, "autoscaling": {"maxReplicas": 2, "idleSeconds": 60}}, "stored")
+    ours = custom_resource_definition()
+    (version,) = (older := copy.deepcopy(ours))["spec"]["versions"]
+    del version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["autoscaling"][
+        "x-kubernetes-validations"
+    ]
+    api.merge(definition, {"spec": older["spec"]})
+    try:
+        wait_for(lambda: try_to_create(api, body) is None, "the older definition")
+        api.request("POST", path, body)
+    finally:
+        api.merge(definition, {"spec": ours["spec"]})
+    try:
+        wait_for(lambda: try_to_create(api, server(body["spec"], "other")) is not None, "the definition")
+
+        api.merge(f"{path}/stored", {"spec": {"replicas": 1, "suspend": True}})
+        api.merge(f"{path}/stored/scale", {"spec": {"replicas": 2}})
+        with pytest.raises(ApiError, match=r"autoscaling\.idleSeconds is for servers that may go to zero"):
+            api.merge(f"{path}/stored", {"spec": {"autoscaling": {"maxReplicas": 3}}})
+        api.merge(f"{path}/stored", {"spec": {"autoscaling": {"maxReplicas": 3, "idleSeconds": None}}})
+    finally:
+        api.request("DELETE", f"{path}/stored")
 
 
 @pytest.mark.cluster

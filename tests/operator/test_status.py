@@ -263,6 +263,19 @@ def test_what_the_cluster_keeps_otherwise_is_told_of_a_server_that_serves():
     assert condition(seen, "Ready") == ("True", "AllReplicasReady")
 
 
+def test_a_field_that_does_nothing_is_told_of_a_server_that_serves():
+    idle = server(autoscaling={"maxReplicas": 2, "idleSeconds": 60})
+    seen = replace(view([ready()], SERVING), server=idle)
+    (found,) = [finding for finding in conditions(seen) if finding.type == "Progressing"]
+
+    assert (found.status, found.reason, found.trouble) == ("False", "WithoutEffect", True)
+    assert found.message == (
+        "Everything is as specified, and some of it does nothing: autoscaling.idleSeconds is for servers that may go "
+        "to zero: set autoscaling.minReplicas to 0, or remove idleSeconds."
+    )
+    assert condition(seen, "Ready") == ("True", "AllReplicasReady")
+
+
 def test_an_event_tells_a_failure_in_sentences():
     failure = LastFailure(pod="qwen-1", code="OOM_KILLED", message="The kernel killed it", fix="raise the limit")
     (told_,) = [a for a in announcements(conditions(view()), failure, Changes(), {}) if a.reason == "OOMKilled"]
