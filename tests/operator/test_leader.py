@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from octavo_operator.doctor import _leader
 from octavo_operator.leader import Leader, Sighting, may_take
 
 SPEC = {"holderIdentity": "other", "renewTime": "t1", "leaseDurationSeconds": 15}
@@ -83,3 +84,18 @@ async def test_a_clock_that_jumps_neither_loses_the_lease_nor_gives_it_to_anothe
 
     assert taken == [False] * 9 + [True]
     assert cluster.written[1] > cluster.written[0] > cluster.written[2]
+
+
+@pytest.mark.parametrize("skew_h", [-1, 1])
+async def test_the_doctor_tells_a_leader_that_lives_from_a_dead_one_whatever_clock_it_went_by(skew_h):
+    """By an hour of difference between two machines, a dead leader was alive for an hour, or a living one dead."""
+    cluster = Leases()
+    holder = leader(cluster, clock=lambda: datetime.now(UTC) + timedelta(hours=skew_h))
+    await holder.acquire()
+    holding = asyncio.create_task(holder.hold())
+    (alive,) = await _leader(cluster, "ns", datetime.now(UTC))
+    holding.cancel()
+    (dead,) = await _leader(cluster, "ns", datetime.now(UTC) + timedelta(seconds=3))
+
+    assert (alive.level, dead.level) == ("ok", "FAIL"), (alive, dead)
+    assert "has not renewed its lease for 1 s" in dead.sentence
