@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 from octavo_engine.status import Failure as Certificate
 from octavo_engine.status import FailureCode
+from octavo_operator import names
 from octavo_operator.observed import Pod, Termination, write_time
-from octavo_operator.report import LastFailure
+from octavo_operator.report import MAX_PODS, LastFailure, PodStatus
 from octavo_operator.spec import in_fields
 
 OOM_KILLED = "OOM_KILLED"
@@ -64,17 +65,42 @@ def failure_of(pod: Pod, memory_limit: str | None = None) -> Failure | None:
     return None
 
 
-def last_failure(pods: Iterable[Pod], previous: LastFailure | None, memory_limit: str | None) -> LastFailure | None:
-    """The newest failure known: one that is seen now, or the one on the resource, which outlives pods and recovery."""
-    seen = [failure for pod in pods if (failure := failure_of(pod, memory_limit))]
-    # In one second, the pod's name decides: two looks at the same world must give the same answer.
-    seen.sort(key=lambda failure: (failure.finished_at or datetime.min.replace(tzinfo=UTC), failure.pod))
-    if not seen:
-        return previous
-    newest = seen[-1].report()
-    if previous and (previous.time or "") > (newest.time or ""):
-        return previous
-    return newest
+def last_failure(
+    pods: Iterable[Pod], previous: LastFailure | None, told: Mapping[str, PodStatus], memory_limit: str | None
+) -> LastFailure | None:
+    """The newest failure known: one that the status before did not know, or the one on it, which outlives its pod.
+
+    When an engine ended is told by its node's clock, and one that is an hour ahead would keep a failure newest for an
+    hour. So what is new is told by counting: a pod's engine has ended more often than it had when the status was
+    written. Where several are new at once, as after a pause of the operator, the pod counts that the API server made
+    last, and then the name: two looks at the same world must give the same answer.
+
+    told: the pods of the status before, by name.
+    """
+    seen = [(pod, failure) for pod in pods if (failure := failure_of(pod, memory_limit))]
+    new = seen if previous is None else [(pod, failure) for pod, failure in seen if _is_new(pod, told)]
+    if new:
+        return max(new, key=lambda both: (both[0].created, both[1].pod))[1].report()
+    for _, failure in seen:
+        again = failure.report()
+        if previous and (again.pod, again.time) == (previous.pod, previous.time):
+            return again  # the kubelet may have learnt more of it meanwhile
+    return previous
+
+
+def _is_new(pod: Pod, told: Mapping[str, PodStatus]) -> bool:
+    before = told.get(pod.name)
+    if pod.over:
+        return before is not None  # a status tells only of pods that run or will run: it was one of them then
+    if before is None:
+        # Born since; or one of the many that a status does not list, which are those without trouble.
+        return len(told) < MAX_PODS or not pod.running
+    return _ends(pod) > (before.restarts or 0) + (before.stage == names.POD_CRASHED)
+
+
+def _ends(pod: Pod) -> int:
+    """How often its engine ended without being asked to. An end is there before the restart that follows it counts."""
+    return pod.restarts + bool(pod.terminations and not pod.running and not pod.terminating)
 
 
 def _read(pod: Pod, end: Termination, memory_limit: str | None) -> Failure:

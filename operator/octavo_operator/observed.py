@@ -27,6 +27,7 @@ class Termination:
     message: str
     """What the container left in its termination log, or its last lines."""
     finished_at: datetime | None
+    """By the node's clock, which may be hours off: to be told, and to know an end again, never to order by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,8 @@ class Pod:
     known_since: float = 0.0
     """When this operator saw it first, in seconds of its own monotonic clock: every age is counted from there. What
     stands on the pod is of other machines' clocks, and those may be hours off."""
+    created: str = ""
+    """When the API server made it, by its clock, as it writes times."""
     node: str | None = None
     ip: str | None = None
     ready: bool = False
@@ -119,6 +122,7 @@ def read_pod(document: Document) -> Pod:
         uid=metadata["uid"],
         phase=status.get("phase", "Pending"),
         revision=metadata.get("labels", {}).get(names.REVISION_LABEL),
+        created=metadata.get("creationTimestamp", ""),
         node=document.get("spec", {}).get("nodeName"),
         ip=status.get("podIP"),
         ready=conditions.get("Ready", {}).get("status") == "True",

@@ -63,7 +63,9 @@ def status_of(
         pods=_pods(view.replicas),
         revision=view.rollout.report if view.rollout else None,
         restart=_restart(view, read_part(RestartStatus, previous.get("restart"))),
-        last_failure=last_failure(pods, read_part(LastFailure, previous.get("lastFailure")), memory_limit),
+        last_failure=last_failure(
+            pods, read_part(LastFailure, previous.get("lastFailure")), _told(previous), memory_limit
+        ),
         conditions=_timed(findings, previous, view.server.generation, now),
     )
 
@@ -109,6 +111,11 @@ def _restart(view: View, before: RestartStatus | None) -> RestartStatus | None:
 def _pods(replicas: Sequence[Replica]) -> list[PodStatus] | None:
     # None and not an empty list: applied by the server, a list that loses its last item is gone.
     return [replica.report() for replica in replicas[:MAX_PODS]] or None
+
+
+def _told(previous: Mapping[str, Any]) -> dict[str, PodStatus]:
+    parts = [read_part(PodStatus, pod) for pod in previous.get("pods") or []]
+    return {part.name: part for part in parts if part is not None}
 
 
 def as_document(status: Status) -> dict[str, Any]:
@@ -207,7 +214,7 @@ def _plan(effective: Effective) -> Plan:
     )
 
 
-T = TypeVar("T", EngineStatus, Plan, LastFailure, RestartStatus, RevisionStatus)
+T = TypeVar("T", EngineStatus, Plan, PodStatus, LastFailure, RestartStatus, RevisionStatus)
 
 
 def read_part(kind: type[T], document: Any) -> T | None:

@@ -9,7 +9,7 @@ from octavo_engine.status import Failure, FailureCode
 from octavo_operator.causes import About, Wanted, alteration, cause_of, refusal_of_object, refusal_of_pods
 from octavo_operator.failures import last_failure
 from octavo_operator.observed import PodEvent
-from octavo_operator.report import LastFailure
+from octavo_operator.report import LastFailure, PodStatus
 
 WANTED = Wanted("nvidia.com/gpu", 1, "4Gi", "models")
 EIGHT = Wanted("nvidia.com/gpu", 8, None, None)
@@ -206,27 +206,77 @@ def test_nothing_is_wrong_with_a_pod_that_is_on_its_way(fine):
 
 
 BEFORE = LastFailure(time="2026-01-01T00:00:05Z", pod="old", code="EXITED", message="m")
+CRASHED = end(1, at=4)
+AGAIN = {"running": True, "restarts": 1, "terminations": (CRASHED,)}
+
+
+def told(*pods: PodStatus) -> dict[str, PodStatus]:
+    return {pod.name: pod for pod in pods}
+
+
+def was(name: str, stage: str = "ready", restarts: int | None = None) -> PodStatus:
+    return PodStatus(name=name, stage=stage, restarts=restarts)
+
+
+MANY = told(*(was(f"p{number}") for number in range(16)))
 
 
 @pytest.mark.parametrize(
-    ("pods", "previous", "told"),
+    ("pods", "before", "newest"),
     [
-        ([], None, None),
-        ([], BEFORE, "old"),
-        ([pod("a", terminations=(end(1, at=4),))], BEFORE, "old"),
-        ([pod("a", terminations=(end(1, at=6),))], BEFORE, "a"),
-        ([pod("a", terminations=(end(1, at=6),)), pod("b", terminations=(end(1, at=6),))], BEFORE, "b"),
-        ([pod("a", terminations=(end(1, at=7),)), pod("b", terminations=(end(1, at=6),))], None, "a"),
+        ([], {}, "old"),
+        # Its node's clock is behind that of the failure before, and all the same it has just ended.
+        ([pod("a", terminations=(CRASHED,))], told(was("a")), "a"),
+        ([pod("a", terminations=(CRASHED,))], {}, "a"),
+        ([pod("a", terminations=(end(1, at=59),))], told(was("a", "crashed")), "old"),
+        # The restart after an end is not another one.
+        ([pod("a", **AGAIN)], told(was("a", "crashed")), "old"),
+        ([pod("a", **AGAIN)], told(was("a", restarts=1)), "old"),
+        ([pod("a", **AGAIN | {"restarts": 2})], told(was("a", "crashed", 1)), "old"),
+        ([pod("a", **AGAIN | {"restarts": 2})], told(was("a", restarts=1)), "a"),
+        ([pod("a", restarts=1, terminations=(CRASHED,))], told(was("a", restarts=1)), "a"),
+        # Two at once: the one that the API server made last.
+        (
+            [
+                pod("a", created="2026-01-01T00:00:09Z", terminations=(CRASHED,)),
+                pod("b", created="2026-01-01T00:00:08Z", terminations=(CRASHED,)),
+            ],
+            {},
+            "a",
+        ),
+        ([pod("a", terminations=(CRASHED,)), pod("b", terminations=(CRASHED,))], {}, "b"),
+        # One whose node is an hour ahead does not stay newest for an hour.
+        ([pod("a", **AGAIN | {"terminations": (end(1, at=59),)}), pod("b", terminations=(CRASHED,))],
+         told(was("a", restarts=1), was("b")), "b"),
         # Told to end, and killed as it did not: that is no failure. One before that was.
-        ([pod("a", terminating=True, terminations=(end(137, at=9),))], BEFORE, "old"),
-        ([pod("a", terminating=True, terminations=(end(0, at=9), end(1, at=8)))], BEFORE, "a"),
-        ([pod("a", ready=True, running=True, terminations=(end(1, at=8),))], None, "a"),
+        ([pod("a", terminating=True, terminations=(end(137, at=9),))], told(was("a")), "old"),
+        ([pod("a", terminating=True, restarts=1, terminations=(end(0, at=9), end(1, at=8)))], told(was("a")), "a"),
+        (
+            [pod("a", terminating=True, restarts=1, terminations=(end(0, at=9), end(1, at=8)))],
+            told(was("a", restarts=1)),
+            "old",
+        ),
+        # Ended as a whole: new when the status before knew it alive.
+        ([pod("a", phase="Failed", reason="Evicted")], told(was("a")), "a"),
+        ([pod("a", phase="Failed", reason="Evicted")], {}, "old"),
+        # More pods than a status lists: those that it leaves out have no trouble.
+        ([pod("a", **AGAIN)], MANY, "old"),
+        ([pod("a", terminations=(CRASHED,))], MANY, "a"),
     ],
-)
-def test_the_newest_failure_is_kept(pods, previous, told):
-    failure = last_failure(pods, previous, None)
+)  # fmt: skip
+def test_the_newest_failure_is_told_by_counting_and_not_by_the_clocks_of_nodes(pods, before, newest):
+    failure = last_failure(pods, BEFORE, before, None)
 
-    assert (failure and failure.pod) == told
+    assert failure is not None
+    assert failure.pod == newest
+
+
+def test_a_first_status_tells_any_failure_that_there_is():
+    assert last_failure([], None, {}, None) is None
+    failure = last_failure([pod("a", ready=True, **AGAIN)], None, told(was("a", restarts=1)), None)
+
+    assert failure is not None
+    assert failure.pod == "a"
 
 
 @pytest.mark.parametrize("engine_is_up", [True, False])
