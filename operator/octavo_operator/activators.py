@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import aiohttp
+from pydantic import ValidationError
 
 from octavo_operator import names
 from octavo_operator.cache import Cache
 from octavo_operator.cluster import Cluster, Refusal, UnavailableError
+from octavo_operator.desired.network_policy import Peers, activator_policy, clients_elsewhere
+from octavo_operator.expose import NetworkPolicy
 from octavo_operator.names import Key, Name, Namespace
 from octavo_operator.wake import port_for, port_of
 
@@ -49,12 +52,19 @@ class Activators:
         self._session: aiohttp.ClientSession | None = None
         self._scaled: int | None = None
         self._scaled_at = 0.0
+        self._allowed: dict[int, Peers] | None = None
+        """By port, as the activator's policy says; None while this process has not written it."""
+        self._guarding = asyncio.Lock()
         self.addresses: tuple[str, ...] = ()
         """Of its pods that are ready."""
 
     @property
     def on(self) -> bool:
         return bool(self._name)
+
+    @property
+    def _policy_name(self) -> str:
+        return f"{self._name}-ports"
 
     def asked(self, key: Key) -> bool:
         """Whether a request is held for the server."""
@@ -69,6 +79,33 @@ class Activators:
     def know(self, key: Key) -> None:
         """A look at the server found nothing new of that."""
         self._needed.setdefault(key, False)
+
+    async def guard(self, key: Key, port: int) -> str:
+        """Has only those reach the server's port whom the server lets in. Why that cannot be; empty when it is so."""
+        async with self._guarding:
+            if self._allowed is not None and self._allowed.get(port) == self._clients(key):
+                return ""
+            deployment = await self._cluster.get("Deployment", self._namespace, self._name)
+            if deployment is None:
+                return f"there is no Deployment {self._name} in {self._namespace}: install the chart with its activator"
+            owners = {**self._ports, port: key}
+            allowed = {at: clients for at, owner in owners.items() if (clients := self._clients(owner)) is not None}
+            answer = await self._cluster.apply(activator_policy(deployment, self._policy_name, allowed))
+            if isinstance(answer, Refusal):
+                return f"the API server refused the activator's NetworkPolicy {self._policy_name}: {answer.message}"
+            self._allowed = allowed
+            return ""
+
+    def _clients(self, key: Key) -> Peers | None:
+        """Whom the server's policy lets in; None where it has none. A policy that cannot be read lets in nobody."""
+        seen = self._cache.seen(key)
+        raw = ((seen.resource.get("spec") or {}).get("expose") or {}).get("networkPolicy") if seen else None
+        if raw is None:
+            return None
+        try:
+            return clients_elsewhere(NetworkPolicy.model_validate(raw, context=[]), key[0])
+        except ValidationError:
+            return []
 
     def forget(self, key: Key) -> None:
         self.need(key, needed=False)
@@ -114,9 +151,12 @@ class Activators:
         if ready != self.addresses:
             log.info("activator ready=%d of=%d", len(ready), len(all_of_them))
             self.addresses = ready
-            for key, needed in self._needed.items():
-                if needed:
-                    self._wake(key)
+            self._wake_needed()
+
+    def _wake_needed(self) -> None:
+        for key, needed in self._needed.items():
+            if needed:
+                self._wake(key)
 
     def _wanted(self) -> int | None:
         """Its replicas; None while it is not known yet, as not all servers have been looked at."""
@@ -129,6 +169,9 @@ class Activators:
         if self._scaled == wanted and now - self._scaled_at < SCALED_POLL_S:
             return
         self._scaled, self._scaled_at = wanted, now
+        if await self._cluster.get("NetworkPolicy", self._namespace, self._policy_name) is None:
+            self._allowed = None
+            self._wake_needed()  # it comes back with their look, where somebody took it away
         deployment = await self._cluster.get("Deployment", self._namespace, self._name)
         if deployment is None or deployment["spec"].get("replicas") == wanted:
             return

@@ -74,7 +74,7 @@ class Autoscaling(Part):
         ge=0,
         le=1000,
         description="Fewest replicas; 0 takes the last one away when nobody asks, and the activator holds the "
-        "next requests until one is back. Default: 1.",
+        "next requests until one is back. The condition Wakeable says whether it can. Default: 1.",
     )
     max_replicas: int = Field(ge=1, le=1000, description="Most replicas.")
     target: Target = Field(Target(), description="How busy a replica should be. The busiest of these counts.")

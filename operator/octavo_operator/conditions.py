@@ -20,7 +20,7 @@ from octavo_operator.quantity import gib
 from octavo_operator.replicas import Replica, headline
 from octavo_operator.rollout import Decision
 from octavo_operator.spec import Problem, Server
-from octavo_operator.wake import Waking, sentence
+from octavo_operator.wake import Waking, outlook, sentence
 
 Truth = Literal["True", "False", "Unknown"]
 
@@ -139,6 +139,7 @@ def conditions(view: View) -> list[Finding]:
     return [
         *(_ready(view), _progressing(view), _schedulable(view), _model_cached(view), _fits(view)),
         *(_verified(view), _update_available(view), _monitoring(view)),
+        *([_wakeable(view.server, view.waking)] if view.waking else []),
     ]
 
 
@@ -292,6 +293,13 @@ def _monitoring(view: View) -> Finding:
     told = judge(view.server, view.monitoring, pod_monitors_known=view.pod_monitors_known, unannotated=view.unannotated)
     truth: Truth = "True" if told.holds else "False"
     return Finding(names.MONITORING_READY, truth, told.reason, told.message, trouble=told.trouble)
+
+
+def _wakeable(server: Server, waking: Waking) -> Finding:
+    reason, message = outlook(server, waking)
+    if waking.barrier:
+        return Finding(names.WAKEABLE, "False", reason, message, trouble=True)
+    return Finding(names.WAKEABLE, "True" if waking.addresses else "Unknown", reason, message)
 
 
 def _pods(count: int) -> str:

@@ -169,6 +169,8 @@ async def _servers(cluster: Cluster, namespace: str, now: datetime) -> list[Verd
             found.append(Verdict("note", f"{name}: {ready['message']}"))
         elif ready["message"].startswith(wake.UNATTENDED):
             found.append(Verdict("FAIL", f"{name}: {ready['message']}"))
+        elif ready["status"] == "True" and conditions.get(names.WAKEABLE, {}).get("status") == "False":
+            found.append(Verdict("note", f"{name} serves, but: {conditions[names.WAKEABLE]['message']}"))
         elif ready["status"] == "True" and _is_stopped(doing := conditions.get(names.PROGRESSING, {})):
             found.append(Verdict("note", f"{name} serves, but: {doing['message']}"))
         elif ready["status"] == "True" or ready["reason"] in ("Suspended", "ScaledToZero"):

@@ -115,7 +115,8 @@ _NO_SCRAPERS = f"expose.networkPolicy.allowMetricsFrom {_EMPTY} every namespace"
 
 
 class NetworkPolicy(Part):
-    """Where it is set, only these reach the pods; the operator reaches their management port in any case."""
+    """Where it is set, only these reach the pods, and the server at the activator while it sleeps; the operator reaches
+    their management port in any case."""
 
     model_config = config(
         rule("!has(self.allowFrom) || size(self.allowFrom) > 0", f"'{_NO_CLIENTS}'", field_path=".allowFrom"),

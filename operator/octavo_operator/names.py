@@ -54,6 +54,8 @@ SCHEDULABLE = "Schedulable"
 VERIFIED = "Verified"
 UPDATE_AVAILABLE = "UpdateAvailable"
 MONITORING_READY = "MonitoringReady"
+WAKEABLE = "Wakeable"
+"""Only of servers that may go to zero."""
 
 # Phases, a one-word summary of the conditions for people; nothing is decided by them.
 PENDING = "Pending"

@@ -64,6 +64,7 @@ class Activator(Protocol):
     def know(self, key: Key) -> None: ...
     def forget(self, key: Key) -> None: ...
     def port(self, key: Key, present: Mapping[str, Any] | None) -> int | None: ...
+    async def guard(self, key: Key, port: int) -> str: ...
 
 
 class Engines(Protocol):
@@ -148,12 +149,16 @@ class Reconciler:
             self._activator.know(key)
             return await self._report_invalid(key, seen, server, world, now)
         found = replicas(world, _wanted(server), tick)
-        waking = self._waking(key, server, world)
-        wanted = objects(server, self._settings.engine, pod_monitors_known=world.pod_monitors_known)
+        waking = await self._waking(key, server, world)
         # While no pod is ready, and from the moment that the last one is to go: it takes requests for a while yet.
         leads = not any(replica.ready for replica in found) or not server.spec.desired_replicas
-        if waking and (slice := endpoint_slice(server, waking, leads=leads)):
-            wanted.append(slice)
+        slice = endpoint_slice(server, waking, leads=leads) if waking else None
+        wanted = objects(
+            *(server, self._settings.engine),
+            pod_monitors_known=world.pod_monitors_known,
+            sleeps=leads and slice is not None,
+        )
+        wanted += [slice] if slice else []
         scrape = pod_annotations(server, pod_monitors_known=world.pod_monitors_known)
         present = world.own("Deployment", server.uid)
         told = seen.resource.get("status", {})
@@ -197,7 +202,8 @@ class Reconciler:
             waking=waking,
         )
         if server.spec.scales_itself:
-            await self._scale(key, server, seen, found, now, tick)
+            keeps_last = waking is not None and waking.keeps_last
+            await self._scale(key, server, seen, found, now, tick, keeps_last=keeps_last)
         findings = conditions(view)
         new = status.status_of(view, findings, world.pods, seen.resource.get("status", {}), now)
         await self._report(key, seen, new, findings, todo, now)
@@ -222,16 +228,21 @@ class Reconciler:
         pods = tuple(replace(pod, known_since=known.first_seen[pod.uid]) for pod in seen.pods)
         return World(children, pods, pod_monitors_known="PodMonitor" in self._kinds)
 
-    def _waking(self, key: Key, server: Server, world: World) -> Waking | None:
+    async def _waking(self, key: Key, server: Server, world: World) -> Waking | None:
         """How the server is woken; None where it does not go to sleep."""
         sleeps = wake.may_sleep(server)
-        why = wake.barrier(server, self._settings.namespace, activator=self._activator.on) if sleeps else ""
+        why = wake.barrier(server, activator=self._activator.on) if sleeps else ""
         self._activator.need(key, needed=sleeps and not why)
-        if not sleeps or why:
-            return Waking(barrier=why) if sleeps else None
-        port = self._activator.port(key, world.own("EndpointSlice", server.uid))
+        if not sleeps:
+            return None
+        port = None if why else self._activator.port(key, world.own("EndpointSlice", server.uid))
         if port is None:
-            return Waking(barrier=f"all {len(wake.PORTS)} ports of the activator stand for other servers")
+            why = why or f"all {len(wake.PORTS)} ports of the activator stand for other servers"
+            # Where nobody is to be woken by requests, that is known; here, nobody reckons with it.
+            return Waking(barrier=why, keeps_last=self._activator.on and server.spec.scales_itself)
+        # First those whom the server lets in are the only ones to reach its port, and then the port leads to it.
+        if why := await self._activator.guard(key, port):
+            return Waking(barrier=why, keeps_last=server.spec.scales_itself)
         return Waking(port, self._activator.addresses)
 
     async def _restored(self, key: Key, rollout: Decision) -> Decision:
@@ -275,14 +286,24 @@ class Reconciler:
         return replace(world, engines=engines, events=read, answered=answered)
 
     async def _scale(
-        self, key: Key, server: Server, seen: Seen, found: Sequence[Replica], now: datetime, tick: float
+        self,
+        key: Key,
+        server: Server,
+        seen: Seen,
+        found: Sequence[Replica],
+        now: datetime,
+        tick: float,
+        *,
+        keeps_last: bool,
     ) -> None:
         known, spec = self._known[key], server.spec
         assert spec.autoscaling is not None
         known.scaling = known.scaling or History(tick)
         loads = [replica.engine.load for replica in found if replica.ready and replica.engine]
         asked = self._activator.asked(key)
-        decision = scale(spec.autoscaling, spec.replicas, loads, known.scaling, tick, asked=asked)
+        decision = scale(
+            spec.autoscaling, spec.replicas, loads, known.scaling, tick, asked=asked, keeps_last=keeps_last
+        )
         if decision is None or decision.replicas == spec.replicas:
             return
         answer = await self._cluster.scale(seen.resource, decision.replicas)

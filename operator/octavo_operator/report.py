@@ -138,5 +138,6 @@ class Status(_Model):
     )
     conditions: list[Condition] = Field(
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
-        description="Ready, Progressing, Schedulable, ModelCached, Fits, Verified, UpdateAvailable, MonitoringReady.",
+        description="Ready, Progressing, Schedulable, ModelCached, Fits, Verified, UpdateAvailable, MonitoringReady; "
+        "and Wakeable, where autoscaling.minReplicas is 0.",
     )

@@ -38,12 +38,19 @@ class Scaling:
 
 
 def scale(
-    spec: Autoscaling, current: int, loads: Sequence[Load], history: History, tick: float, *, asked: bool = False
+    spec: Autoscaling,
+    current: int,
+    loads: Sequence[Load],
+    history: History,
+    tick: float,
+    *,
+    asked: bool = False,
+    keeps_last: bool = False,
 ) -> Scaling | None:
     """What spec.replicas should become; None where it may stay. current: what it is.
 
     loads: of the replicas that are ready. Those that start do not count yet, so that one burst is not answered twice.
-    asked: whether the activator holds requests for the server.
+    asked: whether the activator holds requests for the server. keeps_last: the last replica stays, idle or not.
     """
     low, high = spec.min_replicas, spec.max_replicas
     # While no replica is ready nobody can ask it. Idleness begins when somebody could and does not: a server that was
@@ -62,7 +69,7 @@ def scale(
     enough = current if abs(pressure - 1) <= TOLERANCE else math.ceil(len(loads) * pressure)
     quiet_since = history.since if history.busy_at is None else history.busy_at
     idle = tick - quiet_since >= spec.idle_seconds
-    floor = low if low or idle else 1
+    floor = low if low or (idle and not keeps_last) else 1
     wanted = min(max(enough, floor), high)
     _remember(history, tick, wanted, spec.scale_down_delay_seconds)
     if wanted > current:

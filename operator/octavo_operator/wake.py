@@ -7,12 +7,11 @@ ready the Service leads by it to the activator, at a port that stands for this s
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from octavo_operator import names
-from octavo_operator.expose import Peer
 from octavo_operator.names import Key
 from octavo_operator.spec import Server
 
@@ -33,6 +32,8 @@ class Waking:
     """Of the activator's pods that are ready."""
     barrier: str = ""
     """Why no request wakes the server: half a sentence, with what would be right."""
+    keeps_last: bool = False
+    """It does not go to sleep by itself, as nothing would wake it again."""
 
 
 def may_sleep(server: Server) -> bool:
@@ -41,29 +42,13 @@ def may_sleep(server: Server) -> bool:
     return scaling is not None and scaling.min_replicas == 0 and not server.spec.suspend
 
 
-def barrier(server: Server, operator_namespace: str, *, activator: bool) -> str:
+def barrier(server: Server, *, activator: bool) -> str:
     """Why no request can wake the server; empty where one can."""
-    expose = server.spec.expose
     if not activator:
         return "the activator is off: set activator.enabled of the chart to true"
-    if expose.tls is not None:
+    if server.spec.expose.tls is not None:
         return "expose.tls ends at the pods, whose certificate the activator has not: end TLS before the Service"
-    if (policy := expose.network_policy) is not None and not _lets_in(policy.allow_from or [], operator_namespace):
-        return (
-            f"expose.networkPolicy does not let the activator in: add a peer with namespaceLabels {NAMESPACE_NAME}: "
-            f"{operator_namespace} to allowFrom, which lets in whoever reaches the activator"
-        )
     return ""
-
-
-def _lets_in(peers: Collection[Peer], namespace: str) -> bool:
-    there = {NAMESPACE_NAME: namespace}
-    return any(
-        peer.namespace_labels is not None
-        and peer.namespace_labels.items() <= there.items()
-        and (peer.pod_labels or {}).items() <= ACTIVATOR_LABELS.items()
-        for peer in peers
-    )
 
 
 def port_for(key: Key, present: Mapping[str, Any] | None, taken: Mapping[int, Key]) -> int | None:
@@ -90,8 +75,22 @@ def port_of(document: Mapping[str, Any]) -> int | None:
     return int(text) if text.isdigit() else None
 
 
+_ACTIVATORS = "kubectl get pods -A -l app.kubernetes.io/component=activator"
 UNWAKEABLE = "Asleep. No request wakes it"
 UNATTENDED = "Asleep. A request will wake it when a pod of the activator is ready"
+
+
+def outlook(server: Server, waking: Waking) -> tuple[str, str]:
+    """Of the condition Wakeable, which tells beforehand what will be when the server sleeps: reason and message."""
+    if waking.barrier:
+        kept = " So its last replica stays, and autoscaling.minReplicas 0 is as good as 1." if waking.keeps_last else ""
+        return "NotByRequest", f"No request could wake it from zero, as {waking.barrier}.{kept}"
+    if not waking.addresses:
+        return "ActivatorNotReady", f"No pod of the activator is ready: {_ACTIVATORS}"
+    assert server.spec.autoscaling is not None
+    if server.spec.autoscaling.mode == "KEDA":
+        return "ByKeda", "From zero, a request waits at the activator, and KEDA wakes it by that."
+    return "ByRequest", "From zero, a request wakes it, through the activator."
 
 
 def sentence(server: Server, waking: Waking) -> str:
@@ -100,8 +99,7 @@ def sentence(server: Server, waking: Waking) -> str:
         how = f"kubectl scale llm {server.name} -n {server.namespace} --replicas=1"
         return f"{UNWAKEABLE}, as {waking.barrier}. By hand: {how}"
     if not waking.addresses:
-        where = "kubectl get pods -A -l app.kubernetes.io/component=activator"
-        return f"{UNATTENDED}: {where}"
+        return f"{UNATTENDED}: {_ACTIVATORS}"
     assert server.spec.autoscaling is not None
     if server.spec.autoscaling.mode == "KEDA":
         return "Asleep. A request waits at the activator, and KEDA wakes it by octavo_activator_held_requests."

@@ -450,6 +450,4 @@ def test_a_policy_lets_the_operator_in_and_a_pod_with_its_model_nowhere_out():
     assert policy(expose={"networkPolicy": {}})["egress"] == [{}]  # it downloads
     assert given["ingress"][0]["from"] == [{"namespaceSelector": {"matchLabels": {"team": "a"}}, "podSelector": {}}]
     assert given["ingress"][1]["from"][1] == {"podSelector": {"matchLabels": {"p": "q"}}}
-    zero = policy(expose={"networkPolicy": {}}, autoscaling={"minReplicas": 0, "maxReplicas": 2})
-    assert zero["ingress"][0]["from"] == [{"podSelector": {}}], "the activator is let in where somebody says so"
     assert "NetworkPolicy" not in children()

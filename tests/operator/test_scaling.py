@@ -104,6 +104,17 @@ def test_the_last_replica_goes_after_idle_seconds_whatever_the_delay_is():
     assert later.replicas == 1
 
 
+def test_the_last_replica_stays_where_nothing_would_wake_it_again():
+    of = spec(minReplicas=0, scaleDownDelaySeconds=0, idleSeconds=60)
+    kept = scale(of, 1, [IDLE], History(0.0), 1000, keeps_last=True)
+    of_three = scale(of, 3, [IDLE] * 3, History(0.0), 1000, keeps_last=True)
+
+    assert kept is None
+    assert of_three is not None
+    assert of_three.replicas == 1
+    assert scale(of, 0, [], History(0.0), 1000, keeps_last=True) is None, "a person has put it to sleep"
+
+
 def test_a_held_request_wakes_a_server_and_nothing_else_does():
     of = spec(minReplicas=0)
 

@@ -18,16 +18,19 @@ from octavo_operator.spec import Server
 Object = dict[str, Any]
 
 
-def objects(server: Server, defaults: EngineDefaults, *, pod_monitors_known: bool) -> list[Object]:
+def objects(
+    server: Server, defaults: EngineDefaults, *, pod_monitors_known: bool, sleeps: bool = False
+) -> list[Object]:
     """All children of the server, in the order in which they are applied.
 
     pod_monitors_known: whether the cluster has the PodMonitor kind of the Prometheus operator.
+    sleeps: whether its Service leads to the activator now.
     """
     children = [
         deployment(server, defaults),
         service(server),
         disruption_budget(server),
-        *routes(server, defaults),
+        *routes(server, defaults, sleeps=sleeps),
     ]
     template = children[0]["spec"]["template"]
     optional = (

@@ -15,14 +15,16 @@ GATEWAY_API = "gateway.networking.k8s.io/v1"
 INFERENCE_API = "inference.networking.k8s.io/v1"
 
 
-def routes(server: Server, defaults: EngineDefaults) -> Iterator[dict[str, Any]]:
+def routes(server: Server, defaults: EngineDefaults, *, sleeps: bool = False) -> Iterator[dict[str, Any]]:
+    """sleeps: no pod takes requests, and the Service leads to the activator. An InferencePool chooses among pods alone,
+    so the HTTPRoute goes by the Service then."""
     exposed = server.spec.expose
     if exposed.ingress:
         yield _ingress(server, defaults)
     if exposed.inference_pool:
         yield _inference_pool(server)
     if exposed.gateway:
-        yield _http_route(server)
+        yield _http_route(server, pooled=exposed.inference_pool is not None and not sleeps)
 
 
 def _ingress(server: Server, defaults: EngineDefaults) -> dict[str, Any]:
@@ -44,11 +46,11 @@ def _ingress(server: Server, defaults: EngineDefaults) -> dict[str, Any]:
     return {"apiVersion": "networking.k8s.io/v1", "kind": "Ingress", "metadata": metadata, "spec": spec}
 
 
-def _http_route(server: Server) -> dict[str, Any]:
+def _http_route(server: Server, *, pooled: bool) -> dict[str, Any]:
     asked = server.spec.expose.gateway
     assert asked is not None
     backend: dict[str, Any] = {"name": server.name, "port": server.spec.expose.service.port}
-    if server.spec.expose.inference_pool:
+    if pooled:
         group = INFERENCE_API.partition("/")[0]
         backend = {"group": group, "kind": "InferencePool", "name": server.name}
     rule: dict[str, Any] = {"matches": [{"path": {"type": "PathPrefix", "value": "/"}}], "backendRefs": [backend]}
