@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from octavo_engine.status import Statusz
-from octavo_operator import metrics, names, observed, status, wake
+from octavo_operator import hostnames, metrics, names, observed, status, wake
 from octavo_operator.announce import Announcement, announcements
 from octavo_operator.cache import WATCHED, Cache, Seen
 from octavo_operator.causes import About, Cause, Wanted, alteration, refusal_of_object, refusal_of_pods
@@ -320,6 +320,8 @@ class Reconciler:
     ) -> tuple[tuple[Cause, ...], str | None]:
         """Carries the changes out. Returns what stands in the way, and why pods could not be annotated."""
         causes = [_name_taken(kind, server.name) for kind in todo.foreign]
+        if why := hostnames.refusal(server.spec.expose, self._settings.engine.hostnames, server.namespace):
+            causes.append(Cause(About.OBJECTS, "HostnameRefused", f"{why}."))
         # First the pods: when fewer are wanted, what their ends would cost is known before any is chosen.
         answers = await asyncio.gather(*(self._cluster.apply(pod) for pod in todo.annotate))
         for annotated in answers:

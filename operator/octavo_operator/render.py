@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from octavo_operator import names
+from octavo_operator import hostnames, names
 from octavo_operator.desired import objects
 from octavo_operator.settings import EngineDefaults
 from octavo_operator.spec import Server, parse
@@ -47,6 +47,8 @@ def manifests(text: str, namespace: str, defaults: EngineDefaults) -> Iterator[S
         server = parse({**document, "metadata": given}, defaults.profiles)
         if not isinstance(server, Server):
             raise RenderError("; ".join(f"{metadata['name']}: {problem}" for problem in server))
+        if why := hostnames.refusal(server.spec.expose, defaults.hostnames, server.namespace):
+            raise RenderError(f"{metadata['name']}: {why}")
         if server.without_effect:
             raise RenderError("; ".join(f"{metadata['name']}: {sentence}" for sentence in server.without_effect))
         yield server

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from octavo_engine import __version__
+from octavo_operator import hostnames
 from octavo_operator.logs import FORMATS
 from octavo_operator.spec import Profile, problems_of_profile
 
@@ -35,6 +36,8 @@ class EngineDefaults:
     """On every Ingress: timeouts and buffering of the cluster's controller. Not in pod templates."""
     pod_monitor_labels: Mapping[str, str] = field(default_factory=dict)
     """On every PodMonitor, by which the cluster's Prometheus selects it. Not in pod templates."""
+    hostnames: tuple[str, ...] = ()
+    """Patterns of the names that an Ingress or a route may claim (hostnames.py); none means all names. Not in pods."""
     operator_namespace: str = "default"
     """Where the operator is, for network policies to let it in. Not in pod templates either."""
     profiles: Mapping[str, Profile] = field(default_factory=dict)
@@ -86,6 +89,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
             env=_variables(environ, "OCTAVO_ENGINE_ENV"),
             ingress_annotations=_texts(environ, "OCTAVO_INGRESS_ANNOTATIONS"),
             pod_monitor_labels=_texts(environ, "OCTAVO_POD_MONITOR_LABELS"),
+            hostnames=_hostnames(environ, "OCTAVO_HOSTNAMES"),
             operator_namespace=environ.get("OCTAVO_NAMESPACE") or _own_namespace(),
             profiles=_profiles(environ, "OCTAVO_ENGINE_PROFILES"),
         ),
@@ -105,6 +109,14 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         activator=environ.get("OCTAVO_ACTIVATOR") or default.activator,
         activator_replicas=int(number(environ, "OCTAVO_ACTIVATOR_REPLICAS", default.activator_replicas, 1, 100)),
     )
+
+
+def _hostnames(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
+    patterns = words(environ, name)
+    for pattern in patterns:
+        if not hostnames.is_pattern(pattern):
+            raise SettingsError(f"{name}: got {pattern!r}, expected {hostnames.EXPECTED}")
+    return patterns
 
 
 def _profiles(environ: Mapping[str, str], name: str) -> dict[str, Profile]:

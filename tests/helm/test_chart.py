@@ -81,6 +81,14 @@ def test_watched_namespaces_turn_the_cluster_role_into_roles(helm):
     assert {"name": "OCTAVO_WATCH_NAMESPACES", "value": "team-a,team-b"} in environment
 
 
+def test_names_that_servers_may_claim_are_what_the_operator_reads(helm):
+    patterns = ["*.{namespace}.llm.example.com", "{namespace}.example.com"]
+    documents = render(helm, f"--set-json=tenancy.hostnames={json.dumps(patterns)}")
+    told = only(documents, "Deployment")["spec"]["template"]["spec"]["containers"][0]["env"]
+
+    assert from_environment({e["name"]: e["value"] for e in told if "value" in e}).engine.hostnames == tuple(patterns)
+
+
 def test_the_crd_is_kept_on_uninstall_unless_told_otherwise(helm):
     crd = only(render(helm), "CustomResourceDefinition")
     unkept = only(render(helm, "--set", "crds.keep=false"), "CustomResourceDefinition")

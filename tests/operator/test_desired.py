@@ -12,7 +12,8 @@ from octavo_operator.desired import objects
 from octavo_operator.desired.deployment import deployment, revision
 from octavo_operator.desired.monitoring import pod_annotations
 from octavo_operator.desired.service import url
-from octavo_operator.settings import EngineDefaults
+from octavo_operator.hostnames import refusal
+from octavo_operator.settings import EngineDefaults, SettingsError, from_environment
 
 
 def children(*, monitors: bool = False, defaults: EngineDefaults | None = None, **spec: Any) -> dict[str, Any]:
@@ -451,3 +452,49 @@ def test_a_policy_lets_the_operator_in_and_a_pod_with_its_model_nowhere_out():
     assert given["ingress"][0]["from"] == [{"namespaceSelector": {"matchLabels": {"team": "a"}}, "podSelector": {}}]
     assert given["ingress"][1]["from"][1] == {"podSelector": {"matchLabels": {"p": "q"}}}
     assert "NetworkPolicy" not in children()
+
+
+PATTERNS = ("*.{namespace}.llm.example.com", "{namespace}.example.com")
+HERE = "names may be *.default.llm.example.com or default.example.com (Helm value tenancy.hostnames"
+
+
+@pytest.mark.parametrize(
+    ("expose", "refused"),
+    [
+        ({}, None),
+        ({"ingress": {"hostname": "a.default.llm.example.com"}}, None),
+        ({"ingress": {"hostname": "a.b.default.llm.example.com"}}, None),
+        ({"ingress": {"hostname": "*.default.llm.example.com"}}, None),
+        ({"ingress": {"hostname": "default.example.com"}}, None),
+        ({"ingress": {"hostname": "default.llm.example.com"}}, "expose.ingress.hostname has 'default.llm.example.com'"),
+        ({"ingress": {"hostname": "a.other.llm.example.com"}}, "which this namespace may not claim"),
+        ({"ingress": {"hostname": "xdefault.llm.example.com"}}, "'xdefault.llm.example.com'"),
+        ({"ingress": {"hostname": "*.llm.example.com"}}, "'*.llm.example.com'"),
+        ({"ingress": {"hostname": "*.default.example.com"}}, "'*.default.example.com'"),
+        ({"gateway": {"parentRefs": [{"name": "g"}], "hostnames": ["a.default.llm.example.com"]}}, None),
+        (
+            {"gateway": {"parentRefs": [{"name": "g"}], "hostnames": ["a.default.llm.example.com", "x.y"]}},
+            "expose.gateway.hostnames has 'x.y'",
+        ),
+        ({"gateway": {"parentRefs": [{"name": "g"}]}}, "asks for all names of its Gateway"),
+    ],
+)
+def test_a_namespace_claims_the_names_that_are_its_own_and_no_others(expose, refused):
+    of = server(expose=expose)
+    told = refusal(of.spec.expose, PATTERNS, "default")
+    made = {
+        body["kind"]
+        for body in objects(of, EngineDefaults(hostnames=PATTERNS), pod_monitors_known=False)
+        if body["kind"] in ("Ingress", "HTTPRoute")
+    }
+
+    assert (told is None) is (refused is None), told
+    assert refused is None or (refused in told and HERE in told)
+    assert bool(made) is (refused is None and bool(expose))
+    assert refusal(of.spec.expose, (), "default") is None, "without the setting every name may be claimed"
+
+
+@pytest.mark.parametrize("pattern", ["*", "*-{namespace}.x", "a.*.x", "{ns}.x", "http://x", "{namespace}..x"])
+def test_a_pattern_that_would_not_mean_what_it_seems_to_is_refused(pattern):
+    with pytest.raises(SettingsError, match=r"OCTAVO_HOSTNAMES: got .*expected a name such as"):
+        from_environment({"OCTAVO_HOSTNAMES": f"ok.x,{pattern}", "OCTAVO_NAMESPACE": "x"})

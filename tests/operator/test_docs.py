@@ -22,6 +22,7 @@ def test_every_server_in_a_document_can_be_served(path):
             if isinstance(document, dict) and document.get("kind") == "LLMServer":
                 found = parse(document)
                 assert isinstance(found, Server), found
+                assert found.without_effect == ()
 
 
 def test_lines_side_by_side_are_counted_as_they_stand():

@@ -280,6 +280,61 @@ def test_the_activator_runs_while_a_server_may_go_to_zero_and_not_otherwise(stag
     assert before == after, "what is as it should be is not written again"
 
 
+POLICIES = "/apis/networking.k8s.io/v1/namespaces/octavo-system/networkpolicies"
+
+
+def test_a_server_with_a_policy_is_woken_and_its_port_is_kept_to_those_whom_it_lets_in(asleep, stage):
+    """The network of these tests enforces no policies: what one says is compared, and that the request goes through."""
+    port = stage.status()["activatorPort"]
+    stage.patch("qwen", {"expose": {"networkPolicy": {"allowFrom": [{"podLabels": {"app": "chat"}}]}}})
+
+    def mine():
+        rules = stage.api.get(f"{POLICIES}/octavo-activator-ports")["spec"]["ingress"]
+        found = [rule for rule in rules if rule["ports"] == [{"port": port, "protocol": "TCP"}]]
+        return found[0]["from"] if found else None
+
+    peers = wait_for(mine, "the activator's policy to know of it")
+    own = wait_for(lambda: stage.get("networkpolicies", "qwen"), "its own policy")
+    told = stage.condition("Wakeable")
+    waiting = asleep.ask(body={"n": 1})
+    wait_for(lambda: replicas(stage) == 1, "the wake", 30)
+    asleep.up()
+    code, _ = ends(waiting)
+    stage.api.request("DELETE", f"{POLICIES}/octavo-activator-ports")
+    wait_for(lambda: stage.api.get(f"{POLICIES}/octavo-activator-ports"), "it to be made again", 60)
+    again = mine()
+    stage.patch("qwen", {"expose": None})
+    wait_for(lambda: mine() is None, "the port to be everybody's")
+
+    clients = {"podSelector": {"matchLabels": {"app": "chat"}}}
+    there = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "octavo-system"}}}
+    assert peers == [
+        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": stage.namespace}}, **clients}
+    ]
+    assert own["spec"]["ingress"][0]["from"] == [
+        clients,
+        {**there, "podSelector": {"matchLabels": {"app.kubernetes.io/component": "activator"}}},
+    ]
+    assert (told["status"], told["reason"]) == ("True", "ByRequest")
+    assert code == "200"
+    assert again == peers
+
+
+def test_a_server_that_no_request_could_wake_keeps_its_last_replica_and_says_so(stage, operator, activators):
+    tell(stage.api, ADDRESSES)
+    stage.serve(autoscaling=ZERO, expose={"tls": {"secretName": "t"}})
+    (pod,) = stage.wait_pods(1)
+    stage.up(pod)
+    stage.wait_condition("Ready", "True", "AllReplicasReady")
+    told = stage.wait_condition("Wakeable", "False", "NotByRequest")
+    time.sleep(ZERO["idleSeconds"] + 4)
+
+    assert replicas(stage) == 1
+    assert "expose.tls ends at the pods" in told["message"]
+    assert "So its last replica stays" in told["message"]
+    stage.wait_event("Warning", "NotByRequest")
+
+
 def test_without_an_activator_a_server_at_zero_says_so(stage, operator):
     tell(stage.api, ())
     stage.serve(autoscaling=ZERO, replicas=0)

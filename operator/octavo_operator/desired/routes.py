@@ -8,6 +8,7 @@ from typing import Any
 from octavo_engine.status import API_PORT
 from octavo_operator import names
 from octavo_operator.desired import common
+from octavo_operator.hostnames import refusal
 from octavo_operator.settings import EngineDefaults
 from octavo_operator.spec import Server
 
@@ -17,8 +18,10 @@ INFERENCE_API = "inference.networking.k8s.io/v1"
 
 def routes(server: Server, defaults: EngineDefaults, *, sleeps: bool = False) -> Iterator[dict[str, Any]]:
     """sleeps: no pod takes requests, and the Service leads to the activator. An InferencePool chooses among pods alone,
-    so the HTTPRoute goes by the Service then."""
+    so the HTTPRoute goes by the Service then. There are none for names that the namespace may not claim."""
     exposed = server.spec.expose
+    if refusal(exposed, defaults.hostnames, server.namespace):
+        return
     if exposed.ingress:
         yield _ingress(server, defaults)
     if exposed.inference_pool:
