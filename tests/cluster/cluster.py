@@ -40,6 +40,10 @@ NODE = HERE / "node"
 API_SERVER = "10.250.0.1:6443"
 PKI = Path("/etc/kubernetes/pki")
 STORES = 8
+STORE_UNUSED_S = 2 * 24 * 3600
+"""A store that was not used for longer holds images of builds that are gone, five gigabytes unpacked."""
+DISK_FULL = 0.8
+"""Share of the disk beyond which stores that nobody uses are given up: another is filled in a minute."""
 UP_TIMEOUT_S = 120.0
 DOWN_TIMEOUT_S = 20.0
 # Go's caches and the programs; and the images in three forms (build store, layout, unpacked on the node), one layer of
@@ -303,16 +307,41 @@ def _take_store() -> tuple[Path, IO[str]]:
     handed down to the cluster's processes, so it ends with the last of them and never before.
     """
     folder = machine.cache_dir() / "stores"
-    folder.mkdir(parents=True, exist_ok=True)
     for number in range(STORES):
-        lock = (folder / f"{number}.lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-        else:
-            return folder / str(number), lock
+        if (lock := _lock_store(folder, number)) is not None:
+            store = folder / str(number)
+            store.mkdir(exist_ok=True)
+            os.utime(store)
+            _forget_unused_stores(folder, time.time())
+            return store, lock
     raise ClusterError(f"{STORES} clusters run on this machine already")
+
+
+def _lock_store(folder: Path, number: int) -> IO[str] | None:
+    """None while a cluster has the store."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / f"{number}.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+def _forget_unused_stores(folder: Path, now: float) -> None:
+    """Remove stores that no cluster has: those that nobody has taken for days, and on a full disk the others too.
+
+    There are as many as clusters once ran side by side, and each keeps the images that were the newest then. Nobody
+    else can take a store while it is being removed, and one that is taken is not touched.
+    """
+    stores = [(path.stat().st_mtime, path) for path in folder.iterdir() if path.is_dir()]
+    for used_at, store in sorted(stores):
+        if now - used_at < STORE_UNUSED_S and machine.disk_used(folder) < DISK_FULL:
+            continue
+        if (lock := _lock_store(folder, int(store.name))) is not None:
+            with lock:
+                shutil.rmtree(store, ignore_errors=True)
 
 
 def footprint() -> set[str]:

@@ -148,6 +148,7 @@ def load(image: str, inside: Inside, store: Path, say: Say) -> None:
                     break
                 if attempt == 2:
                     raise ImageError(f"containerd does not take {image}: {done.stderr.decode(errors='replace')}")
+        _forget_older_builds(inside)
     say(f"loaded {image} in {time.monotonic() - started:.1f} s")
 
 
@@ -371,6 +372,19 @@ def _ctr(inside: Inside, *arguments: str) -> str:
 def _digests_in_containerd(inside: Inside) -> dict[str, str]:
     rows = [line.split() for line in _ctr(inside, "images", "ls").splitlines()[1:]]
     return {row[0]: row[2] for row in rows}  # REF TYPE DIGEST …
+
+
+def _forget_older_builds(inside: Inside) -> None:
+    """Have containerd forget images that have lost their name to a newer build.
+
+    It keeps each image by the digest of its configuration, too, as the kubelet asks for it, and would keep those for
+    ever. What a container was made of stays as long as the container.
+    """
+    digests = _digests_in_containerd(inside)
+    named = {digest for name, digest in digests.items() if not name.startswith("sha256:")}
+    older = [name for name, digest in digests.items() if name.startswith("sha256:") and digest not in named]
+    if older:
+        _ctr(inside, "images", "rm", "--sync", *older)
 
 
 def _ingest(file: Path, digest: str, store: Path, inside: Inside) -> None:

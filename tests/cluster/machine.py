@@ -65,6 +65,12 @@ class Problem:
         return f"{self.message} {self.fix}"
 
 
+def disk_used(folder: Path) -> float:
+    """Share of the folder's disk, as the kubelet reckons it."""
+    found = os.statvfs(folder)
+    return 1 - found.f_bavail / found.f_blocks
+
+
 def cache_dir() -> Path:
     """Where downloads, programs, images and running clusters live; never in the checkout."""
     if octavo := os.environ.get("OCTAVO_CACHE"):
