@@ -84,6 +84,14 @@ def build(target: str, say: Say) -> None:
     say(f"built {name_of(target)} in {time.monotonic() - started:.1f} s")
 
 
+def build_folder(folder: Path, image: str, say: Say) -> None:
+    """Build an image of a folder with a Dockerfile, upon images that are here."""
+    builder = [*_buildah(), "bud", "--isolation", "chroot", "--pull-never"] if shutil.which("buildah") else None
+    with locked():
+        command = [*(builder or ["docker", "build"]), "--tag", image, str(folder)]
+        _run_logged(command, _folder() / "build-folder.log", say, image, _environment())
+
+
 def ensure_base(say: Say) -> None:
     """Have the Dockerfile's base in buildah's store: the published one where it can be pulled, else one made here."""
     with locked():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import demo
+import images
 import pytest
 import yaml
 
@@ -68,13 +69,38 @@ def last_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def helm(world: Cluster, images: dict[str, str], *arguments: str) -> str:
+@pytest.fixture(scope="module")
+def last_operator(world: Cluster, loaded_images: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The operator as a version before might have been: it makes other pods, and marks by another rule what for."""
+    folder = tmp_path_factory.mktemp("operator")
+    code = folder / "octavo_operator"
+    shutil.copytree(ROOT / "operator/octavo_operator", code, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, today, before in (
+        ("spec.py", 'ASKED_RULE = "r1"', 'ASKED_RULE = "r0"'),
+        (
+            "desired/deployment.py",
+            '{"name": "HOME", ',
+            '{"name": "OF_THE_LAST_VERSION", "value": "1"}, {"name": "HOME", ',
+        ),
+    ):
+        text = (code / name).read_text()
+        assert text.count(today) == 1, f"{name} has changed: correct this test"
+        (code / name).write_text(text.replace(today, before))
+    lines = (f"FROM {loaded_images['operator']}", "COPY octavo_operator /last/octavo_operator", "ENV PYTHONPATH=/last")
+    (folder / "Dockerfile").write_text("\n".join(lines) + "\n")
+    image = "localhost/octavo-operator:last"
+    images.build_folder(folder, image, print)
+    world.load(image, print)
+    return image
+
+
+def helm(world: Cluster, *arguments: str) -> str:
     return world.run(["helm", *arguments, "-n", SYSTEM], timeout_s=240).stdout
 
 
-def install(world: Cluster, images: dict[str, str], chart: Path) -> None:
-    flags = [f"--set=operator.image={images['operator']}", f"--set=engine.image={images['engine']}"]
-    helm(world, images, "upgrade", "--install", "octavo", str(chart), "--wait", "--timeout=180s", *flags)
+def install(world: Cluster, built: dict[str, str], chart: Path, operator: str = "") -> None:
+    flags = [f"--set=operator.image={operator or built['operator']}", f"--set=engine.image={built['engine']}"]
+    helm(world, "upgrade", "--install", "octavo", str(chart), "--wait", "--timeout=180s", *flags)
 
 
 def get(world: Cluster, kind: str, *arguments: str) -> list[dict[str, Any]]:
@@ -97,19 +123,29 @@ def engines(world: Cluster) -> dict[str, int]:
     }
 
 
-def is_ready(world: Cluster) -> bool:
+def says(world: Cluster, kind: str) -> tuple[str, str]:
+    """Status and reason of one of the server's conditions."""
     document = json.loads(world.kubectl("get", "llm", SERVER, "-n", TEAM, "-o", "json"))
-    conditions = {c["type"]: c["status"] for c in document.get("status", {}).get("conditions", [])}
-    return conditions.get("Ready") == "True"
+    conditions = {c["type"]: (c["status"], c["reason"]) for c in document.get("status", {}).get("conditions", [])}
+    return conditions.get(kind, ("", ""))
 
 
-def test_the_last_version_is_installed_and_serves_in_restricted_namespaces(world, loaded_images, last_version):
-    install(world, loaded_images, last_version)
+def is_ready(world: Cluster) -> bool:
+    return says(world, "Ready")[0] == "True"
+
+
+def test_the_last_version_is_installed_and_serves_in_restricted_namespaces(
+    world, loaded_images, last_version, last_operator
+):
+    install(world, loaded_images, last_version, last_operator)
     serve(world, TEAM)
 
     wait_for(lambda: is_ready(world), "the server to be Ready", 180)
 
     assert get(world, "pods", "-n", SYSTEM, "-l", "app.kubernetes.io/name=octavo-operator")
+    (pod,) = get(world, "pods", "-n", TEAM, "-l", f"octavo.dev/server={SERVER}")
+    assert "OF_THE_LAST_VERSION" in json.dumps(pod["spec"])
+    assert says(world, "UpdateAvailable") == ("False", "UpToDate")
 
 
 def test_an_upgrade_brings_the_new_definition_and_restarts_no_engine(world, loaded_images):
@@ -121,6 +157,8 @@ def test_an_upgrade_brings_the_new_definition_and_restarts_no_engine(world, load
     # For a moment after a definition has changed, its kinds are not among those that the API server lists.
     schema = wait_for(lambda: world.run(["kubectl", "explain", "llm.spec.restart.id"], check=False).stdout, "the field")
 
+    wait_for(lambda: says(world, "UpdateAvailable") == ("True", "OperatorChanged"), "the new operator's word", 60)
+
     assert "restart" not in json.loads(refused)["spec"]  # the definition before did not have it
     assert "restarts the pods once" in schema
     wait_for(lambda: is_ready(world), "the server to be Ready still", 30)
@@ -128,7 +166,7 @@ def test_an_upgrade_brings_the_new_definition_and_restarts_no_engine(world, load
 
 
 def test_helm_test_says_that_it_works(world, loaded_images):
-    said = helm(world, loaded_images, "test", "octavo", "--timeout=120s")
+    said = helm(world, "test", "octavo", "--timeout=120s")
 
     assert "Phase:          Succeeded" in said
     # The upgrade's old pods may still be ending.
@@ -138,10 +176,12 @@ def test_helm_test_says_that_it_works(world, loaded_images):
 
 def test_a_rollback_brings_back_the_last_version_and_restarts_no_engine(world, loaded_images):
     before = engines(world)
-    helm(world, loaded_images, "rollback", "octavo", "1", "--wait", "--timeout=180s")
+    helm(world, "rollback", "octavo", "1", "--wait", "--timeout=180s")
 
     budgets = [one["metadata"]["name"] for one in get(world, "poddisruptionbudgets", "-n", SYSTEM)]
     assert "octavo-operator" not in budgets
+    # To the operator that made them, nothing is new.
+    wait_for(lambda: says(world, "UpdateAvailable") == ("False", "UpToDate"), "the last operator's word", 60)
     assert is_ready(world)
     assert engines(world) == before
     install(world, loaded_images, CHART)
@@ -175,7 +215,7 @@ def test_a_namespace_goes_while_no_operator_is_there(world):
 def test_uninstalling_does_not_hang_and_leaves_definition_and_servers(world, loaded_images):
     serve(world, TEAM, "kept")
     started = time.monotonic()
-    helm(world, loaded_images, "uninstall", "octavo", "--wait", "--timeout=90s")
+    helm(world, "uninstall", "octavo", "--wait", "--timeout=90s")
 
     print(f"uninstalled in {time.monotonic() - started:.1f} s")
     kinds = "deployments,services,serviceaccounts,roles,rolebindings,clusterroles,clusterrolebindings,configmaps"
