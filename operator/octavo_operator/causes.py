@@ -6,9 +6,10 @@ Pure; called by status.py for each pod, and once for what keeps pods from being 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from octavo_engine.status import MANAGEMENT_PORT
 from octavo_operator.failures import Failure, failure_of
@@ -113,9 +114,10 @@ _SILENT = (
 
 
 _PROJECTS = {
-    "HTTPRoute": "the Gateway API",
-    "InferencePool": "the Gateway API Inference Extension",
-    "PodMonitor": "the Prometheus operator",
+    "HTTPRoute": ("expose.gateway", "install the Gateway API, or remove the field"),
+    "InferencePool": ("expose.inferencePool", "install the Gateway API Inference Extension, or remove the field"),
+    "PodMonitor": ("observability.podMonitor", "install the Prometheus operator, or set Auto"),
+    "ScaledObject": ("autoscaling.mode KEDA", "install KEDA, or set mode BuiltIn, which needs nothing else"),
 }
 
 
@@ -126,9 +128,21 @@ def refusal_of_object(kind: str, message: str) -> Cause:
         return Cause(About.OBJECTS, "ImageVolumeMissing", _NO_IMAGE_VOLUMES)
     # The first where the cluster has the group, in another version, the second where it has nothing of it.
     if kind in _PROJECTS and ("could not find the requested resource" in message or "page not found" in message):
-        text = f"The cluster has no {kind}, which expose asks for: install {_PROJECTS[kind]}, or remove the field."
+        field, step = _PROJECTS[kind]
+        text = f"The cluster has no {kind}, which {field} asks for: {step}."
         return Cause(About.OBJECTS, "KindMissing", text)
     return Cause(About.OBJECTS, "ObjectRefused", f"The API server refused the {kind}: {message}")
+
+
+def not_scaling(hpa: Mapping[str, Any]) -> str | None:
+    """Why a HorizontalPodAutoscaler of ours does nothing; None where it works, or has not said yet."""
+    conditions = {condition["type"]: condition for condition in hpa.get("status", {}).get("conditions", [])}
+    active = conditions.get("ScalingActive", {})
+    # Of no replicas it says that scaling is disabled, which is as it should be.
+    if active.get("status") != "False" or active.get("reason") == "ScalingDisabled":
+        return None
+    step = "let an adapter serve the engines' metrics to it (prometheus-adapter), or set mode BuiltIn"
+    return f"autoscaling.mode HPA does not scale the server. {_sentence(active.get('message', ''))} Next: {step}."
 
 
 _NO_IMAGE_VOLUMES = (

@@ -73,6 +73,8 @@ class View:
     rollout: Decision | None = None
     altered: tuple[tuple[str, str], ...] = ()
     """Children that the cluster keeps otherwise than applied: kind, and where they differ first."""
+    not_scaling: str | None = None
+    """Why its HorizontalPodAutoscaler does nothing, where it has one that does nothing."""
     monitoring: Monitoring = field(default_factory=Monitoring)
     waking: Waking | None = None
     """How the server is woken when it sleeps; None where it does not."""
@@ -159,7 +161,8 @@ def conditions_of_invalid(problems: Sequence[Problem], serving: int) -> list[Fin
 def _ready(view: View) -> Finding:
     count = f"{view.ready}/{view.desired} ready"
     if any(cause.about is About.OBJECTS for cause in view.causes) and view.cause:
-        return Finding(names.READY, "False", view.cause.reason, view.cause.message, trouble=True)
+        meanwhile = f" Meanwhile {count} at {url(view.server)}." if view.ready else ""
+        return Finding(names.READY, "False", view.cause.reason, view.cause.message + meanwhile, trouble=True)
     if view.server.spec.suspend:
         return Finding(names.READY, "False", "Suspended", "Set suspend to false to start its pods.")
     if view.desired == 0:
@@ -197,6 +200,9 @@ def _progressing(view: View) -> Finding:
     if view.settled and (idle := view.server.without_effect):
         message = f"Everything is as specified, and some of it does nothing: {'; '.join(idle)}."
         return Finding(names.PROGRESSING, "False", "WithoutEffect", message, trouble=True)
+    if view.settled and view.not_scaling:
+        # Just started pods have no metrics yet: it is told while it lasts, and no event made of it.
+        return Finding(names.PROGRESSING, "False", "NotScaling", view.not_scaling)
     if view.settled:
         return Finding(names.PROGRESSING, "False", "Settled", "Everything is as specified.")
     if view.cause:

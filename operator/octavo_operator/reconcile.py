@@ -18,7 +18,7 @@ from octavo_engine.status import Statusz
 from octavo_operator import hostnames, metrics, names, observed, status, wake
 from octavo_operator.announce import Announcement, announcements
 from octavo_operator.cache import WATCHED, Cache, Seen
-from octavo_operator.causes import About, Cause, Wanted, alteration, refusal_of_object, refusal_of_pods
+from octavo_operator.causes import About, Cause, Wanted, alteration, not_scaling, refusal_of_object, refusal_of_pods
 from octavo_operator.changes import Altered, Changes, changes, may_be_applied
 from octavo_operator.cluster import Cluster, Refusal, UnavailableError
 from octavo_operator.conditions import Finding, View, conditions, conditions_of_invalid
@@ -194,6 +194,7 @@ class Reconciler:
             revision=rollout.revision,
             rollout=rollout,
             pod_monitors_known=world.pod_monitors_known,
+            not_scaling=not_scaling(world.own("HorizontalPodAutoscaler", server.uid) or {}),
             monitoring=self._monitoring,
             unannotated=unannotated,
             altered=tuple((kind, known.altered[kind].at[0]) for kind in sorted(known.altered)),

@@ -6,7 +6,15 @@ import pytest
 from build import end, pod
 
 from octavo_engine.status import Failure, FailureCode
-from octavo_operator.causes import About, Wanted, alteration, cause_of, refusal_of_object, refusal_of_pods
+from octavo_operator.causes import (
+    About,
+    Wanted,
+    alteration,
+    cause_of,
+    not_scaling,
+    refusal_of_object,
+    refusal_of_pods,
+)
 from octavo_operator.failures import last_failure
 from octavo_operator.observed import PodEvent
 from octavo_operator.report import LastFailure, PodStatus
@@ -308,3 +316,35 @@ def test_an_image_volume_that_the_api_server_dropped_is_told_as_what_the_cluster
     assert refusal_of_object("Deployment", words).reason == "ImageVolumeMissing"
     assert refusal_of_object("HTTPRoute", "404 page not found").reason == "KindMissing"
     assert refusal_of_object("Service", "no").message == "The API server refused the Service: no"
+
+
+def test_a_kind_that_the_cluster_lacks_is_told_with_the_field_that_asks_for_it():
+    told = refusal_of_object("ScaledObject", "404 page not found").message
+
+    assert told == (
+        "The cluster has no ScaledObject, which autoscaling.mode KEDA asks for: install KEDA, or set mode BuiltIn, "
+        "which needs nothing else."
+    )
+
+
+def hpa(status: str, reason: str):
+    conditions = [{"type": "AbleToScale", "status": "True"}]
+    message = "the HPA was unable to compute the replica count: no metrics returned"
+    return {
+        "status": {
+            "conditions": [
+                *conditions,
+                {"type": "ScalingActive", "status": status, "reason": reason, "message": message},
+            ]
+        }
+    }
+
+
+def test_an_autoscaler_of_the_clusters_that_does_nothing_is_told_with_what_it_lacks():
+    told = not_scaling(hpa("False", "FailedGetPodsMetric"))
+
+    assert told is not None
+    assert "The HPA was unable to compute the replica count: no metrics returned. Next: let an adapter" in told
+    assert not_scaling(hpa("False", "ScalingDisabled")) is None
+    assert not_scaling(hpa("True", "ValidMetricFound")) is None
+    assert not_scaling({}) is None

@@ -276,6 +276,24 @@ def test_a_field_that_does_nothing_is_told_of_a_server_that_serves():
     assert condition(seen, "Ready") == ("True", "AllReplicasReady")
 
 
+def test_an_autoscaler_that_does_nothing_is_told_of_a_server_that_serves_and_makes_no_event():
+    seen = replace(view([ready()], SERVING), not_scaling="autoscaling.mode HPA does not scale the server. No.")
+    (found,) = [finding for finding in conditions(seen) if finding.type == "Progressing"]
+
+    assert (found.status, found.reason, found.trouble) == ("False", "NotScaling", False)
+    assert "does not scale" in found.message
+
+
+def test_a_server_without_its_ingress_says_that_its_pods_serve_all_the_same():
+    refused = Cause(About.OBJECTS, "HostnameRefused", "Not that name.")
+    serving = replace(view([ready()], SERVING), causes=(refused,))
+    loading = replace(view([pod()], {}), causes=(refused,))
+
+    assert condition(serving, "Ready") == ("False", "HostnameRefused")
+    assert conditions(serving)[0].message == "Not that name. Meanwhile 1/1 ready at http://qwen.default.svc/v1."
+    assert conditions(loading)[0].message == "Not that name."
+
+
 def test_an_event_tells_a_failure_in_sentences():
     failure = LastFailure(pod="qwen-1", code="OOM_KILLED", message="The kernel killed it", fix="raise the limit")
     (told_,) = [a for a in announcements(conditions(view()), failure, Changes(), {}) if a.reason == "OOMKilled"]
