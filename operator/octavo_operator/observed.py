@@ -6,7 +6,7 @@ Kubernetes' many ways of leaving a field out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -170,7 +170,13 @@ def _read_termination(document: Document) -> Termination:
     )
 
 
-def read_event(document: Document) -> PodEvent:
+def read_events(documents: Iterable[Document]) -> tuple[PodEvent, ...]:
+    """In the order in which the API server took them: their times, and their names by which it lists them, are of the
+    clocks of nodes."""
+    return tuple(map(_read_event, sorted(documents, key=lambda event: int(event["metadata"]["resourceVersion"]))))
+
+
+def _read_event(document: Document) -> PodEvent:
     return PodEvent(
         pod=document.get("involvedObject", {}).get("name", ""),
         reason=document.get("reason", ""),

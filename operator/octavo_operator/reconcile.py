@@ -278,7 +278,7 @@ class Reconciler:
             self._engines.statuses(world.pods),
             asyncio.gather(*(self._cluster.list("Event", key[0], fields=fields + pod.name) for pod in late)),
         )
-        read = tuple(observed.read_event(event) for found in events for event in found)
+        read = observed.read_events(event for found in events for event in found)
         known = self._known.setdefault(key, _Known())
         runs = {pod.name: (pod.uid, pod.restarts) for pod in world.pods if pod.running}
         answered = {name: tick if name in engines else known.answered.get(run, tick) for name, run in runs.items()}

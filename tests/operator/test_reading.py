@@ -12,7 +12,7 @@ from build import engine, pod
 from octavo_engine.status import Stage
 from octavo_operator import engine_client
 from octavo_operator.engine_client import EngineClient
-from octavo_operator.observed import World, read_pod, read_time, write_time
+from octavo_operator.observed import World, read_events, read_pod, read_time, write_time
 
 
 def document(**status):
@@ -36,6 +36,18 @@ def test_a_crashed_container_is_read_with_both_of_its_ends():
 
     assert [end.message for end in found.terminations] == ["now", "before"]
     assert (found.restarts, found.running) == (1, False)
+
+
+def test_events_come_in_the_order_of_the_api_server_and_not_of_a_nodes_clock():
+    """By its name, which has the time in it, the older one came last after a node's clock had been set back."""
+
+    def event(version, name, message):
+        metadata = {"name": name, "resourceVersion": version}
+        return {"metadata": metadata, "involvedObject": {"name": "p"}, "reason": "FailedMount", "message": message}
+
+    found = read_events([event("1000", "p.18ac", "after"), event("999", "p.18bd", "before")])
+
+    assert [one.message for one in found] == ["before", "after"]
 
 
 def test_the_schedulers_word_counts_only_when_it_found_no_node():
