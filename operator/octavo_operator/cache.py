@@ -62,7 +62,7 @@ class Cache:
         newest = max(old.version if old else 0, self._graves.get((key[0], identity), 0))
         if version <= newest:
             return False
-        state = observed.read_pod(document) if kind == "Pod" else _pack(document)
+        state = observed.read_pod(document) if kind == "Pod" else _pack(kind, document)
         self._servers.setdefault(key, {})[identity] = _Entry(version, metadata["uid"], state)
         return True
 
@@ -142,6 +142,7 @@ def _place(kind: str, metadata: Mapping[str, Any]) -> tuple[Key, Id, int]:
     return key_of(kind, metadata), (kind, metadata["name"]), int(metadata["resourceVersion"])
 
 
-def _pack(document: Mapping[str, Any]) -> bytes:
+def _pack(kind: str, document: Mapping[str, Any]) -> bytes:
+    # The items of a list do not say of what kind they are, and whoever deletes or scales one has to know.
     kept = {name: value for name, value in document["metadata"].items() if name != "managedFields"}
-    return json.dumps({**document, "metadata": kept}, separators=(",", ":")).encode()
+    return json.dumps({**document, "kind": kind, "metadata": kept}, separators=(",", ":")).encode()

@@ -76,3 +76,16 @@ def test_managed_fields_are_not_kept_and_graves_are_bounded():
     assert seen is not None
     assert "managedFields" not in seen.resource["metadata"]
     assert len(cache._graves) == GRAVES
+
+
+def test_what_a_list_brought_can_be_deleted_and_scaled_though_its_items_do_not_name_their_kind():
+    """An operator that had just started could neither delete nor scale what no watch had told it anew."""
+    cache = Cache()
+    for version, kind in enumerate(("LLMServer", "Ingress"), start=5):
+        item = document(kind, version)
+        del item["kind"]
+        cache.put(kind, item)
+    seen = cache.seen(KEY)
+
+    assert seen is not None
+    assert (seen.resource["kind"], seen.children["Ingress"]["kind"]) == ("LLMServer", "Ingress")
