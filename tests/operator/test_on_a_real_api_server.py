@@ -432,7 +432,7 @@ def test_pods_carry_scrape_annotations_until_the_cluster_knows_pod_monitors(stag
         stage.wait_condition("MonitoringReady", "True", "PodMonitor")
         monitor = wait_for(lambda: stage.get("podmonitors", "qwen"), "the PodMonitor")
         wait_for(lambda: annotations() == {}, "the annotations to be gone")
-        stage.patch("qwen", {"observability": {"podMonitor": "Disabled"}})
+        stage.patch("qwen", {"observability": {"podMonitor": "Disabled", "labels": None}})
         wait_for(lambda: stage.get("podmonitors", "qwen") is None, "the PodMonitor to be gone")
     finally:
         cluster.kubectl("delete", "crd", "podmonitors.monitoring.coreos.com")
