@@ -45,6 +45,9 @@ OPERATOR_CHANGED = (
 )
 
 
+_NO_PODS = "There are no pods to ask."
+
+
 @dataclass(frozen=True)
 class Finding:
     """A condition before it has times."""
@@ -253,6 +256,8 @@ def _model_cached(view: View) -> Finding:
     for replica in view.replicas:
         if replica.stage == Stage.DOWNLOADING:
             return Finding(names.MODEL_CACHED, "False", "Downloading", _capital(replica.words()) + ".")
+    if not view.desired and not view.replicas:
+        return Finding(names.MODEL_CACHED, "Unknown", "NoPods", _NO_PODS)
     return Finding(names.MODEL_CACHED, "Unknown", "NotLookedYet", "No engine has told of the model yet.")
 
 
@@ -261,6 +266,8 @@ def _fits(view: View) -> Finding:
         if replica.cause and replica.cause.code in SIZE_CODES:
             return Finding(names.FITS, "False", replica.cause.reason, replica.cause.message, trouble=True)
     sizes = view.effective
+    if not view.desired and not view.replicas:
+        return Finding(names.FITS, "Unknown", "NoPods", _NO_PODS)
     if sizes is None or not sizes.kv_tokens:
         return Finding(names.FITS, "Unknown", "NotPlannedYet", "No engine has computed its plan yet.")
     message = (
@@ -284,6 +291,9 @@ def _verified(view: View) -> Finding:
     for replica in view.replicas:
         if replica.cause and replica.cause.code == FailureCode.SELF_TEST_FAILED:
             return Finding(names.VERIFIED, "False", replica.cause.reason, replica.cause.message, trouble=True)
+    if view.rollout and view.rollout.report.verified == view.revision:
+        message = f"An engine of revision {view.revision} was ready before, which includes a generation."
+        return Finding(names.VERIFIED, "True", "Generated", message)
     return Finding(
         names.VERIFIED, "Unknown", "NotGeneratedYet", f"No engine of revision {view.revision} was ready yet."
     )

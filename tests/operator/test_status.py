@@ -149,13 +149,13 @@ TABLE: dict[str, tuple[View, str, str, str, str, str, str]] = {
     ),
     "suspended": (
         view(suspend=True),
-        "Suspended", "False Suspended", "False Settled", "Unknown NoPods", "Unknown NotLookedYet",
-        "Unknown NotPlannedYet",
+        "Suspended", "False Suspended", "False Settled", "Unknown NoPods", "Unknown NoPods",
+        "Unknown NoPods",
     ),
     "no replicas": (
         view(replicas=0),
-        "Suspended", "False ScaledToZero", "False Settled", "Unknown NoPods", "Unknown NotLookedYet",
-        "Unknown NotPlannedYet",
+        "Suspended", "False ScaledToZero", "False Settled", "Unknown NoPods", "Unknown NoPods",
+        "Unknown NoPods",
     ),
     "draining": (
         view([pod(**RUNNING, terminating=True)], {"qwen-1": engine(Stage.DRAINING)}, suspend=True),
@@ -292,6 +292,18 @@ def test_a_server_without_its_ingress_says_that_its_pods_serve_all_the_same():
     assert condition(serving, "Ready") == ("False", "HostnameRefused")
     assert conditions(serving)[0].message == "Not that name. Meanwhile 1/1 ready at http://qwen.default.svc/v1."
     assert conditions(loading)[0].message == "Not that name."
+
+
+def test_what_was_verified_before_is_not_said_to_have_never_been_ready():
+    """Of a server that sleeps, and of one whose pod has lost its node, it said that no engine was ready yet."""
+    report = RevisionStatus(current="r1", verified="r1")
+    decision = Decision({}, "r1", report)
+    asleep = replace(view(replicas=0), rollout=decision)
+    away = replace(view([pod(running=True)], {}), rollout=decision)
+
+    assert condition(asleep, "Verified") == condition(away, "Verified") == ("True", "Generated")
+    assert condition(asleep, "ModelCached") == condition(asleep, "Fits") == ("Unknown", "NoPods")
+    assert condition(view(replicas=0), "Verified") == ("Unknown", "NotGeneratedYet")
 
 
 def test_an_event_tells_a_failure_in_sentences():
