@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import interpreted
 
+from octavo_engine.core.messages import Submit
 from octavo_engine.kernels import sampling
 from octavo_engine.kernels.sampling import SampleRow
 from octavo_engine.runner import gpu_steps
@@ -165,6 +167,50 @@ def test_what_a_step_is_described_in_is_not_written_again_before_the_step_has_re
     interpreted.generate(engine, [([3 + i % 190 for i in range(60)], sampling_of(max_tokens=2))])
 
     assert len(launched) >= 8
+
+
+def answers(engine: Any, requests: list[tuple[list[int], SamplingParams]]) -> list[list[int] | None]:
+    """The tokens of each, None where it ended with an error."""
+    for index, (prompt, params) in enumerate(requests):
+        engine.submit(Submit(str(index), prompt, params))
+    found: dict[str, list[int] | None] = {str(index): [] for index in range(len(requests))}
+    while engine.has_work:
+        for event in engine.step().events:
+            found[event.request_id] = None if event.error else [*(found[event.request_id] or []), *event.token_ids]
+    engine.check_integrity()
+    return list(found.values())
+
+
+def test_a_request_that_nothing_is_left_of_leaves_the_prefix_it_shares_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    made = interpreted.steps(monkeypatch)
+    engine = interpreted.engine_of(made)
+    shared = [3 + 7 * i % 190 for i in range(40)]
+    answers(engine, [(shared, sampling_of(max_tokens=1, ignore_eos=True))])
+    cached = list(engine.scheduler.pool._cached.values())
+    kept = made._kv_cache[:, :, cached].clone()
+
+    nothing = sampling_of(allowed_token_ids=(5,), bad_words_ids=((5,),))
+    assert answers(engine, [([*shared, 9], nothing)]) == [None]
+
+    assert engine.scheduler.prefix_hits == 32
+    assert torch.equal(made._kv_cache[:, :, cached], kept)
+
+
+def test_a_request_whose_values_are_not_finite_harms_no_other(monkeypatch: pytest.MonkeyPatch):
+    asked = [([5 + n] * n, sampling_of(max_tokens=2, ignore_eos=True)) for n in (3, 19)]
+    expected = answers(interpreted.engine_of(interpreted.steps(monkeypatch)), asked)
+    made = interpreted.steps(monkeypatch)
+    engine = interpreted.engine_of(made)
+    made._decoder._tensors["embedding"][199] = float("nan")
+
+    assert answers(engine, [([199] * 40, sampling_of())]) == [None]
+    left = made._kv_cache.isnan().any(-1).any(-1).any(-1).any(0).any(0).nonzero().flatten().tolist()
+    engine.scheduler.pool.forget_cached()
+    # What it left is handed out next.
+    engine.scheduler.pool._free = OrderedDict.fromkeys([*left, *engine.scheduler.pool._free])
+
+    assert len(left) == 3
+    assert answers(engine, asked) == expected
 
 
 class Made(TorchDispatchMode):

@@ -62,13 +62,14 @@ MIXED_TOKENS = (*range(64, 513, 64), 640, 768, 1024)
 class Launched:
     """A step under way. host: pinned, filled when done is reached; its ids lie at `places`.
 
-    asked: how many log-probabilities each of them wants; told: pinned, [n, TOLD_WORDS] of those that want some.
+    blocks: of the request of each of them; more may come to the list. asked: how many log-probabilities each of them
+    wants; told: pinned, [n, TOLD_WORDS] of those that want some.
     """
 
     host: Tensor
     places: Sequence[int]
     done: torch.cuda.Event
-    rows: tuple[int, ...]
+    blocks: tuple[list[int], ...]
     asked: Sequence[int | None]
     told: Tensor
     scores: list[Scores]
@@ -109,7 +110,9 @@ class GpuSteps:
         self._compilations = compilations
         self._launches = 0
         self._admissions: dict[int, Admission] = {}
-        self._num_blocks_of: dict[int, int] = {}
+        self._blocks_of: dict[int, list[int]] = {}
+        self._broken: set[int] = set()
+        """Blocks of requests that gave NaN, until they are handed out anew."""
         vocab = decoder.config.vocab_size
         self._adjustments = Adjustments.allocate(max_seqs, vocab, self._device)
         self._adjusted: set[int] = set()
@@ -165,7 +168,7 @@ class GpuSteps:
         host[:filled].copy_(self._out[:filled], non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        return Launched(host, places, done, tuple(item.row for item in sampled), asked, told, scores)
+        return Launched(host, places, done, tuple(self._blocks_of[item.row] for item in sampled), asked, told, scores)
 
     def is_done(self, launched: Launched) -> bool:
         return bool(launched.done.query())
@@ -176,15 +179,21 @@ class GpuSteps:
         launched.done.synchronize()
         ids = launched.host[: places[-1] + 1].tolist() if places else []
         tokens: list[int] = [ids[place] for place in places]
-        for row, token in zip(launched.rows, tokens, strict=True):
+        for blocks, token in zip(launched.blocks, tokens, strict=True):
             if token < 0:
-                self._scrub(row)
+                self._broken.update(blocks)
         return Sampled(tokens, _read_told(launched.asked, launched.told), read_scores(launched.scores))
 
-    def _scrub(self, row: int) -> None:
-        """Zero the blocks of a request that gave NaN: attention multiplies what lies behind a sequence's end by 0."""
-        blocks = self._block_tables[row, : self._num_blocks_of[row]].long()
-        self._kv_cache.view(torch.uint8)[:, :, blocks] = 0  # eight-bit floats cannot be filled
+    def _clean(self, item: StepItem) -> None:
+        """Zero what a broken request left in this one's new blocks: attention multiplies what lies behind its end by 0.
+
+        Not before: others share the prefix, and find it by its hash. A cached prefix, which comes first, is kept.
+        """
+        cached = 0 if item.admission is None else item.start // self._plan.block_size
+        if found := self._broken.intersection(item.new_blocks[cached:]):
+            self._broken -= found
+            blocks = torch.tensor(sorted(found), device=self._device)
+            self._kv_cache.view(torch.uint8).index_fill_(2, blocks, 0)  # eight-bit floats cannot be filled
 
     def _graph_for(self, plan: StepPlan, sampled: list[StepItem]) -> Layout | None:
         """The smallest graph that fits this step, or None."""
@@ -221,15 +230,17 @@ class GpuSteps:
             row = item.row
             if (admission := item.admission) is not None:
                 self._admissions[row] = admission
-                self._num_blocks_of[row] = 0
+                self._blocks_of[row] = []
                 admitted += _sampling_words(row, admission)
                 self._adjusted.discard(row)
                 if admission.sampling.reshapes:
                     self._adjusted.add(row)
                     self._write_record(row, admission)
             if item.new_blocks:
-                first = self._num_blocks_of[row]
-                self._num_blocks_of[row] = first + len(item.new_blocks)
+                if self._broken:
+                    self._clean(item)
+                first = len(self._blocks_of[row])
+                self._blocks_of[row] += item.new_blocks
                 for index, block in enumerate(item.new_blocks, first):
                     blocks += (row, index, block)
         if not blocks and not admitted:
