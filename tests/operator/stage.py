@@ -269,6 +269,10 @@ class Stage:
         self.namespace = f"stage-{next(self._numbers)}"
         self.node = self.namespace
         self._nodes: list[str] = []
+        self._beating: set[str] = set()
+        self._removed = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name=f"heart of {self.node}", daemon=True)
+        self._heart.start()
         api.request("POST", "/api/v1/namespaces", {"metadata": {"name": self.namespace}})
         self.add_node(self.node)
         wait_for(lambda: api.get(f"/api/v1/namespaces/{self.namespace}/serviceaccounts/default"), "a service account")
@@ -282,32 +286,50 @@ class Stage:
                 self.forget(pod["metadata"]["name"])
             self.api.request("DELETE", f"/api/v1/namespaces/{self.namespace}")
         finally:
+            self._removed.set()
+            self._heart.join()
             for name in self._nodes:
                 with contextlib.suppress(ApiError):
                     self.api.request("DELETE", f"/api/v1/nodes/{name}")
 
     def add_node(self, name: str, gpus: int = 0, *, kwok: bool = False, cpu: str = "64") -> None:
-        """kwok: KWOK plays its kubelet, so pods that it is given come to run; else nobody does."""
+        """kwok: KWOK plays its kubelet, so pods that it is given come to run; else it only says that it is ready."""
         labels = {NODE_LABEL: self.node, "kubernetes.io/hostname": name}
         annotations = {"kwok.x-k8s.io/node": "fake"} if kwok else {}
         metadata = {"name": name, "labels": labels, "annotations": annotations}
         self.api.request("POST", "/api/v1/nodes", {"metadata": metadata})
         self._nodes.append(name)
-        now = _now()
-        condition = {"type": "Ready", "status": "True", "reason": "Staged", "message": "staged by a test"}
-        condition |= {"lastHeartbeatTime": now, "lastTransitionTime": now}
         amounts = {"cpu": cpu, "memory": "512Gi", "pods": "200", "nvidia.com/gpu": str(gpus)}
-        status = {"conditions": [condition], "capacity": amounts, "allocatable": amounts}
-        self.api.merge(f"/api/v1/nodes/{name}/status", {"status": status})
+        self._say(name, capacity=amounts, allocatable=amounts)
+        if not kwok:
+            self._beating.add(name)
         # Until the controllers have seen the node as ready, it carries a taint.
         wait_for(lambda: not (self.api.get(f"/api/v1/nodes/{name}") or {})["spec"].get("taints"), "a clean node")
 
-    def node_is_ready(self) -> None:
-        """What the staged node's kubelet would say of it every few seconds."""
+    def lose_node(self) -> None:
+        """What the controller of nodes writes when one has been silent for 50 s; it does the rest then, as always."""
+        self._beating.discard(self.node)
+        self._say(self.node, "Unknown", "NodeStatusUnknown")
+
+    def find_node(self) -> None:
+        self._say(self.node)
+        self._beating.add(self.node)
+
+    def _beat(self) -> None:
+        """Without it every test would have to end within the 50 s, which on a busy machine some do not."""
+        try:
+            while not self._removed.wait(10):
+                for name in tuple(self._beating):
+                    with contextlib.suppress(ApiError, OSError, http.client.HTTPException):
+                        self._say(name)
+        finally:
+            self.api.close()
+
+    def _say(self, name: str, ready: str = "True", reason: str = "Staged", **more: Any) -> None:
         now = _now()
-        condition = {"type": "Ready", "status": "True", "reason": "Staged", "message": "staged by a test"}
+        condition = {"type": "Ready", "status": ready, "reason": reason, "message": "staged by a test"}
         condition |= {"lastHeartbeatTime": now, "lastTransitionTime": now}
-        self.api.merge(f"/api/v1/nodes/{self.node}/status", {"status": {"conditions": [condition]}})
+        self.api.merge(f"/api/v1/nodes/{name}/status", {"status": {"conditions": [condition], **more}})
 
     def path(self, kind: str, name: str = "", subresource: str = "") -> str:
         tail = "".join(f"/{part}" for part in (name, subresource) if part)

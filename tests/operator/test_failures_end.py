@@ -205,9 +205,9 @@ def test_a_node_that_is_lost_is_named_and_the_pod_counts_again_when_it_is_back(s
     address = stage.up(pod)
     stage.wait_condition("Ready", "True", "AllReplicasReady")
     stage.engines.say(address, None)
-    # A node that says nothing is given up after 50 s, and its pods are no longer ready.
+    stage.lose_node()
     told = stage.wait_condition("Ready", "False", "NodeLost")
-    stage.node_is_ready()
+    stage.find_node()
     stage.up(pod)
     stage.wait_condition("Ready", "True", "AllReplicasReady")
 

@@ -27,6 +27,8 @@ TEMPLATE = (
     "{% for message in messages %}{{ '<' + message.role + '>' + message.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+PATIENCE_S = 120.0
+"""For what comes by itself: a wait ends when it has come, so that a busy machine needs no shorter one."""
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +76,7 @@ class Server:
     def management_url(self) -> str:
         return f"http://127.0.0.1:{self.management_port}"
 
-    def get(self, path: str, timeout: float = 5.0) -> tuple[int, Any]:
+    def get(self, path: str, timeout: float = 20.0) -> tuple[int, Any]:
         """Status and JSON (or text) of a management route."""
         try:
             with urllib.request.urlopen(self.management_url + path, timeout=timeout) as response:
@@ -86,7 +88,7 @@ class Server:
         except ValueError:
             return status, body.decode()
 
-    def wait_ready(self, timeout_s: float = 30.0) -> Server:
+    def wait_ready(self, timeout_s: float = PATIENCE_S) -> Server:
         def ready() -> bool:
             assert self.process.poll() is None, "the server has ended"
             return self.get("/readyz")[0] == 200
@@ -94,7 +96,7 @@ class Server:
         wait_until(ready, timeout_s)
         return self
 
-    def wait_bound(self, timeout_s: float = 10.0) -> Server:
+    def wait_bound(self, timeout_s: float = PATIENCE_S) -> Server:
         """Until the management port answers, which it does before anything heavy is imported."""
         wait_until(lambda: self.get("/livez")[0] == 200, timeout_s)
         return self
@@ -121,7 +123,7 @@ class Server:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def wait_exit(self, timeout_s: float = 15.0) -> int:
+    def wait_exit(self, timeout_s: float = PATIENCE_S) -> int:
         return self.process.wait(timeout_s)
 
     def stop(self) -> str:
@@ -200,7 +202,7 @@ def start_real(smollm2_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 async def http() -> Iterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE_S)) as session:
         yield session
 
 

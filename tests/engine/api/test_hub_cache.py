@@ -56,7 +56,7 @@ class Server:
             document: dict[str, object] = json.load(answer)
             return document
 
-    def wait(self, stage: str, timeout_s: float = 30) -> dict[str, object]:
+    def wait(self, stage: str, timeout_s: float = 120) -> dict[str, object]:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
@@ -68,7 +68,7 @@ class Server:
 
     def end(self) -> str:
         self.process.terminate()
-        return self.process.communicate(timeout=20)[1]
+        return self.process.communicate(timeout=60)[1]
 
 
 @contextlib.contextmanager
