@@ -300,19 +300,22 @@ class Stage:
         self.api.request("POST", "/api/v1/nodes", {"metadata": metadata})
         self._nodes.append(name)
         amounts = {"cpu": cpu, "memory": "512Gi", "pods": "200", "nvidia.com/gpu": str(gpus)}
-        self._say(name, capacity=amounts, allocatable=amounts)
+        self._say_ready(name, capacity=amounts, allocatable=amounts)
         if not kwok:
             self._beating.add(name)
         # Until the controllers have seen the node as ready, it carries a taint.
         wait_for(lambda: not (self.api.get(f"/api/v1/nodes/{name}") or {})["spec"].get("taints"), "a clean node")
 
     def lose_node(self) -> None:
-        """What the controller of nodes writes when one has been silent for 50 s; it does the rest then, as always."""
+        """The staged node says nothing more. It is given up after 50 s, and its pods are no longer ready.
+
+        To say in its place what the controller says of it then is no way round the wait: that marks the pods of those
+        nodes only that it gave up itself.
+        """
         self._beating.discard(self.node)
-        self._say(self.node, "Unknown", "NodeStatusUnknown")
 
     def find_node(self) -> None:
-        self._say(self.node)
+        self._say_ready(self.node)
         self._beating.add(self.node)
 
     def _beat(self) -> None:
@@ -321,13 +324,13 @@ class Stage:
             while not self._removed.wait(10):
                 for name in tuple(self._beating):
                     with contextlib.suppress(ApiError, OSError, http.client.HTTPException):
-                        self._say(name)
+                        self._say_ready(name)
         finally:
             self.api.close()
 
-    def _say(self, name: str, ready: str = "True", reason: str = "Staged", **more: Any) -> None:
+    def _say_ready(self, name: str, **more: Any) -> None:
         now = _now()
-        condition = {"type": "Ready", "status": ready, "reason": reason, "message": "staged by a test"}
+        condition = {"type": "Ready", "status": "True", "reason": "Staged", "message": "staged by a test"}
         condition |= {"lastHeartbeatTime": now, "lastTransitionTime": now}
         self.api.merge(f"/api/v1/nodes/{name}/status", {"status": {"conditions": [condition], **more}})
 
