@@ -66,9 +66,11 @@ class Problem:
 
 
 def disk_used(folder: Path) -> float:
-    """Share of the folder's disk, as the kubelet reckons it."""
+    """Share of the folder's disk, as df reckons it: of what is used and what we may still take, not of what is kept from
+    us."""
     found = os.statvfs(folder)
-    return 1 - found.f_bavail / found.f_blocks
+    used = found.f_blocks - found.f_bfree
+    return used / (used + found.f_bavail)
 
 
 def cache_dir() -> Path:
