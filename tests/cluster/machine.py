@@ -66,8 +66,7 @@ class Problem:
 
 
 def disk_used(folder: Path) -> float:
-    """Share of the folder's disk, as df reckons it: of what is used and what we may still take, not of what is kept from
-    us."""
+    """Share of the folder's disk, as df reckons it: room that is kept from us counts neither as used nor as free."""
     found = os.statvfs(folder)
     used = found.f_blocks - found.f_bfree
     return used / (used + found.f_bavail)
