@@ -40,6 +40,8 @@ def side(**container: Any) -> dict[str, Any]:
     return {"containers": [{"name": "x", "image": "i"} | container]}
 
 
+PROFILES: dict[str, Any] = {"p": {}}
+"""That the operator has, which some of them name."""
 GOOD: dict[str, dict[str, Any]] = {
     "least": {"model": HF},
     "claim": {"model": {"source": "pvc://claim"}},
@@ -467,7 +469,7 @@ def test_bounds_are_the_engines_own():
 
 @pytest.mark.parametrize("spec", GOOD.values(), ids=list(GOOD))
 def test_the_parser_takes_a_good_spec(spec):
-    found = parse(server(spec), {"p": {}})
+    found = parse(server(spec), PROFILES)
 
     assert isinstance(found, Server), found
     assert found.without_effect == ()

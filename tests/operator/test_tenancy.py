@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from stage import ApiError, chart, wait_for
-from test_crd import GOOD, server
+from test_crd import GOOD, PROFILES, server
 
 from octavo_operator.crd import custom_resource_definition
 from octavo_operator.desired import objects
@@ -237,7 +237,7 @@ def test_the_api_server_keeps_nothing_that_would_be_taken_after_it(api, schemas)
 
 @pytest.mark.parametrize("name", GOOD)
 def test_no_child_of_a_good_server_reaches_beyond_it(name):
-    parsed = parse(server(GOOD[name]))
+    parsed = parse(server(GOOD[name]), PROFILES)
     assert isinstance(parsed, Server)
     made = objects(parsed, EngineDefaults(), pod_monitors_known=True)
     pods = [body["spec"]["template"]["spec"] for body in made if body["kind"] in ("Deployment", "Job")]
@@ -249,7 +249,7 @@ def test_no_child_of_a_good_server_reaches_beyond_it(name):
 
 @pytest.mark.parametrize("name", GOOD)
 def test_a_namespace_that_enforces_restricted_takes_the_pods(api, restricted, name):
-    parsed = parse(server(GOOD[name]))
+    parsed = parse(server(GOOD[name]), PROFILES)
     assert isinstance(parsed, Server)
     for child in objects(parsed, EngineDefaults(), pod_monitors_known=True):
         if child["kind"] not in ("Deployment", "Job"):
