@@ -92,7 +92,7 @@ def engine(fd: int, step_s: float) -> None:
             events.append(TokenEvent(id, [prompt[made % len(prompt)]], reason, **first))
             if last:
                 del running[id]
-        channel.send(StepOutput(events, Load(running=len(running)), StepStats(step_tokens=len(events))))
+        channel.send(StepOutput(events, Load(running=len(running)), StepStats()))
 
 
 # ---- the client: every stream at once, each event looked at

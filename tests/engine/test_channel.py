@@ -44,7 +44,7 @@ MESSAGES = [
             TokenEvent("c", [2], FinishReason.STOP, stop_token_id=2),
         ],
         Load(1, 2, 3, 0.5, 0.1, None),
-        StepStats(0.01, 5, 4, 3, 2, 1, 9),
+        StepStats(0.01, 3, 2, 1, 9),
     ),
     Fatal(Failure(FailureCode.DEVICE_ERROR, "It broke.", detail="ECC")),
 ]

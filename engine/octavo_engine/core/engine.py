@@ -92,7 +92,6 @@ class Engine:
         self._seed = seed
         self._arrivals = 0
         self._num_steps = 0
-        self._prefill_tokens = 0
         self._last_step_s: float | None = None
         self._constraints = constraints
         self._constrained: list[Request] = []
@@ -160,7 +159,7 @@ class Engine:
             self._launch(plan, started)
         if self._launched and (len(self._launched) > self._runner.depth or not plan.items):
             events += self._collect()
-        return StepOutput(events, self.load(), self._stats(plan, self._clock() - started))
+        return StepOutput(events, self.load(), self._stats(self._clock() - started))
 
     def prepare(self) -> bool:
         """To be called while there is no work: the runner uses the time. False when nothing is left to prepare."""
@@ -280,13 +279,9 @@ class Engine:
             return f"the request id {submit.request_id} is in use"
         return None
 
-    def _stats(self, plan: StepPlan, seconds: float) -> StepStats:
-        prefill = sum(item.count for item in plan.items if item.count > 1 or item.admission is not None)
-        self._prefill_tokens += prefill
+    def _stats(self, seconds: float) -> StepStats:
         return StepStats(
             step_s=seconds,
-            step_tokens=plan.num_tokens,
-            prefill_tokens=prefill,
             preemptions=self.scheduler.num_preemptions,
             prefix_queries=self.scheduler.prefix_queries,
             prefix_hits=self.scheduler.prefix_hits,

@@ -143,8 +143,6 @@ class StepStats:
     """Counters since the engine started, and figures of this step; for /metrics."""
 
     step_s: float = 0.0
-    step_tokens: int = 0
-    prefill_tokens: int = 0
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0

@@ -156,7 +156,7 @@ class ScriptedEngine:
             waiting_prefill_tokens=sum(len(s.submit.prompt_token_ids) for s in self.waiting.values()),
             kv_usage=len(self.running) / self.max_num_seqs, predicted_queue_s=queue_s,
         )  # fmt: skip
-        self.channel.send(StepOutput(events, load, StepStats(step_s=0.001, step_tokens=1, num_steps=self.steps)))
+        self.channel.send(StepOutput(events, load, StepStats(step_s=0.001, num_steps=self.steps)))
 
     def obey(self, sequence: Sequence) -> TokenEvent | None:
         match sequence.order:
