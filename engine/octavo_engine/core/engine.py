@@ -64,10 +64,7 @@ class _UnderWay:
     launched: Any
     started_s: float
     in_time: bool
-
-    @property
-    def decodes(self) -> int:
-        return sum(item.count == 1 for item in self.plan.items)
+    decodes: int
 
 
 class Engine:
@@ -215,14 +212,16 @@ class Engine:
         in_time = before is not None and not self._runner.is_done(before.launched)
         if before is not None:
             self._pace.launched(in_time)
-        self._launched.append(_UnderWay(plan, launched, started, in_time))
+        decodes = sum(item.count == 1 for item in plan.items)
+        self._launched.append(_UnderWay(plan, launched, started, in_time, decodes))
 
     def _collect(self) -> list[TokenEvent]:
         step = self._launched.popleft()
         sampled = self._runner.collect(step.launched)
         now = self._clock()
-        took, prompt_tokens = now - self._began(step), step.plan.num_tokens - step.decodes
-        self.cost.observe(step.plan.num_tokens, took)
+        took, tokens = now - self._began(step), step.plan.num_tokens
+        prompt_tokens = tokens - step.decodes
+        self.cost.observe(tokens, took)
         # What was launched on an idle device took the host's time too.
         if step.decodes and not prompt_tokens and step.in_time:
             self._pace.observe(step.decodes, took)
