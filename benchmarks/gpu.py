@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", default="", help="names, comma-separated: attention, decode and workloads")
+    parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="of the decodes that are measured")
     parser.add_argument("--profile", default="", help="where the time of steps goes, BATCHxCONTEXT,NAME@STEP,...")
     parser.add_argument("--max-num-seqs", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
@@ -118,7 +119,7 @@ def main() -> None:
         profile(engine, which)
     for name in only:
         if name == "decode":
-            decode(engine, copy, peer, result)
+            decode(engine, copy, peer, result, [int(batch) for batch in arguments.batches.split(",")])
         else:
             workload(engine, name, peer, result, arguments.trace)
         keep()
@@ -205,9 +206,9 @@ def run(engine: Engine, requests: Workload) -> float:
     return time.monotonic() - began
 
 
-def decode(engine: Engine, copy: float, peer: dict, result: dict[str, Any]) -> None:
+def decode(engine: Engine, copy: float, peer: dict, result: dict[str, Any], batches: list[int]) -> None:
     rows = {}
-    for batch in BATCHES:
+    for batch in batches:
         times = []
         for _ in range(3):
             long, short = run(engine, fixed(batch, 1024, 160)), run(engine, fixed(batch, 1024, 32))

@@ -32,6 +32,9 @@ SHAPES = {
 WORTH_IT = 1.02
 """An algorithm is taken in place of torch's choice from this ratio of their times on: below, it is noise."""
 
+LONG_ENOUGH_US = 15e3
+"""Measured for so long, a time varies by less than WORTH_IT."""
+
 
 def _mm(x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor) -> None:
     torch.mm(x, weight.t(), out=out)
@@ -46,14 +49,18 @@ def timed(call: Callable[[torch.Tensor], None], weights: list[torch.Tensor]) -> 
         for _ in range(rounds):
             for weight in weights:
                 call(weight)
-    graph.replay()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(3):
-        graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) * 1e3 / 3 / rounds / len(weights)
+
+    def us(replays: int) -> float:
+        begin.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) * 1e3 / replays / rounds / len(weights)
+
+    us(1)
+    return us(max(3, int(LONG_ENOUGH_US / us(1) / rounds / len(weights))))
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import prefill_attention_gluon
 from attention import DIM, HEADS, KV_HEADS, milliseconds
 
-TRIAL_S = 180
+TRIAL_S = 75
 """For importing torch, compiling the candidates in Gluon and running each of them once."""
 
 
