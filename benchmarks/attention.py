@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, Scratch, decode_attention, plan_parts
 from octavo_engine.kernels.gpu.invariant_attention import invariant_attention, tile_tokens
 from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, plan_tiles, prefill_attention
+from octavo_engine.kernels.gpu.prefill_attention_hopper import takes
 from octavo_engine.kernels.kv_scales import stored
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -73,7 +75,8 @@ def _decode_us(batch: int, context: int, kind: torch.dtype) -> float:
 
 def prefill() -> dict[str, dict[str, float]]:
     """Of each length: TFLOP/s of what causality leaves, ours, with --deterministic, and cuDNN's."""
-    rows = {}
+    rows = {"48x170": _short_prompts()}
+    print("prefill attention", rows, flush=True)
     for tokens in PROMPTS:
         rates = _prefill(tokens)
         rates |= {"of_cudnn": rates["default"] / rates["cudnn"]}
@@ -99,9 +102,12 @@ def _prefill(tokens: int) -> dict[str, float]:
             part.view(torch.uint8)[table.long()] = stored(ordered, 1.0, cache.dtype).view(torch.uint8)
     out = torch.empty(tokens, HEADS * DIM, device="cuda", dtype=torch.bfloat16)
     chunk = [Chunk(0, 0, 0, tokens)]
-    tiles = torch.tensor(plan_tiles(chunk), device="cuda").int().view(-1, 4)
-    alike = torch.tensor(plan_tiles(chunk, tile_tokens(HEADS // KV_HEADS)), device="cuda").int().view(-1, 4)
     loads = {name: CacheLoads.of(cache) for name, cache in caches.items()}
+    loads["default"] = CacheLoads.of(caches["bfloat16"], takes(caches["bfloat16"], torch.bfloat16))
+    wide, tiles, alike = (
+        torch.tensor(plan_tiles(chunk, rows), device="cuda").int().view(-1, 4)
+        for rows in (loads["default"].tile_rows, loads["bfloat16"].tile_rows, tile_tokens(HEADS // KV_HEADS))
+    )
     rest = (out, KV_HEADS, BLOCK_SIZE, DIM**-0.5)
 
     def cudnn() -> torch.Tensor:
@@ -109,7 +115,8 @@ def _prefill(tokens: int) -> dict[str, float]:
             return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     runs: dict[str, Callable[[], object]] = {
-        "default": lambda: prefill_attention(qkv, loads["bfloat16"], table[None], tiles, *rest),
+        "default": lambda: prefill_attention(qkv, loads["default"], table[None], wide, *rest),
+        "portable": lambda: prefill_attention(qkv, loads["bfloat16"], table[None], tiles, *rest),
         "fp8_e4m3": lambda: prefill_attention(qkv, loads["fp8_e4m3"], table[None], tiles, *rest),
         "deterministic": lambda: invariant_attention(qkv, loads["bfloat16"], table[None], alike, *rest),
         "cudnn": cudnn,
@@ -122,6 +129,24 @@ def _prefill(tokens: int) -> dict[str, float]:
             assert error < (0.05 if name == "fp8_e4m3" else 0.01), (name, error)
     operations = 4 * HEADS * DIM * tokens * (tokens + 1) / 2
     return {name: operations / ms / 1e9 for name, ms in milliseconds(runs).items()}
+
+
+def _short_prompts() -> dict[str, float]:
+    """Microseconds for 48 prompts of 170 tokens at once, with the kernel that the device gets and the portable one."""
+    count, tokens, blocks = 48, 170, 3
+    qkv = torch.randn(count * tokens, (HEADS + 2 * KV_HEADS) * DIM, device="cuda", dtype=torch.bfloat16)
+    cache = _cache(count * blocks, BLOCK_SIZE, torch.bfloat16)
+    table = torch.randperm(count * blocks, device="cuda").int().view(count, blocks)
+    out = torch.empty(count * tokens, HEADS * DIM, device="cuda", dtype=torch.bfloat16)
+    chunks = [Chunk(row * tokens, row, 0, tokens) for row in range(count)]
+    runs: dict[str, Callable[[], object]] = {}
+    for name, wide in (("default_us", takes(cache, torch.bfloat16)), ("portable_us", False)):
+        loads = CacheLoads.of(cache, wide)
+        tiles = torch.tensor(plan_tiles(chunks, loads.tile_rows), device="cuda").int().view(-1, 4)
+        runs[name] = partial(
+            prefill_attention, qkv, loads, table, tiles, out, KV_HEADS, BLOCK_SIZE, DIM**-0.5
+        )  # fmt: skip
+    return {name: round(1e3 * ms, 1) for name, ms in milliseconds(runs).items()}
 
 
 def _cache(blocks: int, block_size: int, kind: torch.dtype) -> torch.Tensor:

@@ -65,7 +65,7 @@ def promises(found: dict[str, Any]) -> Iterator[Promise]:
         must, aim = (0.90, 0.95) if int(batch) == 256 else (0.84, 0.92)
         yield Promise(f"time per output token at batch {batch}, of the floor", row["of_floor"], must, aim)
     for tokens, row in gpu.get("prefill_attention", {}).items():
-        if int(tokens) >= 8192:
+        if row.get("of_cudnn") and int(tokens) >= 8192:
             yield Promise(f"prefill attention, {tokens} tokens, of cuDNN's", row["of_cudnn"], 0.8, 1.0)
     if "sharegpt_1000" in gpu:
         ratio = gpu["sharegpt_1000"]["output_tokens_per_s"] / HUGGING_FACE_SHAREGPT

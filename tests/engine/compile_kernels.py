@@ -6,11 +6,14 @@ python compile_kernels.py cuda 90 32    prints a line for each variant: its name
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from octavo_engine.kernels.gpu import (
     adjusted,
@@ -20,6 +23,7 @@ from octavo_engine.kernels.gpu import (
     logprobs,
     norm,
     prefill_attention,
+    prefill_attention_hopper,
     rope_kv,
     sample,
     silu_mul,
@@ -63,9 +67,9 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         ),
         (
             "prefill_attention", prefill_attention._prefill,
-            [HALF, "i32", TILE, TILE, INT, "i32", INT, HALF, "i32", "fp32", "fp32", "fp32"],
+            [HALF, "i32", TILE, TILE, INT, "i32", INT, HALF, "i32", "fp32", "fp32"],
             {**HEADS, "DIM": 128, "DIM_BLOCK": 128, "BLOCK_SIZE": 64, "TILE": 64, "WINDOW": 0, "SOFTCAP": False,
-             "STAGES": 3, "OVERLAP": False, "QUERY_IN_REGISTERS": False, "value_scale": None}, 4,
+             "STAGES": 3, "value_scale": None}, 4,
         ),
         (
             "invariant_attention", invariant_attention._invariant,
@@ -115,9 +119,9 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         stages = prefill_attention.stages_for(128, 256, 3)
         found.append((
             "prefill_attention_large", prefill_attention._prefill,
-            [HALF, "i32", large, large, INT, "i32", INT, HALF, "i32", "fp32", "fp32", "fp32"],
+            [HALF, "i32", large, large, INT, "i32", INT, HALF, "i32", "fp32", "fp32"],
             {**HEADS, "DIM": 256, "DIM_BLOCK": 256, "BLOCK_SIZE": 128, "TILE": 64, "WINDOW": 0, "SOFTCAP": False,
-             "STAGES": stages, "OVERLAP": False, "QUERY_IN_REGISTERS": False, "value_scale": None}, 4,
+             "STAGES": stages, "value_scale": None}, 4,
         ))  # fmt: skip
         found.append((
             "decode_attention_large", decode_attention._decode,
@@ -171,6 +175,22 @@ def main() -> None:
         for early in (False, True) if "EARLY" in kernel.arg_names and can_launch_early else (False,):
             shared = compile_one(kernel, types, {**values, "EARLY": early}, warps, target)
             print(f"{name}-early" if early else name, kernel.fn.__name__, shared, flush=True)
+    for name, shared in compile_for_hopper(target) if arch == "90" else ():
+        print(name, "_prefill_hopper", shared, flush=True)
+
+
+def compile_for_hopper(target: GPUTarget) -> Iterator[tuple[str, int]]:
+    """(name, bytes of shared memory) of the kernel in Gluon, whose tensor descriptors say how they are laid out."""
+    kernel = prefill_attention_hopper._prefill_hopper
+    for dim, block_size, window in ((128, 64, 0), (128, 16, 100), (64, 128, 100), (64, 64, 0)):
+        loads = prefill_attention_hopper.descriptors(torch.empty(2, 1, 8, block_size, dim, dtype=torch.bfloat16))[0]
+        tile = f"tensordesc<bf16{loads.block_shape},{loads.layout!r}>"
+        types = [HALF, "i32", tile, tile, INT, "i32", INT, HALF, "i32", "fp32"]
+        values = {
+            **HEADS, "DIM": dim, "BLOCK_SIZE": block_size, "KEYS": prefill_attention_hopper.KEYS, "WINDOW": window,
+            "STAGES": prefill_attention_hopper.STAGES, "REGISTERS": prefill_attention_hopper.REGISTERS, "EARLY": False,
+        }  # fmt: skip
+        yield f"prefill_hopper_{dim}_{block_size}_{window}", compile_one(kernel, types, values, 4, target)
 
 
 def with_cache_of(
@@ -190,7 +210,7 @@ def compile_one(kernel: Any, types: list[str], values: dict[str, Any], warps: in
     signature = {n: "constexpr" if n in values else next(arguments) for n in kernel.arg_names}
     constants = {(kernel.arg_names.index(n),): value for n, value in values.items() if n in signature}
     aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind[0] == "*"}
-    source = ASTSource(kernel, signature, constants, aligned)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, aligned)
     options = {"num_warps": warps, "launch_pdl": values["EARLY"]} if target.backend == "cuda" else {"num_warps": warps}
     return int(triton.compile(source, target=target, options=options).metadata.shared)
 

@@ -29,7 +29,7 @@ from octavo_engine.models.decoder import Batch, Decoder
 from octavo_engine.models.gpu_decoder import GpuDecoder
 from octavo_engine.models.layout import slots
 from octavo_engine.plan import Plan
-from octavo_engine.runner.gpu_steps import GpuSteps, tiling_of
+from octavo_engine.runner.gpu_steps import GpuSteps
 from octavo_engine.runner.layout import Layout
 from octavo_engine.sampling_params import SamplingParams
 
@@ -118,9 +118,7 @@ def steps(
         model, weights(model), cos[:, :half].half().contiguous(), sin[:, half:].half().contiguous(), cache, ids, tables,
         max_tokens, max_seqs, deterministic,
     )  # fmt: skip
-    made = GpuSteps(
-        decoder, plan, max_tokens, max_seqs, cache, ids, tables, Compilations(), tiling_of(model, deterministic)
-    )
+    made = GpuSteps(decoder, plan, max_tokens, max_seqs, cache, ids, tables, Compilations())
     for layout in graphs:
         made._capture(layout)
     return made

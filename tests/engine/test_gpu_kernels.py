@@ -25,6 +25,7 @@ from octavo_engine.kernels.gpu import (
 from octavo_engine.kernels.gpu import (
     early_launch,
     norm,
+    prefill_attention_hopper,
     rope_kv,
     sample,
     silu_mul,
@@ -33,7 +34,7 @@ from octavo_engine.kernels.gpu import (
 )
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, Scratch, decode_attention, max_parts, plan_parts
 from octavo_engine.kernels.gpu.decode_attention import reference as reference_decode
-from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, How, plan_tiles, prefill_attention
+from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, plan_tiles, prefill_attention
 from octavo_engine.kernels.gpu.prefill_attention import reference as reference_prefill
 
 # The interpreter is numpy: it warns where the hardware would not.
@@ -202,19 +203,49 @@ def test_parts_cover_each_sequence_once_and_never_outnumber_their_bound():
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size", "window", "softcap"), HEADS)
-@pytest.mark.parametrize("how", [How(), How(rows=128, warps=8, overlap=True, query_in_registers=True)], ids=str)
-def test_prefill_attention_sees_what_it_should(how, heads, kv_heads, dim, block_size, window, softcap):
+def test_prefill_attention_sees_what_it_should(heads, kv_heads, dim, block_size, window, softcap):
     cache = random(2, 30, kv_heads, block_size, dim)
-    tables = torch.randint(0, 30, (3, 24), dtype=torch.int32, device=DEVICE)
-    chunks = [Chunk(0, 0, 0, 70), Chunk(70, 1, 33, 5), Chunk(75, 2, 64, 129)]
-    qkv = random(204, (heads + 2 * kv_heads) * dim)
-    tiles = ints(plan_tiles(chunks, how.rows)).view(-1, 4)
-    out = torch.full((204, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE)
+    tables = torch.randint(0, 30, (4, 24), dtype=torch.int32, device=DEVICE)
+    chunks = [Chunk(0, 0, 0, 70), Chunk(70, 1, 33, 5), Chunk(75, 2, 64, 129), Chunk(204, 3, 200, 17)]
+    qkv = random(221, (heads + 2 * kv_heads) * dim)
+    expected = reference_prefill(qkv, cache, tables, chunks, heads, dim**-0.5, window, softcap)
 
-    loads = CacheLoads.of(cache)
-    prefill_attention(qkv, loads, tables, tiles, out, kv_heads, block_size, dim**-0.5, window, softcap, how)
+    for wide in (False, True) if not softcap and prefill_attention_hopper.takes(cache, DTYPE) else (False,):
+        loads = CacheLoads.of(cache, wide)
+        tiles = ints([*plan_tiles(chunks, loads.tile_rows), *[0] * 8]).view(-1, 4)
+        out = torch.full((221, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE)
+        prefill_attention(qkv, loads, tables, tiles, out, kv_heads, block_size, dim**-0.5, window, softcap)
 
-    assert_close(out, reference_prefill(qkv, cache, tables, chunks, heads, dim**-0.5, window, softcap))
+        assert_close(out, expected)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="thousands of keys are too many for the interpreter")
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size", "window"), [
+    (8, 2, 128, 64, None), (8, 2, 128, 16, 1000), (4, 4, 64, 32, None), (4, 1, 64, 128, 300),
+])  # fmt: skip
+def test_prefill_attention_for_hopper_sees_thousands_of_keys(heads, kv_heads, dim, block_size, window):
+    cache = random(2, 400, kv_heads, block_size, dim)
+    if not prefill_attention_hopper.takes(cache, DTYPE):
+        pytest.skip("no Hopper is here")
+    tables = torch.randperm(400, device=DEVICE).int()[: 5 * 64].view(5, 64)
+    longest = 64 * block_size
+    chunks, at = [], 0
+    for row, (position, count) in enumerate(
+        ((0, longest), (0, 128), (1, 127), (longest - 300, 300), (longest // 2 + 3, 333))
+    ):
+        position, count = max(position, 0), min(count, longest)
+        chunks.append(Chunk(at, row, position, count))
+        at += count
+    qkv, out = (
+        random(at, (heads + 2 * kv_heads) * dim),
+        torch.full((at, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE),
+    )
+    loads = CacheLoads.of(cache, wide=True)
+    tiles = ints(plan_tiles(chunks, loads.tile_rows)).view(-1, 4)
+
+    prefill_attention(qkv, loads, tables, tiles, out, kv_heads, block_size, dim**-0.5, window)
+
+    assert_close(out, reference_prefill(qkv, cache, tables, chunks, heads, dim**-0.5, window))
 
 
 def test_sampling_is_the_draw_of_the_reference():

@@ -34,7 +34,9 @@ def test_every_kernel_compiles_and_fits_into_shared_memory(target):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     sizes = {name: int(size) for name, _, size in lines}
-    assert {kernel for _, kernel, _ in lines} == launched_kernels()
+    assert {kernel for _, kernel, _ in lines} == launched_kernels() - (
+        {"_prefill_hopper"} if "90" not in target else set()
+    )
     assert any(name.endswith("-early") for name in sizes) == (target in ("cuda 90 32", "cuda 100 32"))
     assert any("-fp8" in name for name in sizes)
     assert max(sizes.values()) <= SHARED_MEMORY[target.split()[1]], sizes

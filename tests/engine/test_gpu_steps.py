@@ -254,7 +254,7 @@ def test_a_steady_step_makes_no_tensor(monkeypatch: pytest.MonkeyPatch):
 
 def test_deterministic_steps_give_the_same_bits_alone_in_company_launched_and_in_graphs(monkeypatch):
     interpreted.products_of_a_matrix_unit(monkeypatch)
-    tiling = gpu_steps.tiling_of(interpreted.MODEL, deterministic=True)
+    tiling = interpreted.steps(monkeypatch, deterministic=True)._tiling
     graphs = (Layout.of_decodes(4, tiling), Layout.mixed(4, 32, tiling))
     request = (PROMPTS["bias"], sampling_of(temperature=1.0, top_p=0.9, seed=3, logprobs=1, max_tokens=3))
     others = [(PROMPTS[name], sampling_of(max_tokens=2)) for name in ("free", "plain")]

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo_engine.kernels.gpu import prefill_attention_hopper
 from octavo_engine.kernels.gpu.cublas import Products
 from octavo_engine.kernels.gpu.decode_attention import Scratch, decode_attention
-from octavo_engine.kernels.gpu.invariant_attention import invariant_attention
+from octavo_engine.kernels.gpu.invariant_attention import invariant_attention, tile_tokens
 from octavo_engine.kernels.gpu.invariant_linear import invariant_linear
 from octavo_engine.kernels.gpu.norm import add_rms_norm, embed_rms_norm
 from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, prefill_attention
@@ -69,7 +70,6 @@ class GpuDecoder:
         self._cos, self._sin = cos, sin
         self._kv_cache = kv_cache
         self._kv_scales = kv_scales or [UNSCALED] * config.num_layers
-        self._loads = [CacheLoads.of(layer) for layer in kv_cache]
         self._token_ids, self._block_tables = token_ids, block_tables
         self._layers = [
             {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{layer}.")}
@@ -78,6 +78,8 @@ class GpuDecoder:
         self._head = tensors["embedding" if config.tied_embeddings else "head"]
         self._scale = 1.0 / math.sqrt(config.head_dim)
         like = tensors["embedding"]
+        wide = not deterministic and prefill_attention_hopper.takes(kv_cache, like.dtype)
+        self._loads = [CacheLoads.of(layer, wide) for layer in kv_cache]
         width = config.num_heads * config.head_dim
 
         def buffer(*shape: int, dtype: torch.dtype = like.dtype) -> Tensor:
@@ -96,8 +98,15 @@ class GpuDecoder:
         self._shares = buffer(2, -(-config.hidden_size // 4) * FUSED_TOKENS, dtype=torch.float32)
         self._shared_memory = shared_memory_bytes(like.device)
         self._products = Products(like.device)
-        self._deterministic = deterministic
+        self.deterministic = deterministic
         self._can_fuse = not config.mlp_bias and not deterministic
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens of a tile of attention, at most."""
+        if self.deterministic:
+            return tile_tokens(self.config.num_heads // self.config.num_kv_heads)
+        return self._loads[0].tile_rows
 
     def forward(self, step: DeviceStep) -> Tensor:
         """Logits of the tokens that yield some, [m, vocab], in a buffer that the next call overwrites.
@@ -204,7 +213,7 @@ class GpuDecoder:
         cache, many = self._kv_cache[index], step.num_decodes
         norms = weights.get("query_norm"), weights.get("key_norm")
         scales = self._kv_scales[index]
-        if self._deterministic:
+        if self.deterministic:
             assert step.tiles is not None
             rope_kv(
                 qkv, self._cos, self._sin, step.rows, step.positions, self._block_tables, cache, *norms,
@@ -232,7 +241,7 @@ class GpuDecoder:
             )  # fmt: skip
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        if self._deterministic:
+        if self.deterministic:
             invariant_linear(x, weight, bias, out, self._shared_memory)
         elif bias is None:
             self._products.mm(x, weight, out)

@@ -93,7 +93,7 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype, e4m3:
         described = DeviceStep(
             ints(total), ints(total), ints(total), num_decodes=decodes,
             parts={window: ints(max_parts(decodes, model.num_kv_heads), PART_WORDS) for window in windows},
-            tiles=ints(1, 4) if chunk or decoder._deterministic else None,
+            tiles=ints(1, 4) if chunk or decoder.deterministic else None,
             logit_tokens=torch.empty(1, dtype=torch.int32, device=device) if chunk else None,
         )  # fmt: skip
         logits = decoder.forward(described)

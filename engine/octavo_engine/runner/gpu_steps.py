@@ -27,13 +27,11 @@ from octavo_engine.kernels.gpu.adjusted import (
     sample_adjusted,
 )
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
-from octavo_engine.kernels.gpu.invariant_attention import tile_tokens
 from octavo_engine.kernels.gpu.logprobs import MOST, TOLD_WORDS, LogprobScratch, logprobs
 from octavo_engine.kernels.gpu.prebuilt import Compilations
 from octavo_engine.kernels.gpu.prefill_attention import max_tiles
 from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
 from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_sampling
-from octavo_engine.models.config import DecoderConfig
 from octavo_engine.models.gpu_decoder import DeviceStep, GpuDecoder
 from octavo_engine.plan import Plan
 from octavo_engine.runner.chances import Scores, read_scores, start_scores
@@ -82,15 +80,14 @@ class GpuSteps:
 
     def __init__(
         self, decoder: GpuDecoder, plan: Plan, max_tokens: int, max_seqs: int, kv_cache: Tensor, token_ids: Tensor,
-        block_tables: Tensor, compilations: Compilations, tiling: Tiling,
+        block_tables: Tensor, compilations: Compilations,
     ) -> None:  # fmt: skip
-        """tiling: one that the decoder's attention takes (`tiling_of`)."""
         self._decoder, self._plan = decoder, plan
         self._kv_cache, self._token_ids, self._block_tables = kv_cache, token_ids, block_tables
         self._device = kv_cache.device
         self._max_seqs, self._max_tokens = max_seqs, max_tokens
         self._kv_heads = decoder.config.num_kv_heads
-        self._tiling = tiling
+        self._tiling = tiling = Tiling(decoder.tile_tokens, alike=decoder.deterministic)
         self._windows = sorted(set(decoder.config.windows), key=lambda w: (w is not None, w))
         self._state = SamplingState.allocate(max_seqs + 1, self._device)
         self._scratch = SamplingScratch.allocate(max_seqs, decoder.config.vocab_size, self._device)
@@ -391,10 +388,6 @@ class GpuSteps:
             self._run(step)
         self._graphs[layout] = graph
         torch.cuda.synchronize()
-
-
-def tiling_of(model: DecoderConfig, deterministic: bool) -> Tiling:
-    return Tiling(tile_tokens(model.num_heads // model.num_kv_heads), alike=True) if deterministic else Tiling()
 
 
 class _Pinned:

@@ -152,7 +152,7 @@ class ModelRunner:
         # Only here: a CPU needs no triton, and importing it takes a fifth of a second.
         from octavo_engine.kernels.gpu import prebuilt
         from octavo_engine.models.gpu_decoder import GpuDecoder
-        from octavo_engine.runner.gpu_steps import GpuSteps, tiling_of
+        from octavo_engine.runner.gpu_steps import GpuSteps
 
         compilations = prebuilt.use()
         plan, half = self._plan, self._model.head_dim // 2
@@ -164,7 +164,7 @@ class ModelRunner:
         )  # fmt: skip
         return GpuSteps(
             decoder, plan, plan.max_num_batched_tokens, plan.max_num_seqs, self._kv_cache, self._token_ids,
-            self._block_tables, compilations, tiling_of(self._model, self._config.deterministic),
+            self._block_tables, compilations,
         )  # fmt: skip
 
     @torch.inference_mode()

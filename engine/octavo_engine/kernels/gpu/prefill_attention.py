@@ -15,30 +15,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from octavo_engine.kernels.gpu import prefill_attention_hopper as hopper
 from octavo_engine.kernels.gpu.decode_attention import LOG2_E, reference_one
 from octavo_engine.kernels.gpu.rope_kv import of_cache
 from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 
 TILE_ROWS = 64
-"""64 rows and four warps were the fastest of 64 and 128 rows with tensor-memory loads on an H200."""
+"""64 rows and four warps were the fastest of 64 and 128 rows with tensor-memory loads, on an H100 and an H200."""
+STAGES = 3
+"""Blocks in flight."""
 
 LARGE_TILE = 128 * 128
 """Numbers in a block of keys; a larger one leaves room for no other beside it."""
-
-
-@dataclass(frozen=True)
-class How:
-    """How a program computes its tile. `benchmarks/tune_prefill_attention.py` measures the choices."""
-
-    rows: int = TILE_ROWS
-    warps: int = 4
-    stages: int = 3
-    overlap: bool = False
-    """One block's product with its values runs beside the next block's softmax, as in FlashAttention-3."""
-    query_in_registers: bool = False
-    """Shared memory of a third program on a multiprocessor, for 32 registers of a thread more."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +59,20 @@ def max_tiles(num_tokens: int, num_chunks: int, rows: int = TILE_ROWS) -> int:
 
 @dataclass(frozen=True)
 class CacheLoads:
-    """How a layer's keys and values are read a block at a time: as tensor-memory copies on Hopper and newer."""
+    """How a layer's keys and values are read a block at a time: as tensor-memory copies on Hopper and newer.
 
-    keys: TensorDescriptor
-    values: TensorDescriptor
+    wide: by the kernel for Hopper, in tiles of its ROWS. Otherwise tiles have TILE_ROWS.
+    """
+
+    keys: TensorDescriptor | GluonTensorDescriptor
+    values: TensorDescriptor | GluonTensorDescriptor
+    wide: bool = False
 
     @classmethod
-    def of(cls, kv_cache: Tensor) -> CacheLoads:
-        """kv_cache: [2, num_blocks, kv_heads, block_size, head_dim]"""
+    def of(cls, kv_cache: Tensor, wide: bool = False) -> CacheLoads:
+        """kv_cache: [2, num_blocks, kv_heads, block_size, head_dim]. wide: only where `hopper.takes` it."""
+        if wide:
+            return cls(*hopper.descriptors(kv_cache), wide=True)
         _, blocks, kv_heads, block_size, dim = kv_cache.shape
         rows = blocks * kv_heads * block_size
         width = triton.next_power_of_2(dim)
@@ -83,6 +80,10 @@ class CacheLoads:
             TensorDescriptor(part.view(rows, dim), [rows, dim], [dim, 1], [block_size, width]) for part in kv_cache
         )
         return cls(keys, values)
+
+    @property
+    def tile_rows(self) -> int:
+        return hopper.ROWS if self.wide else TILE_ROWS
 
 
 def stages_for(block_size: int, dim: int, wanted: int) -> int:
@@ -92,25 +93,29 @@ def stages_for(block_size: int, dim: int, wanted: int) -> int:
 
 def prefill_attention(
     qkv: Tensor, loads: CacheLoads, block_tables: Tensor, tiles: Tensor, out: Tensor, kv_heads: int, block_size: int,
-    scale: float, window: int | None = None, softcap: float = 0.0, how: How = How(),
-    scales: KvScales = UNSCALED,
+    scale: float, window: int | None = None, softcap: float = 0.0, scales: KvScales = UNSCALED,
 ) -> None:  # fmt: skip
     """softmax(q·k * scale, over each token's own and earlier keys) · v.
 
     qkv: [num_tokens, (heads + 2 * kv_heads) * head_dim], queries first and rotated.
     out: [num_tokens, heads * head_dim].
     tiles: [num_tiles, 4] int32 from `plan_tiles`, zeros are no work. block_tables: [num_rows, max_blocks] int32.
-    scales: for a cache of eight bits.
+    Tiles have `loads.tile_rows`. softcap: not with wide ones. scales: for a cache of eight bits.
     """
+    if loads.wide:
+        assert not softcap
+        hopper.prefill_attention(
+            qkv, loads.keys, loads.values, block_tables, tiles, out, kv_heads, block_size, scale, window
+        )
+        return
     dim = loads.keys.shape[1]
     heads = out.shape[1] // dim
     of_keys, of_values = of_cache(loads.keys.base, scales)
     _prefill[(heads, tiles.shape[0])](
         qkv, qkv.stride(0), loads.keys, loads.values, block_tables, block_tables.stride(0), tiles, out, out.stride(0),
-        scale * LOG2_E * (of_keys or 1.0), softcap, 1.0, of_values, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim,
-        DIM_BLOCK=triton.next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=how.rows, WINDOW=window or 0,
-        SOFTCAP=softcap > 0, STAGES=stages_for(block_size, dim, how.stages), OVERLAP=how.overlap,
-        QUERY_IN_REGISTERS=how.query_in_registers, num_warps=how.warps,
+        scale * LOG2_E * (of_keys or 1.0), softcap, of_values, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim,
+        DIM_BLOCK=triton.next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=TILE_ROWS, WINDOW=window or 0,
+        SOFTCAP=softcap > 0, STAGES=stages_for(block_size, dim, STAGES), num_warps=4,
     )  # fmt: skip
 
 
@@ -151,10 +156,9 @@ def _weights(scores, best, total, scale, SAFE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["tiles"])
 def _prefill(
-    qkv, stride_token, keys, values, block_tables, stride_table, tiles, out, stride_out, scale, softcap, one,
+    qkv, stride_token, keys, values, block_tables, stride_table, tiles, out, stride_out, scale, softcap,
     value_scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr, QUERY_IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     tile = tiles + tl.program_id(1) * 4
@@ -174,9 +178,6 @@ def _prefill(
     query = tl.load(
         qkv + (token + row)[:, None] * stride_token + head * DIM + column[None, :], mask=inside, other=0.0
     )  # [TILE, DIM]
-    if QUERY_IN_REGISTERS:
-        # The compiler keeps in registers what it sees computed, and in shared memory what it sees loaded.
-        query = (query.to(tl.float32) * one).to(query.dtype)
     best = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     sums = tl.zeros([TILE, DIM_BLOCK], tl.float32)
@@ -188,29 +189,14 @@ def _prefill(
         first = tl.maximum(start - WINDOW + 1, 0) // BLOCK_SIZE
         full = first  # the window's edge runs through the blocks: mask them all
     end = tl.cdiv(start + num_rows, BLOCK_SIZE)
-    # With OVERLAP a block's weights meet its values while the next block's softmax is computed. They are kept as
-    # integers, as what is a number across the loop's end would travel through shared memory.
-    held_row = (tl.load(table + first) * KV_HEADS + kv_head) * BLOCK_SIZE
-    held = tl.zeros([TILE, BLOCK_SIZE], tl.int16)
-    shrink = tl.full([TILE], 1.0, tl.float32)
     for index in tl.range(first, full, num_stages=STAGES):
         cache_row = (tl.load(table + index) * KV_HEADS + kv_head) * BLOCK_SIZE
         scores = _scores(
             query, keys, cache_row, index * BLOCK_SIZE + key, position, scale, softcap, False, WINDOW, SOFTCAP
         )
-        if OVERLAP:
-            v = values.load([held_row, 0]).to(query.dtype)
-            sums = tl.dot(held.to(v.dtype, bitcast=True), v, sums * shrink[:, None])
         best, total, shrink, weights = _weights(scores, best, total, factor, True)
-        if OVERLAP:
-            held = weights.to(query.dtype).to(tl.int16, bitcast=True)
-            held_row = cache_row
-        else:
-            v = values.load([cache_row, 0]).to(query.dtype)
-            sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None])
-    if OVERLAP:
-        v = values.load([held_row, 0]).to(query.dtype)
-        sums = tl.dot(held.to(v.dtype, bitcast=True), v, sums * shrink[:, None])
+        v = values.load([cache_row, 0]).to(query.dtype)
+        sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None])
     for index in tl.range(full, end, num_stages=STAGES if WINDOW > 0 else 1):
         cache_row = (tl.load(table + index) * KV_HEADS + kv_head) * BLOCK_SIZE
         scores = _scores(
