@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import interpreted
 
 from octavo_engine.core.messages import Submit
+from octavo_engine.core.step import Admission, StepItem, StepPlan
 from octavo_engine.kernels import sampling
 from octavo_engine.kernels.sampling import SampleRow
+from octavo_engine.models import gpu_decoder
 from octavo_engine.runner import gpu_steps
 from octavo_engine.runner.layout import Layout, Tiling
 from octavo_engine.sampling_params import SamplingParams
@@ -250,6 +253,80 @@ def test_a_steady_step_makes_no_tensor(monkeypatch: pytest.MonkeyPatch):
     assert count > 3
     # Those are the interpreter's: it makes copies of a kernel's arguments.
     assert seen.operations <= {"aten.empty.memory_format", "aten.new_empty.default"}
+
+
+@pytest.fixture
+def rows_of_mlps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many tokens each launched MLP was, since the test began."""
+    rows: list[int] = []
+    activate = gpu_decoder.silu_mul
+
+    def counted(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        rows.append(len(out))
+        activate(gate_up, out)
+
+    monkeypatch.setattr(gpu_decoder, "silu_mul", counted)
+    return rows
+
+
+def test_the_last_layer_of_a_prompt_ends_with_the_tokens_that_yield_logits(monkeypatch, rows_of_mlps):
+    model = replace(interpreted.MODEL, num_layers=2, windows=(None, None))
+    made = interpreted.steps(monkeypatch, model)
+    prompts = [[3 + (7 * i + 41 * n) % 190 for i in range(9 + 8 * n)] for n in range(3)]
+    # The second is a chunk of a longer prompt.
+    items = [StepItem(row, 0, len(of), [2 * row, 2 * row + 1], samples=row != 1) for row, of in enumerate(prompts)]
+    for item, tokens in zip(items, prompts, strict=True):
+        item.admission = Admission([*tokens, 5], len(tokens), sampling_of(), (), 0)
+
+    launched = made.launch(StepPlan(items))
+
+    assert rows_of_mlps == [51, 2]
+    tokens = made.collect(launched).tokens
+    logits = made._decoder.logits[:2].float()
+    for of, row, token in zip((prompts[0], prompts[2]), logits, tokens, strict=True):
+        expected = interpreted.logits_of(of, model)[-1]
+        assert (row - expected).norm() < 0.01 * expected.norm()
+        assert token == int(row.argmax())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "max_tokens", "graphs", "rows"),
+    [((40,), 16, (), [0, 0, 1]), ((40, 20), 44, GRAPHS[2:3], [1, 12])],
+    ids=["launched", "graphs"],
+)
+def test_tokens_after_prompts_in_chunks_are_the_references(monkeypatch, rows_of_mlps, sizes, max_tokens, graphs, rows):
+    made = interpreted.steps(monkeypatch, graphs=graphs, max_tokens=max_tokens)
+    prompts = [[3 + (7 * i + 41 * n) % 190 for i in range(size)] for n, size in enumerate(sizes)]
+
+    results = interpreted.generate(interpreted.engine_of(made), [(of, sampling_of(max_tokens=2)) for of in prompts])
+
+    assert rows_of_mlps == rows
+    for prompt, (tokens, _) in zip(prompts, results, strict=True):
+        assert len(tokens) == 2
+        logits = interpreted.logits_of([*prompt, *tokens])[len(prompt) - 1 : -1]
+        assert all(float(row.max() - row[token]) < 0.05 for row, token in zip(logits, tokens, strict=True))
+
+
+def test_a_prompt_that_is_scored_goes_through_the_whole_model(monkeypatch, rows_of_mlps):
+    made = interpreted.steps(monkeypatch, max_tokens=24)
+    engine = interpreted.engine_of(made)
+    prompt = [3 + 7 * i % 190 for i in range(40)]
+    for name, of, params in (
+        ("beside", prompt[:9], sampling_of()), ("scored", prompt, sampling_of(prompt_logprobs=1, max_tokens=1)),
+    ):  # fmt: skip
+        engine.submit(Submit(name, of, params))
+    told = None
+    while engine.has_work:
+        for event in engine.step().events:
+            assert event.error is None
+            told = event.prompt_logprobs or told
+
+    assert rows_of_mlps == [24, 24, 3]
+    assert told is not None
+    expected = interpreted.logits_of(prompt).log_softmax(-1)
+    assert len(told) == len(prompt) - 1
+    for row, found, token in zip(expected, told, prompt[1:], strict=False):
+        assert abs(found.logprob - float(row[token])) < 0.05
 
 
 def test_deterministic_steps_give_the_same_bits_alone_in_company_launched_and_in_graphs(monkeypatch):

@@ -99,3 +99,10 @@ def test_an_id_that_is_on_the_device_only_is_left_to_it():
     words = pack(items, exact(items, USUAL), admissions, NOBODY, [None], BLOCK_SIZE, KV_HEADS, USUAL)
 
     assert list(words[:2]) == [-1, 12]
+
+
+@pytest.mark.parametrize("num_scored", [0, 3])
+def test_a_step_says_whether_prompts_are_scored(num_scored):
+    items = [StepItem(0, 5, 1, [], True), StepItem(1, 0, 4, [], True, num_scored=num_scored)]
+
+    assert exact(items, USUAL).scored == (num_scored > 0)

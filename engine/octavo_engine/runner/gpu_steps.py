@@ -272,7 +272,7 @@ class GpuSteps:
         tiles = self._described[at : at + 4 * layout.tiles].view(-1, 4) if layout.tiles else None
         at += 4 * layout.tiles
         ends = None if layout.ends is None else self._described[at : at + layout.ends]
-        return DeviceStep(ids, rows, positions, layout.decodes, parts, tiles, ends)
+        return DeviceStep(ids, rows, positions, layout.decodes, parts, tiles, ends, layout.scored)
 
     # ---- rows that want more than the draw of the step's sampler
 

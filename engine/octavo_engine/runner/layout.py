@@ -29,13 +29,15 @@ class Tiling:
 class Layout:
     """How a step is described: decodes, prompt tokens, their tiles, and tokens that yield logits, padding included.
 
-    ends is None where each token does, which are decodes then.
+    ends is None where each token does, which are decodes then. scored: prompts' log-probabilities are asked for, which
+    need logits of tokens that yield none.
     """
 
     decodes: int
     prompt_tokens: int = 0
     tiles: int = 0
     ends: int | None = None
+    scored: bool = False
 
     @property
     def tokens(self) -> int:
@@ -58,7 +60,8 @@ def exact(items: Sequence[StepItem], tiling: Tiling) -> Layout:
     sampled = sum(item.samples for item in items)
     tiles = sum(-(-item.count // tiling.tokens) for item in items if item.count > 1 or tiling.alike)
     tokens = sum(item.count for item in items)
-    return Layout(decodes, tokens - decodes, tiles, None if sampled == tokens else sampled)
+    scored = any(item.num_scored for item in items)
+    return Layout(decodes, tokens - decodes, tiles, None if sampled == tokens else sampled, scored)
 
 
 def pack(
