@@ -2,9 +2,10 @@
 
     PYTHONPATH=engine python benchmarks/gpu.py [--output FILE] [--only decode,b1_1024_128] [--profile 128x1024]
 
-Decode: time per output token at a context of 1,056 to 1,184 tokens, as (time for 160 tokens - time for 32) / 128 of
-`batch` requests at once, beside the floor: weights and KV cache read once at this device's copy rate, or the products
-at its matrix rate where that takes longer.
+Decode: time per output token at a context of 1,056 to 1,184 tokens of `batch` requests at once, beside the floor:
+weights and KV cache read once at this device's copy rate, or the products at its matrix rate where that takes longer.
+The peer's is (time for 160 tokens - time for 32) / 128, whose steps are the same; here they are timed alone, as two
+times of 256 prompts differ by more than 128 steps' noise (15.9 to 18.0 ms on an H200).
 """
 
 from __future__ import annotations
@@ -56,12 +57,15 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--trace", action="store_true", help="where the time of workloads goes, by kind of step")
-    parser.add_argument("--early-launch", action="store_true", help="launch kernels before the one in front has ended")
+    parser.add_argument(
+        "--early-launch", type=int, default=early_launch.TOKENS,
+        help="tokens up to which a step's kernels are launched before the one in front has ended",
+    )  # fmt: skip
     parser.add_argument("--fused-up-to", type=int, help="tokens up to which a step takes the fused road")
     parser.add_argument("--deterministic", action="store_true", help="measure what the mode costs")
     parser.add_argument("--kv-cache-dtype", default="auto", help="auto, fp8_e4m3 or fp8_e5m2")
     arguments = parser.parse_args()
-    early_launch.ENABLED = arguments.early_launch
+    early_launch.TOKENS = arguments.early_launch
     if arguments.fused_up_to:
         gpu_decoder.FUSED_TOKENS = arguments.fused_up_to
     only = [name for name in arguments.only.split(",") if name] or ["attention", "decode", *WORKLOADS]
@@ -117,6 +121,8 @@ def main() -> None:
     run(engine, fixed(4, 100, 8))
     for which in filter(None, arguments.profile.split(",")):
         profile(engine, which)
+    gc.collect()  # a profile leaves millions of objects, and a collection among the steps then takes 0.1 s
+    gc.freeze()
     for name in only:
         if name == "decode":
             decode(engine, copy, peer, result, [int(batch) for batch in arguments.batches.split(",")])
@@ -191,13 +197,18 @@ class TracingRunner:
         return sampled
 
 
-def run(engine: Engine, requests: Workload) -> float:
-    """Seconds to finish all of them."""
-    torch.cuda.synchronize()
+def submit(engine: Engine, requests: Workload) -> None:
     began = time.monotonic()
     for index, (prompt, output) in enumerate(requests):
         sampling = SamplingParams(temperature=1.0, max_tokens=output, ignore_eos=True)
         engine.submit(Submit(f"{began}-{index}", prompt, sampling))
+
+
+def run(engine: Engine, requests: Workload) -> float:
+    """Seconds to finish all of them."""
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    submit(engine, requests)
     tokens = 0
     while engine.has_work:
         tokens += sum(len(event.token_ids) for event in engine.step().events)
@@ -209,10 +220,7 @@ def run(engine: Engine, requests: Workload) -> float:
 def decode(engine: Engine, copy: float, peer: dict, result: dict[str, Any], batches: list[int]) -> None:
     rows = {}
     for batch in batches:
-        times = []
-        for _ in range(3):
-            long, short = run(engine, fixed(batch, 1024, 160)), run(engine, fixed(batch, 1024, 32))
-            times.append((long - short) / 128 * 1e3)
+        times = [steady_ms(engine, batch) for _ in range(3)]
         ms = statistics.median(times)
         weights = max(15.01e9 / copy / 1e9, batch * 15.01e9 / 690e12 * 1e3)
         floor = weights + batch * 1120 * result["kv_bytes_per_token"] / copy / 1e9
@@ -222,6 +230,21 @@ def decode(engine: Engine, copy: float, peer: dict, result: dict[str, Any], batc
         }  # fmt: skip
         print("decode", batch, rows[batch], flush=True)
     result["decode"] = rows
+
+
+def steady_ms(engine: Engine, batch: int) -> float:
+    """Of a step, over the 128 that take the contexts of `batch` requests from 1,056 to 1,184 tokens on average."""
+    submit(engine, fixed(batch, 1024, 160 + batch // 4 + 32))
+    while engine.scheduler.waiting or sum(r.num_tokens for r in engine.scheduler.running) < batch * 1056:
+        engine.step()
+    began = time.monotonic()
+    for _ in range(128):
+        engine.step()
+    ms = (time.monotonic() - began) / 128 * 1e3
+    assert len(engine.scheduler.running) == batch, "some have ended"
+    while engine.has_work:
+        engine.step()
+    return ms
 
 
 def profile(engine: Engine, which: str) -> None:

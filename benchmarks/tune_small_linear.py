@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import triton
 
-from octavo_engine.kernels.gpu.small_linear import Shape, num_shares, small_linear
+from octavo_engine.kernels.gpu.small_linear import Partial, Shape, num_shares, small_linear
 
 # name: outputs, inputs, gated, ends a residual branch
 PRODUCTS = {
@@ -29,6 +29,7 @@ PRODUCTS = {
     "head": (128256, 4096, False, False),
 }
 SHARED_MEMORY = 220_000
+SHARES_OF_MEMORY = (SHARED_MEMORY, 112_000, 74_000)
 
 
 def candidates(tokens: int, outputs: int, inputs: int, gated: bool) -> list[Shape]:
@@ -43,16 +44,19 @@ def candidates(tokens: int, outputs: int, inputs: int, gated: bool) -> list[Shap
                 found.append(Shape(width, depth, stages, warps))
         return found
     columns = max(16, triton.next_power_of_2(tokens))
-    for width, depth, stages, warps in itertools.product(
-        (16, 32, 64, 128), (64, 128, 256, 512), (2, 3, 4, 6), (2, 4, 8)
-    ):
-        tile = (width * (2 if gated else 1) + columns) * depth * 2
-        programs = outputs // width
-        if tile * stages > SHARED_MEMORY or tile * stages < 32_000 or programs < 100 or inputs % depth:
+    for rows, depth, splits in itertools.product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8)):
+        width = rows // 2 if gated else rows
+        tile = (rows + columns) * depth * 2
+        programs = outputs // width * splits
+        if width < 16 or rows < columns // 2 or rows > 8 * columns or not 8192 <= tile <= 65536:
             continue
-        if width * columns * (2 if gated else 1) > 32 * warps * 128 or width < 16 * (warps // 4):
+        if inputs % (splits * depth) or not 120 <= programs <= (2100 if splits == 1 else 600):
             continue
-        found.append(Shape(width, depth, stages, warps))
+        # As many stages as fit where one, two or three programs share a multiprocessor.
+        for stages in sorted({min(8, budget // tile, inputs // splits // depth) for budget in SHARES_OF_MEMORY}):
+            if stages >= 2 and tile * stages >= 32_000:
+                many = (2, 4) if rows <= 32 else (4,) if rows == 64 else (4, 8)
+                found += [Shape(width, depth, stages, warps, splits) for warps in many]
     return found
 
 
@@ -72,16 +76,21 @@ class Case:
         self.gated, self.ends = gated, ends
         self.residual, self.norm = random(tokens, outputs), random(outputs)
         self.shares_in = torch.rand(128, tokens, device="cuda")
+        self.partial = Partial.allocate(tokens, torch.device("cuda"))
         self.tokens = tokens
 
     def call(self, shape: Shape, weight: torch.Tensor) -> None:
         if self.ends:
             shares = torch.empty(num_shares(self.out.shape[1], shape), self.tokens, device="cuda")
             small_linear(
-                self.x, weight, self.out, shape=shape, residual=self.residual, next_norm=self.norm, shares=shares
-            )
+                self.x, weight, self.out, shape=shape, residual=self.residual, next_norm=self.norm, shares=shares,
+                partial=self.partial,
+            )  # fmt: skip
         else:
-            small_linear(self.x, weight, self.out, shape=shape, norm_shares=self.shares_in, eps=1e-5, gated=self.gated)
+            small_linear(
+                self.x, weight, self.out, shape=shape, norm_shares=self.shares_in, eps=1e-5, gated=self.gated,
+                partial=self.partial,
+            )  # fmt: skip
 
     def cublas(self, weight: torch.Tensor) -> None:
         torch.mm(self.x, weight.t(), out=self.wide)
@@ -151,7 +160,7 @@ def main() -> None:
         row = {
             "product": name, "tokens": tokens, "cublas_us": round(cublas, 2),
             "TBps": round(nbytes / finals[0][0] / 1e6, 3),
-            "best": [(round(us, 2), s.width, s.depth, s.stages, s.warps) for us, s in finals],
+            "best": [(round(us, 2), s.width, s.depth, s.stages, s.warps, s.splits) for us, s in finals],
         }  # fmt: skip
         rows.append(row)
         print(json.dumps(row), flush=True)

@@ -151,13 +151,13 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         shape = small_linear.choose_shape(columns, outputs, inputs, gated, shared_memory)
         common = {
             "INPUTS": inputs, "OUTPUTS": outputs, "WIDTH": shape.width, "COLUMNS": columns, "DEPTH": shape.depth,
-            "STAGES": shape.stages, "GATED": gated, "FULL": False,
+            "STAGES": shape.stages, "SPLITS": 2, "GATED": gated, "FULL": False,
         }  # fmt: skip
         if gated:
-            types = [HALF, HALF, FLOAT, "i32", HALF, "i32", "fp32"]
+            types = [HALF, HALF, FLOAT, "i32", HALF, FLOAT, INT, "i32", "fp32"]
             found.append((name, small_linear._small_linear, types, {**nothing, **common, "SHARES": 128}, shape.warps))
         else:
-            types = [HALF, HALF, "i32", HALF, HALF, FLOAT, HALF, "i32", "fp32"]
+            types = [HALF, HALF, "i32", HALF, HALF, FLOAT, HALF, FLOAT, INT, "i32", "fp32"]
             values = {"bias": None, "norm_shares": None, **common, "SHARES": 1}
             found.append((name, small_linear._small_linear, types, values, shape.warps))
     return found

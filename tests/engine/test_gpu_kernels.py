@@ -74,10 +74,10 @@ def launch(request, monkeypatch):
 
     The interpreter knows no launches: there it is tried that what such a kernel does early is the same work.
     """
-    monkeypatch.setattr(early_launch, "ENABLED", request.param)
+    monkeypatch.setattr(early_launch, "TOKENS", 10**6 * request.param)
     if request.param and not ON_GPU:
         for module in (small_linear, decode_module):
-            monkeypatch.setattr(module, "early_launch", lambda: {"EARLY": True})
+            monkeypatch.setattr(module, "early_launch", lambda tokens: {"EARLY": True})
             monkeypatch.setattr(module, "begin", nothing)
             monkeypatch.setattr(module, "prefetch", nothing)
 
@@ -314,26 +314,34 @@ def test_draws_follow_the_distribution():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "outputs", "inputs"), [(1, 96, 128), (1, 130, 192), (5, 130, 192), (33, 64, 256), (64, 4096, 512)]
+    ("tokens", "outputs", "inputs", "splits"),
+    [(1, 96, 128, 1), (1, 130, 192, 1), (5, 130, 192, 1), (5, 130, 192, 3), (33, 64, 256, 4), (64, 4096, 512, 2)],
 )
-def test_small_linear_fuses_what_surrounds_it(launch, tokens, outputs, inputs):
+def test_small_linear_fuses_what_surrounds_it(launch, tokens, outputs, inputs, splits):
     x, weight, bias = random(tokens, inputs), random(outputs, inputs) / 16, random(outputs)
-    shape = small_linear.Shape(32, 64, 3, 4)
+    shape, partial = small_linear.Shape(32, 64, 3, 4, splits), small_linear.Partial.allocate(tokens, DEVICE)
     shares = torch.rand(3, tokens, device=DEVICE) * 50
     out = torch.full((tokens, outputs), float("nan"), device=DEVICE, dtype=DTYPE)
 
-    small_linear.small_linear(x, weight, out, shape=shape, bias=bias, norm_shares=shares, eps=1e-5)
+    small_linear.small_linear(
+        x, weight, out, shape=shape, bias=bias, norm_shares=shares, eps=1e-5, partial=partial
+    )  # fmt: skip
     assert_close(out, small_linear.reference(x, weight, bias=bias, norm_shares=shares, eps=1e-5)[0])
 
     gate_up = random(2 * outputs, inputs) / 16
-    small_linear.small_linear(x, gate_up, out, shape=shape, norm_shares=shares, eps=1e-5, gated=True)
+    small_linear.small_linear(
+        x, gate_up, out, shape=shape, norm_shares=shares, eps=1e-5, gated=True, partial=partial
+    )  # fmt: skip
     assert_close(out, small_linear.reference(x, gate_up, norm_shares=shares, eps=1e-5, gated=True)[0])
 
     residual, weight_of_norm = random(tokens, outputs), random(outputs)
     expected, total, squares = small_linear.reference(x, weight, residual=residual, next_norm=weight_of_norm)
     after = torch.zeros(small_linear.num_shares(outputs, shape), tokens, device=DEVICE)
-    small_linear.small_linear(x, weight, out, shape=shape, residual=residual, next_norm=weight_of_norm, shares=after)
+    small_linear.small_linear(
+        x, weight, out, shape=shape, residual=residual, next_norm=weight_of_norm, shares=after, partial=partial
+    )  # fmt: skip
 
+    assert not partial.finished.any()
     assert_close(out, expected)
     assert_close(residual, total)
     assert_close(after.sum(0), squares)

@@ -25,6 +25,7 @@ from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, prefill_atte
 from octavo_engine.kernels.gpu.rope_kv import rope_kv
 from octavo_engine.kernels.gpu.silu_mul import silu_mul
 from octavo_engine.kernels.gpu.small_linear import (
+    Partial,
     Shape,
     choose_shape,
     num_shares,
@@ -100,6 +101,7 @@ class GpuDecoder:
         self._end_attended = buffer(max_seqs, width)
         self._scratch = Scratch.allocate(max_seqs, config.num_heads, config.num_kv_heads, config.head_dim, like.device)
         self._shares = buffer(2, -(-config.hidden_size // 4) * FUSED_TOKENS, dtype=torch.float32)
+        self._partial = Partial.allocate(FUSED_TOKENS, like.device)
         self._shared_memory = shared_memory_bytes(like.device)
         self._products = Products(like.device)
         self.deterministic = deterministic
@@ -194,22 +196,22 @@ class GpuDecoder:
         for index, weights in enumerate(self._layers):
             small_linear(
                 normed, weights["qkv"], qkv, shape=qkv_shape, bias=weights.get("qkv_bias"), norm_shares=before,
-                eps=config.norm_eps,
+                eps=config.norm_eps, partial=self._partial,
             )  # fmt: skip
             self._attend(index, weights, step, qkv, attended)
             small_linear(
                 attended, weights["output"], normed, shape=out_shape, bias=weights.get("output_bias"),
-                residual=residual, next_norm=weights["mlp_norm"], shares=after_out,
+                residual=residual, next_norm=weights["mlp_norm"], shares=after_out, partial=self._partial,
             )  # fmt: skip
             small_linear(
                 normed, weights["gate_up"], active, shape=gate_shape, norm_shares=after_out, eps=config.norm_eps,
-                gated=True,
+                gated=True, partial=self._partial,
             )  # fmt: skip
             last = index + 1 == config.num_layers
             following = self._tensors["final_norm"] if last else self._layers[index + 1]["attention_norm"]
             small_linear(
                 active, weights["down"], normed, shape=down_shape, bias=weights.get("down_bias"), residual=residual,
-                next_norm=following, shares=after_down,
+                next_norm=following, shares=after_down, partial=self._partial,
             )  # fmt: skip
             before = after_down
         logits = self.logits[:count]

@@ -103,7 +103,7 @@ def decode_attention(
         scale * LOG2_E * (of_keys or 1.0), softcap, of_keys, of_values, KV_HEADS=kv_heads, GROUP=group,
         HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), BLOCK_SIZE=block_size,
         ROWS=max(16, triton.next_power_of_2(group)), WINDOW=window or 0, SOFTCAP=softcap > 0, STAGES=num_stages,
-        WORDS=PART_WORDS, num_warps=num_warps if block_size <= 64 else 4, **early_launch(),
+        WORDS=PART_WORDS, num_warps=num_warps if block_size <= 64 else 4, **early_launch(out.shape[0]),
     )  # fmt: skip
 
 

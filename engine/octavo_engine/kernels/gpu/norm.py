@@ -19,7 +19,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, out: Tensor, eps: 
     tokens, hidden = x.shape
     _add_rms_norm[(tokens,)](
         x, residual, weight, out, eps, hidden, triton.next_power_of_2(hidden), num_warps=_warps(hidden),
-        **early_launch(),
+        **early_launch(tokens),
     )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def embed_rms_norm(
     tokens, hidden = residual.shape
     _embed_rms_norm[(tokens,)](
         ids, rows, positions, token_ids, token_ids.stride(0), embedding, weight, residual, out, shares, eps, hidden,
-        triton.next_power_of_2(hidden), num_warps=_warps(hidden), **early_launch(),
+        triton.next_power_of_2(hidden), num_warps=_warps(hidden), **early_launch(tokens),
     )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_engine.kernels import kv_scales, rms_norm
-from octavo_engine.kernels.gpu.early_launch import begin, early_launch
 from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 
 HEADS_AT_ONCE = 4
@@ -36,7 +35,7 @@ def rope_kv(
         qkv, qkv.stride(0), cos, sin, rows, positions, block_tables, block_tables.stride(0), kv_cache[0], kv_cache[1],
         query_norm, key_norm, eps, *of_cache(kv_cache, scales), HEADS=total - 2 * kv_heads, KV_HEADS=kv_heads,
         HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), BLOCK_SIZE=block_size, AT_ONCE=HEADS_AT_ONCE,
-        num_warps=1, **early_launch(),
+        num_warps=1,
     )  # fmt: skip
 
 
@@ -66,10 +65,8 @@ def _head_norm(low, high, weight, column, inside, eps, HALF: tl.constexpr):
 def _rope_kv(
     qkv, stride_token, cos, sin, rows, positions, block_tables, stride_table, keys, values, query_norm, key_norm, eps,
     key_scale, value_scale, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        begin()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE)
     column = tl.arange(0, HALF_BLOCK)

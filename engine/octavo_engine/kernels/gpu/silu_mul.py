@@ -6,21 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_engine.kernels.gpu.early_launch import begin, early_launch
-
 BLOCK = 1024
 
 
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     """gate_up: [num_tokens, 2 * inner], gate first; out: [num_tokens, inner]. Reference: kernels/silu_mul.py."""
     tokens, inner = out.shape
-    _silu_mul[(tokens, triton.cdiv(inner, BLOCK))](gate_up, out, inner, BLOCK, num_warps=4, **early_launch())
+    _silu_mul[(tokens, triton.cdiv(inner, BLOCK))](gate_up, out, inner, BLOCK, num_warps=4)
 
 
 @triton.jit
-def _silu_mul(gate_up, out, INNER: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    if EARLY:
-        begin()
+def _silu_mul(gate_up, out, INNER: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < INNER

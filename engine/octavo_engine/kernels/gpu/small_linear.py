@@ -1,8 +1,9 @@
 """Products of a few tokens with a weight matrix, bound by reading the weights, with what surrounds them fused in.
 
 The weights fill the rows of the matrix unit and the tokens its columns, so that few tokens waste nothing. A program
-owns WIDTH rows of the weights and reads them once, from end to end: no split over the inner dimension, so the sum's
-order is fixed and the result does not depend on the batch.
+owns WIDTH rows of the weights and reads them once. Each program reads the tokens, too, from the second-level cache:
+many of them want many rows to a program, and a narrow matrix then has too few programs, so that its inner dimension is
+split. The parts are added up in their order by the program that ends last.
 
 RMSNorm is spread over the products around it. A product that ends a residual branch adds the residual, stores the sum,
 stores it again times the weight of the norm that follows, and stores its share of the sum of squares; the product that
@@ -24,16 +25,39 @@ from octavo_engine.kernels.gpu.early_launch import LINE, begin, early_launch, pr
 
 MAX_TOKENS = 128
 """Tokens that a program holds at most."""
+MAX_SPLIT_OUTPUTS = 1 << 16
+"""Outputs times parts of a product that is split; a matrix with more outputs has programs enough."""
+MIN_WIDTH = 16
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a product is cut: rows of weights per program, inner elements per step, steps in flight, warps."""
+    """How a product is cut: rows of weights per program, inner elements per step, steps in flight, warps, parts of the
+    inner dimension.
+    """
 
     width: int
     depth: int
     stages: int
     warps: int
+    splits: int = 1
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Where the parts of a product meet."""
+
+    sums: Tensor  # float32
+    finished: Tensor  # [programs] int32, zero between launches
+
+    @classmethod
+    def allocate(cls, tokens: int, device: torch.device) -> Partial:
+        """For products of up to so many tokens."""
+        columns = _columns(tokens)
+        return cls(
+            torch.empty(MAX_SPLIT_OUTPUTS * columns, dtype=torch.float32, device=device),
+            torch.zeros(MAX_SPLIT_OUTPUTS // MIN_WIDTH, dtype=torch.int32, device=device),
+        )
 
 
 def choose_shape(
@@ -76,6 +100,10 @@ def shared_memory_bytes(device: torch.device) -> int:
     return int(properties["max_shared_mem"])
 
 
+def _columns(tokens: int) -> int:
+    return min(max(16, triton.next_power_of_2(tokens)), MAX_TOKENS)
+
+
 def num_shares(outputs: int, shape: Shape) -> int:
     return triton.cdiv(outputs, shape.width)
 
@@ -83,13 +111,14 @@ def num_shares(outputs: int, shape: Shape) -> int:
 def small_linear(
     x: Tensor, weight: Tensor, out: Tensor, *, shape: Shape, bias: Tensor | None = None,
     norm_shares: Tensor | None = None, eps: float = 0.0, gated: bool = False, residual: Tensor | None = None,
-    next_norm: Tensor | None = None, shares: Tensor | None = None,
+    next_norm: Tensor | None = None, shares: Tensor | None = None, partial: Partial | None = None,
 ) -> None:  # fmt: skip
     """out = x · weightᵀ + bias, with:
 
     norm_shares: [n, tokens] float32, x is normed by the root of their total over its width;
     gated: weight is gate over up, and out their silu(gate) * up; bias must be None then;
-    residual: [tokens, outputs], the sum goes there, and out becomes sum * next_norm, shares [n, tokens] its squares.
+    residual: [tokens, outputs], the sum goes there, and out becomes sum * next_norm, shares [n, tokens] its squares;
+    partial: for a shape with splits.
     x: [tokens, inputs], weight: [outputs, inputs] (twice the outputs when gated), out: [tokens, outputs].
     """
     tokens, inputs = x.shape
@@ -97,14 +126,16 @@ def small_linear(
     if tokens == 1:
         _one_token(x, weight, out, shape, bias, norm_shares, eps, gated, residual, next_norm, shares)
         return
-    columns = max(16, triton.next_power_of_2(tokens))
-    grid = (triton.cdiv(outputs, shape.width), triton.cdiv(tokens, MAX_TOKENS))
+    columns = _columns(tokens)
+    assert shape.splits == 1 or (partial and outputs * (2 if gated else 1) * shape.splits <= MAX_SPLIT_OUTPUTS)
+    grid = (triton.cdiv(outputs, shape.width), triton.cdiv(tokens, MAX_TOKENS), shape.splits)
     _small_linear[grid](
         x, weight, bias, norm_shares, 0 if norm_shares is None else norm_shares.shape[0], residual, next_norm, shares,
-        out, tokens, eps, INPUTS=inputs, OUTPUTS=outputs, WIDTH=shape.width, COLUMNS=min(columns, MAX_TOKENS),
-        DEPTH=shape.depth, STAGES=shape.stages, GATED=gated,
+        out, partial.sums if partial else None, partial.finished if partial else None, tokens, eps, INPUTS=inputs,
+        OUTPUTS=outputs, WIDTH=shape.width, COLUMNS=columns, DEPTH=shape.depth, STAGES=shape.stages,
+        SPLITS=shape.splits, GATED=gated,
         SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]),
-        FULL=tokens % min(columns, MAX_TOKENS) == 0, num_warps=shape.warps, **early_launch(),
+        FULL=tokens % columns == 0, num_warps=shape.warps, **early_launch(tokens),
     )  # fmt: skip
 
 
@@ -117,7 +148,7 @@ def _one_token(
         x, weight, bias, norm_shares, 0 if norm_shares is None else norm_shares.shape[0], residual, next_norm, shares,
         out, eps, INPUTS=inputs, OUTPUTS=outputs, WIDTH=shape.width, DEPTH=shape.depth, STAGES=shape.stages,
         GATED=gated, SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]),
-        num_warps=shape.warps, **early_launch(),
+        num_warps=shape.warps, **early_launch(1),
     )  # fmt: skip
 
 
@@ -167,9 +198,10 @@ def _one_token_linear(
 
 @triton.jit(do_not_specialize=["tokens", "num_norm_shares"])
 def _small_linear(
-    x, weight, bias, norm_shares, num_norm_shares, residual, next_norm, shares, out, tokens, eps,
+    x, weight, bias, norm_shares, num_norm_shares, residual, next_norm, shares, out, partial, finished, tokens, eps,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, SHARES: tl.constexpr, FULL: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr, SHARES: tl.constexpr, FULL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     output = program * WIDTH + tl.arange(0, WIDTH)
@@ -182,10 +214,14 @@ def _small_linear(
     # Tokens past the end read nothing: all programs asking for the same row sixteen times slowed a product by 7 %.
     # Where there are none, the mask itself would cost 6 % at 64 tokens.
     at_x = token[None, :] * INPUTS + inner[:, None]
+    EACH: tl.constexpr = INPUTS // SPLITS
+    split = tl.program_id(2)
+    at_weight += split * EACH
+    at_x += split * EACH
     if EARLY:
         # As much as the loop asks for before it computes.
-        LINES: tl.constexpr = min(DEPTH * max(STAGES - 1, 1), INPUTS) * 2 // LINE
-        at_line = tl.where(is_output, output, 0).to(tl.int64)[:, None] * INPUTS
+        LINES: tl.constexpr = min(DEPTH * max(STAGES - 1, 1), EACH) * 2 // LINE
+        at_line = tl.where(is_output, output, 0).to(tl.int64)[:, None] * INPUTS + split * EACH
         at_line += (tl.arange(0, triton.next_power_of_2(LINES)) % LINES * (LINE // 2))[None, :]
         prefetch(weight + at_line)
         if GATED:
@@ -200,7 +236,7 @@ def _small_linear(
         )  # fmt: skip
     sums = tl.zeros([WIDTH, COLUMNS], tl.float32)
     up_sums = tl.zeros([WIDTH, COLUMNS], tl.float32)
-    for start in tl.range(0, INPUTS, DEPTH, num_stages=STAGES):
+    for start in tl.range(0, EACH, DEPTH, num_stages=STAGES):
         w = tl.load(weight + at_weight + start, eviction_policy="evict_first")
         v = tl.load(x + at_x + start) if FULL else tl.load(x + at_x + start, mask=is_token[None, :], other=0.0)
         sums = tl.dot(w, v, sums)
@@ -208,15 +244,36 @@ def _small_linear(
             u = tl.load(weight + OUTPUTS * INPUTS + at_weight + start, eviction_policy="evict_first")
             up_sums = tl.dot(u, v, up_sums)
     mask = is_output[:, None] & is_token[None, :]
-    if norm_shares is not None:
-        scale = tl.rsqrt(tl.sum(squares, 0) / INPUTS + eps)[None, :]
-        sums *= scale
-        up_sums *= scale
-    to = token.to(tl.int64)[None, :] * OUTPUTS + output[:, None]
-    _finish(
-        sums, up_sums, output, is_output, to, mask, bias, residual, next_norm, shares, program, tokens, token, is_token,
-        out, GATED,
-    )  # fmt: skip
+    is_last = True
+    if SPLITS > 1:
+        tile = tl.program_id(1) * tl.num_programs(0) + program
+        at_part = tl.arange(0, WIDTH)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        PART: tl.constexpr = WIDTH * COLUMNS * (2 if GATED else 1)
+        parts = partial + tile * (SPLITS * PART) + at_part
+        tl.store(parts + split * PART, sums)
+        if GATED:
+            tl.store(parts + split * PART + WIDTH * COLUMNS, up_sums)
+        tl.debug_barrier()  # every thread's part is written before the count says so
+        is_last = tl.atomic_add(finished + tile, 1, sem="acq_rel") == SPLITS - 1
+        if is_last:
+            tl.store(finished + tile, 0)
+            sums = tl.zeros([WIDTH, COLUMNS], tl.float32)
+            up_sums = tl.zeros([WIDTH, COLUMNS], tl.float32)
+            for part in tl.static_range(SPLITS):
+                # From the second-level cache: the first-level one of this processor may hold an older product's.
+                sums += tl.load(parts + part * PART, cache_modifier=".cg")
+                if GATED:
+                    up_sums += tl.load(parts + part * PART + WIDTH * COLUMNS, cache_modifier=".cg")
+    if is_last:
+        if norm_shares is not None:
+            scale = tl.rsqrt(tl.sum(squares, 0) / INPUTS + eps)[None, :]
+            sums *= scale
+            up_sums *= scale
+        to = token.to(tl.int64)[None, :] * OUTPUTS + output[:, None]
+        _finish(
+            sums, up_sums, output, is_output, to, mask, bias, residual, next_norm, shares, program, tokens, token,
+            is_token, out, GATED,
+        )  # fmt: skip
 
 
 @triton.jit
