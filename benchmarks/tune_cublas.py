@@ -2,9 +2,10 @@
 
     PYTHONPATH=engine python benchmarks/tune_cublas.py [--tokens 80,128,...] [--table FILE]
 
-Prints, for each product and number of tokens: microseconds with torch.mm, with the best algorithm, its place in the
-ranking, and the share of the floor (weights read at --copy TB/s, or the products at --matrix TFLOP/s). --table: what
-kernels/gpu/cublas_table.json holds, with what was found for this device and version put in.
+Prints, for each product and number of tokens: microseconds with torch, with the best algorithm, its place in the
+ranking, and the share of the floor (weights read at --copy TB/s, which is measured unless given, or the products at
+--matrix TFLOP/s). --table: what kernels/gpu/cublas_table.json holds, with what was found for this device and version
+put in.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from gpu import copy_rate
 
-from octavo_engine.kernels.gpu.cublas import TABLE, Lt
-from octavo_engine.models.gpu_decoder import FUSED_TOKENS
+from octavo_engine.kernels.gpu.cublas import TABLE, Lt, entry
 from octavo_engine.runner.gpu_steps import GRAPH_SIZES
 
 SHAPES = {
@@ -29,6 +30,10 @@ SHAPES = {
     "down": (4096, 14336),
     "head": (128256, 4096),
 }
+ADDED = ("output", "down")
+"""Products that a step adds to the residual."""
+FEWEST = 24
+"""Tokens: where the fused road ends differs by device, and fewer always take it."""
 WORTH_IT = 1.02
 """An algorithm is taken in place of torch's choice from this ratio of their times on: below, it is noise."""
 
@@ -36,8 +41,11 @@ LONG_ENOUGH_US = 15e3
 """Measured for so long, a time varies by less than WORTH_IT."""
 
 
-def _mm(x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor) -> None:
-    torch.mm(x, weight.t(), out=out)
+def _torchs(x: torch.Tensor, out: torch.Tensor, add: bool, weight: torch.Tensor) -> None:
+    if add:
+        out.addmm_(x, weight.t())
+    else:
+        torch.mm(x, weight.t(), out=out)
 
 
 def timed(call: Callable[[torch.Tensor], None], weights: list[torch.Tensor]) -> float:
@@ -65,13 +73,14 @@ def timed(call: Callable[[torch.Tensor], None], weights: list[torch.Tensor]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    sizes = [*(size for size in GRAPH_SIZES if size > FUSED_TOKENS), 2048, 4096, 8192]
+    sizes = [*(size for size in GRAPH_SIZES if size >= FEWEST), 2048, 4096, 8192]
     parser.add_argument("--tokens", default=",".join(map(str, sizes)))
-    parser.add_argument("--copy", type=float, default=3.03)
+    parser.add_argument("--copy", type=float)
     parser.add_argument("--matrix", type=float, default=690)
     parser.add_argument("--only", default="")
     parser.add_argument("--table", type=Path)
     arguments = parser.parse_args()
+    copy = arguments.copy or copy_rate()
     lt = Lt(torch.device("cuda"))
     layers = {"qkv": 32, "output": 32, "gate_up": 32, "down": 32, "head": 1}
     table = json.loads(TABLE.read_text())
@@ -84,16 +93,20 @@ def main() -> None:
             many = max(1, min(6, (200 << 20) // (n * k * 2)))
             weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(many)]
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-            torch_us = timed(partial(_mm, x, out), weights)
+            add = name in ADDED
+            start = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)
+            out = start.clone()
+            # Timed, products are added to the same sums again and again, which stay far from infinity.
+            torch_us = timed(partial(_torchs, x, out, add), weights)
             ranked = lt.candidates(m, n, k)
-            expected = torch.mm(x, weights[0].t()).float()
+            expected = torch.mm(x, weights[0].t()).float() + (start.float() if add else 0)
             times = []
             for place, algorithm in enumerate(ranked):
 
-                def run(weight: torch.Tensor, algorithm=algorithm, x=x, out=out) -> None:
-                    lt.run(algorithm, x, weight, out)
+                def run(weight: torch.Tensor, algorithm=algorithm, x=x, out=out, add=add) -> None:
+                    lt.run(algorithm, x, weight, out, add)
 
+                out.copy_(start)
                 try:
                     run(weights[0])
                 except RuntimeError as error:
@@ -106,11 +119,11 @@ def main() -> None:
             if not times:
                 continue
             best_us, best = min(times)
-            of_shape = known.setdefault(f"{n} x {k}", {})
+            of_shape = known.setdefault(entry(n, k, add), {})
             of_shape.pop(str(m), None)
             if torch_us / best_us >= WORTH_IT:
                 of_shape[str(m)] = best
-            floor = max(n * k * 2 / arguments.copy / 1e6, 2 * m * n * k / arguments.matrix / 1e6)
+            floor = max(n * k * 2 / copy / 1e6, 2 * m * n * k / arguments.matrix / 1e6)
             print(
                 f"{m:5d} {name:8s} torch {torch_us:8.1f}  best {best_us:8.1f} (no. {best} of {len(ranked)},"
                 f" {torch_us / best_us:.3f} x)  floor {floor:8.1f} {floor / torch_us:.2f} -> {floor / best_us:.2f}",

@@ -47,7 +47,7 @@ SHARED_MEMORY = {"80": 163 * 1024, "89": 99 * 1024, "90": 227 * 1024, "100": 227
 def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any], int]]:
     """name, kernel, types of the arguments that are not compile-time values, those values, warps."""
     found: list[tuple[str, Any, list[str], dict[str, Any], int]] = [
-        ("add_rms_norm", norm._add_rms_norm, [HALF] * 4 + ["fp32"], {"HIDDEN": 4096, "BLOCK": 4096}, 8),
+        ("rms_norm", norm._rms_norm, [HALF] * 3 + ["fp32"], {"HIDDEN": 4096, "BLOCK": 4096}, 8),
         (
             "embed_rms_norm", norm._embed_rms_norm,
             [INT] * 4 + ["i32"] + [HALF] * 4 + [FLOAT, "fp32"], {"HIDDEN": 4096, "BLOCK": 4096}, 8,
@@ -137,13 +137,13 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         {**nothing, "INPUTS": 4096, "OUTPUTS": 14336, "WIDTH": one.width, "DEPTH": one.depth, "STAGES": one.stages,
          "GATED": True, "SHARES": 128}, one.warps,
     ))  # fmt: skip
-    for outputs in (4096, 28672):
+    for outputs, add in ((4096, True), (28672, False)):
         width = invariant_linear.tile_width(outputs)
         found.append((
             f"invariant_linear_{width}", invariant_linear._invariant_linear, [HALF, HALF, HALF, "i32"],
             {"bias": None, "INPUTS": 4096, "OUTPUTS": outputs, "ROWS": invariant_linear.ROWS, "WIDTH": width,
              "DEPTH": invariant_linear.DEPTH, "GROUP": invariant_linear.GROUP,
-             "STAGES": invariant_linear.num_stages(width, shared_memory)}, 4,
+             "STAGES": invariant_linear.num_stages(width, shared_memory), "ADD": add}, 4,
         ))  # fmt: skip
     for name, columns, outputs, inputs, gated in (
         ("small_linear_gated", 64, 14336, 4096, True), ("small_linear_down", 16, 4096, 14336, False),

@@ -74,17 +74,21 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 # ---- kernels
 
 
-@pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(1, 96, 128), (130, 200, 96), (65, 16400, 64)])
-def test_a_product_is_the_references_and_each_tokens_own(tokens: int, outputs: int, inputs: int):
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "inputs", "add"),
+    [(1, 96, 128, False), (130, 200, 96, False), (65, 16400, 64, False), (1, 96, 128, True), (130, 200, 96, True)],
+)
+def test_a_product_is_the_references_and_each_tokens_own(tokens: int, outputs: int, inputs: int, add: bool):
     x, weight, bias = random(tokens, inputs), random(outputs, inputs) / 8, random(outputs)
-    out = torch.full((tokens, outputs), float("nan"), device=DEVICE, dtype=DTYPE)
+    start = random(tokens, outputs) if add else torch.full((tokens, outputs), float("nan"), device=DEVICE, dtype=DTYPE)
+    out = start.clone()
 
-    invariant_linear.invariant_linear(x, weight, bias, out, SHARED_MEMORY)
+    invariant_linear.invariant_linear(x, weight, bias, out, SHARED_MEMORY, add)
 
-    assert_close(out, invariant_linear.reference(x, weight, bias))
+    assert_close(out, invariant_linear.reference(x, weight, bias) + (start.float() if add else 0))
     for first, end in ((0, 1), (tokens - 1, tokens), (tokens // 2, tokens)):
-        few = torch.empty(end - first, outputs, device=DEVICE, dtype=DTYPE)
-        invariant_linear.invariant_linear(x[first:end].clone(), weight, bias, few, SHARED_MEMORY)
+        few = start[first:end].clone()
+        invariant_linear.invariant_linear(x[first:end].clone(), weight, bias, few, SHARED_MEMORY, add)
         assert torch.equal(few, out[first:end])
 
 

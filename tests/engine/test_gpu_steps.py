@@ -269,8 +269,9 @@ def rows_of_mlps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-def test_the_last_layer_of_a_prompt_ends_with_the_tokens_that_yield_logits(monkeypatch, rows_of_mlps):
-    model = replace(interpreted.MODEL, num_layers=2, windows=(None, None))
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_the_last_layer_of_a_prompt_ends_with_the_tokens_that_yield_logits(monkeypatch, rows_of_mlps, biased):
+    model = replace(interpreted.MODEL, num_layers=2, windows=(None, None), output_bias=biased, mlp_bias=biased)
     made = interpreted.steps(monkeypatch, model)
     prompts = [[3 + (7 * i + 41 * n) % 190 for i in range(9 + 8 * n)] for n in range(3)]
     # The second is a chunk of a longer prompt.

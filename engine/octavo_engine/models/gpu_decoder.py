@@ -1,9 +1,9 @@
 """The decoder family on a GPU: the same function as decoder.py, as kernels over buffers that are allocated once.
 
 Up to FUSED_TOKENS tokens a step is bound by reading the weights, and takes the fused road of
-kernels/gpu/small_linear.py; beyond, the products are cuBLAS's and norms and activations kernels of their own. With
---deterministic every step takes the second road, with products and an attention that are the same for any number of
-tokens. Called by runner/gpu_steps.py.
+kernels/gpu/small_linear.py; beyond, the products are cuBLAS's, which adds them to the residual itself (1 % of a
+prompt), and norms and activations kernels of their own. With --deterministic every step takes the second road, with
+products and an attention that are the same for any number of tokens. Called by runner/gpu_steps.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from octavo_engine.kernels.gpu.cublas import Products
 from octavo_engine.kernels.gpu.decode_attention import Scratch, decode_attention
 from octavo_engine.kernels.gpu.invariant_attention import invariant_attention, tile_tokens
 from octavo_engine.kernels.gpu.invariant_linear import invariant_linear
-from octavo_engine.kernels.gpu.norm import add_rms_norm, embed_rms_norm
+from octavo_engine.kernels.gpu.norm import embed_rms_norm, rms_norm
 from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, prefill_attention
 from octavo_engine.kernels.gpu.rope_kv import rope_kv
 from octavo_engine.kernels.gpu.silu_mul import silu_mul
@@ -88,7 +88,6 @@ class GpuDecoder:
         def buffer(*shape: int, dtype: torch.dtype = like.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=like.device)
 
-        self._x = buffer(max_tokens, config.hidden_size)
         self._residual = buffer(max_tokens, config.hidden_size)
         self._normed = buffer(max_tokens, config.hidden_size)
         self._qkv = buffer(max_tokens, config.qkv_size)
@@ -96,7 +95,6 @@ class GpuDecoder:
         self._gate_up = buffer(max_tokens, 2 * config.intermediate_size)
         self._active = buffer(max_tokens, config.intermediate_size)
         self.logits = buffer(max_seqs, config.vocab_size)
-        self._end_x = buffer(max_seqs, config.hidden_size)
         self._end_residual = buffer(max_seqs, config.hidden_size)
         self._end_attended = buffer(max_seqs, width)
         self._scratch = Scratch.allocate(max_seqs, config.num_heads, config.num_kv_heads, config.head_dim, like.device)
@@ -125,7 +123,7 @@ class GpuDecoder:
 
     def _plain(self, step: DeviceStep) -> Tensor:
         config, count, ends = self.config, step.ids.shape[0], step.logit_tokens
-        x, residual, normed = self._x[:count], self._residual[:count], self._normed[:count]
+        residual, normed = self._residual[:count], self._normed[:count]
         qkv, attended = self._qkv[:count], self._attended[:count]
         embed_rms_norm(
             step.ids, step.rows, step.positions, self._token_ids, self._tensors["embedding"],
@@ -133,43 +131,41 @@ class GpuDecoder:
         )  # fmt: skip
         for index, weights in enumerate(self._layers):
             if index:
-                add_rms_norm(x, residual, weights["attention_norm"], normed, config.norm_eps)
+                rms_norm(residual, weights["attention_norm"], normed, config.norm_eps)
             self._linear(normed, weights["qkv"], weights.get("qkv_bias"), qkv)
             self._attend(index, weights, step, qkv, attended)
             if ends is not None and not step.scored and index + 1 == config.num_layers:
                 # What the last layer makes of the other tokens nobody reads: 2.4 % of a prompt of 8,192.
                 attended = _rows(attended, ends, self._end_attended)
                 residual = _rows(residual, ends, self._end_residual)
-            x = self._after_attention(weights, attended, residual)
+            self._after_attention(weights, attended, residual)
         if ends is not None and step.scored:
-            x, residual = _rows(x, ends, self._end_x), _rows(residual, ends, self._end_residual)
-        normed = self._normed[: x.shape[0]]
-        add_rms_norm(x, residual, self._tensors["final_norm"], normed, config.norm_eps)
-        logits = self.logits[: x.shape[0]]
+            residual = _rows(residual, ends, self._end_residual)
+        normed = self._normed[: residual.shape[0]]
+        rms_norm(residual, self._tensors["final_norm"], normed, config.norm_eps)
+        logits = self.logits[: residual.shape[0]]
         self._linear(normed, self._head, None, logits)
         return logits
 
-    def _after_attention(self, weights: dict[str, Tensor], attended: Tensor, residual: Tensor) -> Tensor:
-        """The rest of a layer, token by token; returns what is yet to be added to the residual."""
+    def _after_attention(self, weights: dict[str, Tensor], attended: Tensor, residual: Tensor) -> None:
+        """The rest of a layer, token by token; writes the residual."""
         count = attended.shape[0]
-        x, normed = self._x[:count], self._normed[:count]
-        gate_up, active = self._gate_up[:count], self._active[:count]
-        self._linear(attended, weights["output"], weights.get("output_bias"), x)
-        add_rms_norm(x, residual, weights["mlp_norm"], normed, self.config.norm_eps)
+        normed, gate_up, active = self._normed[:count], self._gate_up[:count], self._active[:count]
+        self._add(attended, weights["output"], weights.get("output_bias"), residual)
+        rms_norm(residual, weights["mlp_norm"], normed, self.config.norm_eps)
         self._linear(normed, weights["gate_up"], weights.get("gate_up_bias"), gate_up)
         silu_mul(gate_up, active)
-        self._linear(active, weights["down"], weights.get("down_bias"), x)
-        return x
+        self._add(active, weights["down"], weights.get("down_bias"), residual)
 
     def logits_of(self, first: int, end: int) -> Tensor:
         """Logits of a few tokens of the last step, [end - first, vocab], newly allocated.
 
         Only after a step that was scored: in others the last layer left them out.
         """
-        x, residual = self._x[first:end], self._residual[first:end].clone()  # the norm adds to it in place
-        normed = torch.empty_like(x)
-        add_rms_norm(x, residual, self._tensors["final_norm"], normed, self.config.norm_eps)
-        logits = torch.empty(end - first, self.config.vocab_size, dtype=x.dtype, device=x.device)
+        residual = self._residual[first:end]
+        normed = torch.empty_like(residual)
+        rms_norm(residual, self._tensors["final_norm"], normed, self.config.norm_eps)
+        logits = residual.new_empty(end - first, self.config.vocab_size)
         self._linear(normed, self._head, None, logits)
         return logits
 
@@ -261,6 +257,15 @@ class GpuDecoder:
             self._products.mm(x, weight, out)
         else:
             torch.addmm(bias, x, weight.t(), out=out)
+
+    def _add(self, x: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor) -> None:
+        """into += x · weightᵀ + bias"""
+        if self.deterministic:
+            invariant_linear(x, weight, bias, into, self._shared_memory, add=True)
+            return
+        if bias is not None:
+            into.add_(bias)
+        self._products.add(x, weight, into)
 
 
 def _rows(of: Tensor, indices: Tensor, buffer: Tensor) -> Tensor:

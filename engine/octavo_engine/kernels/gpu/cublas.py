@@ -2,7 +2,7 @@
 
 cuBLAS ranks its algorithms by a model of the chip and takes the first; on an H100 others are up to 20 % faster. The
 table names them by their place in that ranking, which is the same for a version of the library and a kind of device:
-elsewhere it is not used, and torch.mm takes what cuBLAS proposes. `benchmarks/tune_cublas.py` writes it.
+elsewhere it is not used, and torch takes what cuBLAS proposes. `benchmarks/tune_cublas.py` writes it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 TABLE = Path(__file__).with_name("cublas_table.json")
-"""{device: {version of cublasLt: {"outputs x inputs": {tokens: place}}}}"""
+"""{device: {version of cublasLt: {"outputs x inputs": {tokens: place}}}}, with " +" for products that are added."""
 CANDIDATES = 8
 """Algorithms that cuBLAS is asked for: a place in the table counts in a ranking of so many."""
 WORKSPACE_BYTES = 64 << 20
@@ -34,17 +34,22 @@ def places(table: Mapping[str, Any], device: str, version: int) -> Places:
     return found
 
 
-def place(known: Places, tokens: int, outputs: int, inputs: int) -> int | None:
+def entry(outputs: int, inputs: int, add: bool = False) -> str:
+    """A matrix's name in the table. Added to what is there, its products are other kernels with other times."""
+    return f"{outputs} x {inputs}" + " +" * add
+
+
+def place(known: Places, tokens: int, outputs: int, inputs: int, add: bool = False) -> int | None:
     """The algorithm to take, or None where cuBLAS's own choice is the best known."""
-    return known.get(f"{outputs} x {inputs}", {}).get(str(tokens))
+    return known.get(entry(outputs, inputs, add), {}).get(str(tokens))
 
 
 class Products:
-    """out = x · weightᵀ on one device and one stream."""
+    """x · weightᵀ on one device and one stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._known: Places = {}
-        self._taken: dict[tuple[int, int, int], Algorithm | None] = {}
+        self._taken: dict[tuple[int, int, int, bool], Algorithm | None] = {}
         if device.type == "cuda" and torch.version.cuda:
             self._lt = Lt(device)
             name = torch.cuda.get_device_name(device)
@@ -52,16 +57,27 @@ class Products:
 
     def mm(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         """x: [tokens, inputs], weight: [outputs, inputs], out: [tokens, outputs], all contiguous and of one type."""
-        shape = x.shape[0], *weight.shape
-        if shape not in self._taken:
-            number = place(self._known, *shape) if x.dtype is torch.bfloat16 else None
-            ranked = [] if number is None else self._lt.candidates(*shape)
-            self._taken[shape] = ranked[number] if number is not None and number < len(ranked) else None
-        algorithm = self._taken[shape]
+        algorithm = self._algorithm(x, weight, add=False)
         if algorithm is None:
             torch.mm(x, weight.t(), out=out)
         else:
             self._lt.run(algorithm, x, weight, out)
+
+    def add(self, x: Tensor, weight: Tensor, into: Tensor) -> None:
+        """into += x · weightᵀ, the sum rounded once. Shapes as in `mm`."""
+        algorithm = self._algorithm(x, weight, add=True)
+        if algorithm is None:
+            into.addmm_(x, weight.t())
+        else:
+            self._lt.run(algorithm, x, weight, into, add=True)
+
+    def _algorithm(self, x: Tensor, weight: Tensor, add: bool) -> Algorithm | None:
+        product = x.shape[0], weight.shape[0], weight.shape[1], add
+        if product not in self._taken:
+            number = place(self._known, *product) if x.dtype is torch.bfloat16 else None
+            ranked = [] if number is None else self._lt.candidates(*product[:3])
+            self._taken[product] = ranked[number] if number is not None and number < len(ranked) else None
+        return self._taken[product]
 
 
 class _Result(ctypes.Structure):
@@ -110,7 +126,10 @@ class Lt:
         return int(self._library.cublasLtGetVersion())
 
     def candidates(self, tokens: int, outputs: int, inputs: int, many: int = CANDIDATES) -> list[Algorithm]:
-        """The best algorithms for a shape in the order in which cuBLAS ranks them, `many` at most."""
+        """The best algorithms for a shape in the order in which cuBLAS ranks them, `many` at most.
+
+        The ranking does not know whether the product will be added, and `run` may refuse one of them then.
+        """
         layouts = self._layout(inputs, outputs), self._layout(inputs, tokens), self._layout(outputs, tokens)
         results, found = (_Result * many)(), ctypes.c_int()
         self._call(
@@ -119,13 +138,15 @@ class Lt:
         )  # fmt: skip
         return [Algorithm(layouts, result) for result in results[: found.value]]
 
-    def run(self, algorithm: Algorithm, x: Tensor, weight: Tensor, out: Tensor) -> None:
+    def run(self, algorithm: Algorithm, x: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> None:
+        """add: to what is in `out`, instead of writing over it."""
         of_weight, of_x, of_out = algorithm.layouts
         to = ctypes.c_void_p(out.data_ptr())
+        factor = self._one if add else self._zero  # of the matrix that is added, which is `out` itself
         self._call(
             "cublasLtMatmul", self._handle, self._product, ctypes.byref(self._one),
             ctypes.c_void_p(weight.data_ptr()), of_weight, ctypes.c_void_p(x.data_ptr()), of_x,
-            ctypes.byref(self._zero), to, of_out, to, of_out, ctypes.byref(algorithm.result),
+            ctypes.byref(factor), to, of_out, to, of_out, ctypes.byref(algorithm.result),
             ctypes.c_void_p(self._workspace.data_ptr()), ctypes.c_size_t(WORKSPACE_BYTES),
             ctypes.c_void_p(torch.cuda.current_stream(out.device).cuda_stream),
         )  # fmt: skip

@@ -29,24 +29,26 @@ def num_stages(width: int, shared_memory_bytes: int) -> int:
     return max(min(4, shared_memory_bytes // (2 * DEPTH * (ROWS + width))), 1)
 
 
-def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, shared_memory_bytes: int) -> None:
+def invariant_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, shared_memory_bytes: int, add: bool = False
+) -> None:
     """out = x · weightᵀ + bias. x: [tokens, inputs], weight: [outputs, inputs], out: [tokens, outputs].
 
-    shared_memory_bytes: what a program may have on this device.
+    shared_memory_bytes: what a program may have on this device. add: to what is in `out`, the sum rounded once.
     """
     tokens, inputs = x.shape
     outputs = out.shape[1]
     width = tile_width(outputs)
     _invariant_linear[(triton.cdiv(tokens, ROWS) * triton.cdiv(outputs, width),)](
         x, weight, bias, out, tokens, INPUTS=inputs, OUTPUTS=outputs, ROWS=ROWS, WIDTH=width, DEPTH=DEPTH, GROUP=GROUP,
-        STAGES=num_stages(width, shared_memory_bytes), num_warps=4,
+        STAGES=num_stages(width, shared_memory_bytes), ADD=add, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _invariant_linear(
     x, weight, bias, out, tokens, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     in_group = GROUP * tl.cdiv(OUTPUTS, WIDTH)
@@ -65,14 +67,17 @@ def _invariant_linear(
             v = tl.load(x + at_x + start, mask=is_token[:, None], other=0.0)
             w = tl.load(weight + at_weight + start)
         else:
-            inside = start + inner < INPUTS
-            v = tl.load(x + at_x + start, mask=is_token[:, None] & inside[None, :], other=0.0)
-            w = tl.load(weight + at_weight + start, mask=inside[:, None], other=0.0)
+            is_inner = start + inner < INPUTS
+            v = tl.load(x + at_x + start, mask=is_token[:, None] & is_inner[None, :], other=0.0)
+            w = tl.load(weight + at_weight + start, mask=is_inner[:, None], other=0.0)
         sums = tl.dot(v, w, sums)
     if bias is not None:
         sums += tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)[None, :]
     to = out + token.to(tl.int64)[:, None] * OUTPUTS + output[None, :]
-    tl.store(to, sums.to(out.dtype.element_ty), mask=is_token[:, None] & is_output[None, :])
+    inside = is_token[:, None] & is_output[None, :]
+    if ADD:
+        sums += tl.load(to, mask=inside, other=0.0).to(tl.float32)
+    tl.store(to, sums.to(out.dtype.element_ty), mask=inside)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Residual add and RMSNorm in one pass, and the embedding in front of the first one.
+"""RMSNorm, and the embedding in front of the first one. The residual's sum is the products' (models/gpu_decoder.py).
 
 One program per token, the row in registers: a row of 8,192 numbers is 64 registers of a thread in eight warps.
 """
@@ -10,17 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_engine.kernels import rms_norm
+from octavo_engine.kernels import rms_norm as plain
 from octavo_engine.kernels.gpu.early_launch import begin, early_launch
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, out: Tensor, eps: float) -> None:
-    """residual += x; out = norm(residual) * weight. All [num_tokens, hidden] of one dtype; weight [hidden]."""
+def rms_norm(x: Tensor, weight: Tensor, out: Tensor, eps: float) -> None:
+    """out = norm(x) * weight. x, out: [num_tokens, hidden] of one dtype; weight [hidden]."""
     tokens, hidden = x.shape
-    _add_rms_norm[(tokens,)](
-        x, residual, weight, out, eps, hidden, triton.next_power_of_2(hidden), num_warps=_warps(hidden),
-        **early_launch(tokens),
-    )  # fmt: skip
+    _rms_norm[(tokens,)](x, weight, out, eps, hidden, triton.next_power_of_2(hidden), num_warps=_warps(hidden))
 
 
 def embed_rms_norm(
@@ -42,9 +39,8 @@ def embed_rms_norm(
     )  # fmt: skip
 
 
-def reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(norm(x + residual) * weight, x + residual)"""
-    return rms_norm.reference(x, weight, eps, residual)
+def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return plain.reference(x, weight, eps)[0]
 
 
 def _warps(hidden: int) -> int:
@@ -60,20 +56,13 @@ def _normed(v, weight, column, inside, eps, HIDDEN: tl.constexpr):
 
 
 @triton.jit
-def _add_rms_norm(
-    x, residual, weight, out, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
-):  # fmt: skip
-    if EARLY:
-        begin()
+def _rms_norm(x, weight, out, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
     at = token * HIDDEN + column
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    v += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    kept = v.to(residual.dtype.element_ty)
-    tl.store(residual + at, kept, mask=inside)
-    y = _normed(kept.to(tl.float32), weight, column, inside, eps, HIDDEN)
+    y = _normed(v, weight, column, inside, eps, HIDDEN)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -109,4 +98,4 @@ def reference_embed(
     row, position = rows.long(), positions.long()
     index = torch.where(ids >= 0, ids, token_ids[row, position])
     token_ids[row, position] = index
-    return rms_norm.reference(embedding[index.long()], weight, eps)
+    return plain.reference(embedding[index.long()], weight, eps)
