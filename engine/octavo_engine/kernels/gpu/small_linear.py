@@ -25,7 +25,7 @@ from octavo_engine.kernels.gpu.early_launch import LINE, begin, early_launch, pr
 
 MAX_TOKENS = 128
 """Tokens that a program holds at most."""
-MAX_SPLIT_OUTPUTS = 1 << 16
+MAX_SPLIT_OUTPUTS = 1 << 15
 """Outputs times parts of a product that is split; a matrix with more outputs has programs enough."""
 MIN_WIDTH = 16
 
@@ -65,9 +65,10 @@ def choose_shape(
 ) -> Shape:
     """What `benchmarks/tune_small_linear.py` found for the shapes of 8 billion parameters, carried over by size.
 
-    Narrow matrices are cut finely, so that each multiprocessor gets two programs or more; wide ones coarsely, so that
-    the tokens are read less often. shared_memory_bytes: what a program may have on this device.
+    Narrow matrices are cut so that each multiprocessor gets one program or two; wide ones coarsely, so that the tokens
+    are read less often. shared_memory_bytes: what a program may have on this device.
     """
+    narrow = outputs <= 2 * 132 * 16
     if tokens == 1:
         # A whole tile of 16 to 32 KiB is asked for at once, and a program has one or a few of them.
         if gated:
@@ -75,23 +76,29 @@ def choose_shape(
         else:
             shape = Shape(8, 2048, 1, 4) if outputs * inputs < 2**25 else Shape(4, 2048, 1, 8)
     elif gated:
-        shape = Shape(64, 128, 4 if tokens <= 32 else 3, 4)
+        shape = Shape(64, 128, 5, 4) if tokens <= 32 else Shape(64, 64, 4, 4)
     elif outputs > 32768:
-        shape = Shape(64, 128, 6, 4) if tokens <= 16 else Shape(128, 128, 2, 8)
-    elif tokens <= 32:
-        shape = Shape(32, 256, 6, 2) if inputs > 8192 else Shape(16, 256, 4, 2)
+        shape = Shape(128, 128, 3, 4) if tokens <= 16 else Shape(128, 128, 2, 8)
+    elif tokens <= 16:
+        shape = Shape(16, 256, 6, 2) if narrow else Shape(32, 256, 4, 2)
+    elif tokens <= 32 and narrow:
+        shape = Shape(32, 256, 6, 2)
     else:
-        shape = Shape(32, 256, 4, 4)
-    depth, stages = shape.depth, shape.stages
-    while inputs % depth:
+        # With 32 rows and no split the products of 64 tokens took 5.5 ms a step on an H200 (floor 3.5): the tokens came
+        # from the cache twice as often as the weights from memory.
+        shape = Shape(64, 128, 6 if narrow else 3, 4, splits=2)
+    depth, stages, splits = shape.depth, shape.stages, shape.splits
+    if inputs % (splits * 32) or outputs * splits > MAX_SPLIT_OUTPUTS:
+        splits = 1
+    while inputs % (splits * depth):
         depth //= 2
-    columns = 0 if tokens == 1 else min(max(16, triton.next_power_of_2(tokens)), MAX_TOKENS)
+    columns = 0 if tokens == 1 else _columns(tokens)
     row_bytes = 2 * (shape.width * (2 if gated else 1) + columns)
     while columns and depth * row_bytes * stages > shared_memory_bytes and stages > 2:
         stages -= 1
     while columns and depth * row_bytes * stages > shared_memory_bytes and depth > 32:
         depth //= 2
-    return Shape(shape.width, depth, stages, shape.warps)
+    return Shape(shape.width, depth, stages, shape.warps, splits)
 
 
 def shared_memory_bytes(device: torch.device) -> int:
