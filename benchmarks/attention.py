@@ -70,7 +70,7 @@ def _decode_us(batch: int, context: int, kind: torch.dtype) -> float:
         for cache in caches:
             decode_attention(qkv, turns, turns, cache, tables, parts, scratch, out, DIM**-0.5)
 
-    return 1e3 * milliseconds({"": _graph(run)})[""] / layers
+    return 1e3 * milliseconds({"": graph_of(run)})[""] / layers
 
 
 def prefill() -> dict[str, dict[str, float]]:
@@ -159,7 +159,7 @@ def _cache(blocks: int, block_size: int, kind: torch.dtype) -> torch.Tensor:
     return cache
 
 
-def _graph(run: Callable[[], object]) -> Callable[[], object]:
+def graph_of(run: Callable[[], object]) -> Callable[[], object]:
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -40,6 +40,8 @@ CHANGED = {
     "VOCAB": 128256, "RECORD": adjusted.record_words(128256), "MASK": adjusted.mask_words(128256),
     "ENTRIES": adjusted.ENTRIES, "HEADER": adjusted.HEADER,
 }  # fmt: skip
+CHUNKS = sample.arrangement(128256)
+PICK = {"VOCAB": 128256, "SLICES": 8, "SLICES_BLOCK": 8, **CHUNKS}
 HEADS = {"KV_HEADS": 8, "GROUP": 4}
 SHARED_MEMORY = {"80": 163 * 1024, "89": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}
 
@@ -83,11 +85,17 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         ),
         (
             "noisy_best", sample._noisy_best, [HALF, INT, INT, INT, FLOAT, LONG, FLOAT, FLOAT, INT],
-            {"VOCAB": 128256, "SLICE": 4096, "LANES": sample.LANES}, 4,
+            {"VOCAB": 128256, **CHUNKS, "AT_ONCE": 32}, sample.LANES // 32,
         ),
         (
-            "pick", sample._pick, [FLOAT, INT, INT, INT, INT, INT, "i32", "i32", INT],
-            {"special": None, "SLICES": 32, "SLICES_BLOCK": 32}, 1,
+            "pick", sample._pick,
+            [HALF, INT, INT, INT, FLOAT, LONG, FLOAT, FLOAT, INT, INT, "i32", "i32", INT],
+            {"special": None, **PICK}, sample.CHUNK // 32,
+        ),
+        (
+            "pick_special", sample._pick,
+            [HALF, INT, INT, INT, FLOAT, LONG, FLOAT, FLOAT, INT, INT, "i32", "i32", INT, INT],
+            PICK, sample.CHUNK // 32,
         ),
         (
             "note", adjusted._note, [INT, INT, SHORT, INT, INT, INT, INT, "i32"],
@@ -101,7 +109,7 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         (
             "adjusted_best", adjusted._adjusted_best,
             [HALF, INT, INT, INT, SHORT, INT, INT, INT, FLOAT, LONG, FLOAT, FLOAT, INT],
-            {**CHANGED, "SLICE": 4096, "LANES": sample.LANES}, 4,
+            {**CHANGED, **CHUNKS, "AT_ONCE": 8}, sample.LANES // 32,
         ),
         (
             "logprobs_of_slice", logprobs._of_slice, [HALF, INT, INT, "i32", FLOAT, FLOAT, INT],

@@ -20,7 +20,6 @@ from torch import Tensor
 from octavo_engine.core.engine import Engine
 from octavo_engine.core.messages import Submit, TokenLogprobs
 from octavo_engine.core.scheduler import Scheduler, SchedulerConfig
-from octavo_engine.kernels.gpu import adjusted, sample
 from octavo_engine.kernels.gpu.prebuilt import Compilations
 from octavo_engine.layers import rotary
 from octavo_engine.models import gpu_decoder
@@ -96,8 +95,6 @@ def steps(
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(gpu_decoder, "shared_memory_bytes", lambda device: 227 * 1024)
-    for module in (sample, adjusted):  # the vocabulary is small, and an interpreted slice of 4,096 takes 10 ms
-        monkeypatch.setattr(module, "SLICE", 4 * sample.LANES)
 
     def capture(self: GpuSteps, layout: Layout) -> None:
         self._graphs[layout] = Replayed(lambda: self._run(self._step(layout)))  # type: ignore[assignment]

@@ -137,6 +137,25 @@ def test_a_row_is_drawn_from_what_the_reference_changes(name: str):
         rows.history.append(follow)
 
 
+def test_a_row_that_changes_nothing_is_drawn_as_the_sampler_draws_it():
+    logits = (torch.randn(6, VOCAB, device=DEVICE) * 2).to(DTYPE)
+    state, scratch = sample.SamplingState.allocate(6, DEVICE), sample.SamplingScratch.allocate(6, VOCAB, DEVICE)
+    state.temperature.copy_(torch.tensor([0.0, 0.3, 1.0, 1.7, 1.0, 1.0]))
+    state.top_p[4], state.top_k[5] = 0.9, 30
+    state.seed.copy_(torch.arange(6) * 2**35 + 3)
+    adjustments = Adjustments.allocate(1, VOCAB, DEVICE)
+    masks = torch.full((1, mask_words(VOCAB)), -1, dtype=torch.int32, device=DEVICE)
+    token_ids = torch.zeros(6, LENGTH, dtype=torch.int32, device=DEVICE)
+    rows, positions = ints(range(6)), ints([5, 0, 7, 2, 2, 9])
+    special, usual, again = ints([[n, 0, 0] for n in range(6)]), ints([-7] * 6), ints([-7] * 6)
+
+    sample.sample(logits, rows, rows, positions, state, scratch, token_ids, usual)
+    sample_adjusted(logits, special, masks, rows, rows, positions, state, adjustments, scratch, token_ids, again)
+
+    assert again.tolist() == usual.tolist()
+    assert usual.min() >= 0
+
+
 def test_a_mask_leaves_the_tokens_of_its_bits_with_and_without_a_record():
     logits = torch.randn(VOCAB, device=DEVICE).to(DTYPE)
     mask = torch.zeros(mask_words(VOCAB), dtype=torch.int32, device=DEVICE)

@@ -22,7 +22,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_engine.kernels.gpu.sample import LANES, SLICE, SamplingScratch, SamplingState, _better, _noisy, _pick
+from octavo_engine.kernels.gpu.sample import (
+    CHUNK,
+    LANES,
+    LEAST,
+    SLICE,
+    SamplingScratch,
+    SamplingState,
+    _add_to_chunks,
+    _best_chunk,
+    _columns,
+    _columns_of_chunk,
+    _first_largest,
+    _num_pieces,
+    _pick,
+    _rate,
+    _token_of_chunk,
+    arrangement,
+)
 
 SEEN, LISTED, NUMBER = 0x8000, 0x4000, 0x3FFF
 """Of a word. Counts stop at 16,383."""
@@ -76,6 +93,7 @@ def sample_adjusted(
     m, vocab = special.shape[0], logits.shape[1]
     slices = triton.cdiv(vocab, SLICE)
     common = (logits, special, masks, adjustments.records, adjustments.words, tokens, rows, positions)
+    drawn = (state.temperature, state.seed, scratch.cutoff, scratch.best, scratch.index)
     sizes = {
         "VOCAB": vocab, "RECORD": record_words(vocab), "MASK": mask_words(vocab), "ENTRIES": ENTRIES, "HEADER": HEADER,
     }  # fmt: skip
@@ -88,12 +106,12 @@ def sample_adjusted(
         **sizes,
     )  # fmt: skip
     _adjusted_best[(m, slices)](
-        *common, state.temperature, state.seed, scratch.cutoff, scratch.best, scratch.index, SLICE=SLICE, LANES=LANES,
-        num_warps=4, **sizes,
+        *common, *drawn, AT_ONCE=8, num_warps=LANES // 32, **sizes, **arrangement(vocab),
     )  # fmt: skip
     _pick[(m,)](
-        scratch.best, scratch.index, tokens, rows, positions, token_ids, token_ids.stride(0), token_ids.shape[1], out,
-        special, SLICES=slices, SLICES_BLOCK=triton.next_power_of_2(slices), num_warps=1,
+        logits, tokens, rows, positions, *drawn, token_ids, token_ids.stride(0), token_ids.shape[1], out, special,
+        VOCAB=vocab, SLICES=slices, SLICES_BLOCK=triton.next_power_of_2(slices), num_warps=CHUNK // 32,
+        **arrangement(vocab),
     )  # fmt: skip
 
 
@@ -268,9 +286,11 @@ def _adjusted_cutoff(
 def _adjusted_best(
     logits, special, masks, records, words, tokens, rows, positions, temperatures, seeds, cutoff, best, index,
     VOCAB: tl.constexpr, RECORD: tl.constexpr, MASK: tl.constexpr, ENTRIES: tl.constexpr, HEADER: tl.constexpr,
-    SLICE: tl.constexpr, LANES: tl.constexpr,
+    PIECES: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """As sample.py's `_noisy_best`, with its noise."""
+    """As sample.py's `_noisy_best`, with its chunks and noise; but a token is drawn here, of each slice's best chunk.
+
+    Eight tokens of a thread at a time, as the code that changes a logit is long."""
     n = tl.program_id(0)
     part = tl.program_id(1)
     place = tl.load(special + 3 * n)
@@ -282,31 +302,37 @@ def _adjusted_best(
     word_row, record, mask, counts, masked, allows, repetition, presence, frequency = _header(
         special, n, masks, records, words, row, VOCAB, RECORD, MASK
     )
-    QUARTER: tl.constexpr = SLICE // 4
     lowest = tl.load(cutoff + n)
     seed = tl.load(seeds + row)
     greedy = temperature == 0
-    sharpness = 1.0 / tl.where(greedy, 1.0, temperature)
-    zero = tl.zeros([LANES], tl.int32)
-    top = tl.full([LANES], float("-inf"), tl.float32)
-    at = tl.zeros([LANES], tl.int32)
-    for quarter in range(4):
-        for start in range(0, QUARTER, LANES):
-            lane = start + tl.arange(0, LANES)
-            a, b, c, d = tl.philox(seed, part * QUARTER + lane, zero + length, zero, zero)
-            bits = tl.where(quarter == 0, a, tl.where(quarter == 1, b, tl.where(quarter == 2, c, d)))
-            column = part * SLICE + quarter * QUARTER + lane
-            inside = column < VOCAB
-            x = tl.load(base + column, mask=inside, other=float("-inf")).to(tl.float32)
-            x = _adjust(
-                x, column, inside, word_row, record, mask, counts, masked, allows, length, repetition, presence,
-                frequency, ENTRIES, HEADER,
-            )  # fmt: skip
-            score = tl.where(greedy, x, _noisy(x, sharpness, bits))
-            score = tl.where((x >= lowest) & inside, score, float("-inf"))
-            score = tl.where((x != x) | (x == float("inf")), float("inf"), score)
-            top, at = _better(top, at, score, column)
-    # Lanes hold their best in order of the columns, so that a tie is the first one's.
-    most = tl.max(top, 0)
-    tl.store(best + n * tl.num_programs(1) + part, most)
-    tl.store(index + n * tl.num_programs(1) + part, tl.min(tl.where(top == most, at, 2147483647), 0))
+    rate = _rate(tl.where(greedy, 1.0, temperature))
+    largest = tl.zeros([LANES], tl.float32) + tl.where(greedy, float("-inf"), LEAST)
+    total = tl.zeros([LANES], tl.float32)
+    first = tl.full([LANES], 2147483647, tl.int32)
+    for piece in range(0, _num_pieces(part, VOCAB, PIECES, LANES, GROUP), AT_ONCE // GROUP):
+        column = _columns(part, piece, AT_ONCE // GROUP, PIECES, LANES, GROUP)
+        inside = column < VOCAB
+        x = tl.load(base + column, mask=inside, other=float("-inf")).to(tl.float32)
+        x = _adjust(
+            x, column, inside, word_row, record, mask, counts, masked, allows, length, repetition, presence, frequency,
+            ENTRIES, HEADER,
+        )  # fmt: skip
+        if greedy:
+            largest, first = _first_largest(x, column, largest, first)
+        else:
+            largest, total = _add_to_chunks(x, lowest, rate, largest, total)
+    if greedy:
+        top = tl.max(largest, 0)
+        found = tl.min(tl.where(largest == top, first, 2147483647), 0)
+    else:
+        top, chunk = _best_chunk(largest, total, seed, length, part * LANES)
+        column = _columns_of_chunk(chunk, PIECES, LANES, GROUP)
+        inside = column < VOCAB
+        x = tl.load(base + column, mask=inside, other=float("-inf")).to(tl.float32)
+        x = _adjust(
+            x, column, inside, word_row, record, mask, counts, masked, allows, length, repetition, presence, frequency,
+            ENTRIES, HEADER,
+        )  # fmt: skip
+        found = _token_of_chunk(x, column, lowest, rate, seed, length)
+    tl.store(best + n * tl.num_programs(1) + part, top)
+    tl.store(index + n * tl.num_programs(1) + part, found)
