@@ -52,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", default="", help="names, comma-separated: attention, decode and workloads")
+    parser.add_argument("--repeats", type=int, default=3, help="of the decodes' measurement")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="of the decodes that are measured")
     parser.add_argument("--profile", default="", help="where the time of steps goes, BATCHxCONTEXT,NAME@STEP,...")
     parser.add_argument("--max-num-seqs", type=int, default=1024)
@@ -125,7 +126,8 @@ def main() -> None:
     gc.freeze()
     for name in only:
         if name == "decode":
-            decode(engine, copy, peer, result, [int(batch) for batch in arguments.batches.split(",")])
+            batches = [int(batch) for batch in arguments.batches.split(",")]
+            decode(engine, copy, peer, result, batches, arguments.repeats)
         else:
             workload(engine, name, peer, result, arguments.trace)
         keep()
@@ -217,10 +219,12 @@ def run(engine: Engine, requests: Workload) -> float:
     return time.monotonic() - began
 
 
-def decode(engine: Engine, copy: float, peer: dict, result: dict[str, Any], batches: list[int]) -> None:
+def decode(
+    engine: Engine, copy: float, peer: dict, result: dict[str, Any], batches: list[int], repeats: int
+) -> None:  # fmt: skip
     rows = {}
     for batch in batches:
-        times = [steady_ms(engine, batch) for _ in range(3)]
+        times = [steady_ms(engine, batch) for _ in range(repeats)]
         ms = statistics.median(times)
         weights = max(15.01e9 / copy / 1e9, batch * 15.01e9 / 690e12 * 1e3)
         floor = weights + batch * 1120 * result["kv_bytes_per_token"] / copy / 1e9

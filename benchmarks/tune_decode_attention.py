@@ -7,6 +7,7 @@ Prints microseconds of one layer with (programs wanted, least blocks of a part, 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tune_small_linear import timed
 
 HEADS, KV_HEADS, DIM, BLOCK_SIZE = 32, 8, 128, 64
+DEFAULT = decode_attention.PROGRAMS_WANTED, decode_attention.MIN_BLOCKS_PER_PART
 CASES = ((1, 1120), (8, 1120), (32, 1120), (64, 1120), (128, 1120), (256, 1120), (1, 16384), (16, 16384))
 
 
@@ -33,8 +35,9 @@ def measure(batch: int, context: int) -> list[tuple[float, int, int, int, int]]:
     cos = torch.randn(context, DIM // 2, device="cuda", dtype=torch.bfloat16)
     out = torch.empty(batch, HEADS * DIM, device="cuda", dtype=torch.bfloat16)
     scratch = decode_attention.Scratch.allocate(batch + 200, HEADS, KV_HEADS, DIM, torch.device("cuda"))
+    usual = decode_attention.PROGRAMS_WANTED, decode_attention.MIN_BLOCKS_PER_PART
     results = []
-    for wanted, least in itertools.product((264, 528, 1056), (1, 2, 4)):
+    for wanted, least in itertools.product((132, 264, 528), (1, 2, 3)):
         decode_attention.PROGRAMS_WANTED, decode_attention.MIN_BLOCKS_PER_PART = wanted, least
         words = decode_attention.plan_parts(list(range(batch)), [context - 1] * batch, BLOCK_SIZE, KV_HEADS)
         parts = torch.tensor(words, device="cuda").int().view(-1, decode_attention.PART_WORDS)
@@ -46,14 +49,23 @@ def measure(batch: int, context: int) -> list[tuple[float, int, int, int, int]]:
                 )
 
             results.append((round(timed(run, caches, 9), 2), wanted, least, warps, stages))
+    decode_attention.PROGRAMS_WANTED, decode_attention.MIN_BLOCKS_PER_PART = usual
     return sorted(results)
 
 
 def main() -> None:
-    for batch, context in CASES:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", default=",".join(f"{batch}x{context}" for batch, context in CASES))
+    for batch, context in (map(int, case.split("x")) for case in parser.parse_args().cases.split(",")):
         results = measure(batch, context)
         rate = batch * context * KV_HEADS * DIM * 4 / results[0][0] / 1e6
-        print(f"{batch} x {context}: {rate:.2f} TB/s", results[:5], flush=True)
+        print(
+            f"{batch} x {context}: {rate:.2f} TB/s",
+            results[:5],
+            "default",
+            [row for row in results if row[1:] == (*DEFAULT, 2, 2)],
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

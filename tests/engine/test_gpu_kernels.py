@@ -79,7 +79,7 @@ def launch(request, monkeypatch):
         for module in (small_linear, decode_module):
             monkeypatch.setattr(module, "early_launch", lambda tokens: {"EARLY": True})
             monkeypatch.setattr(module, "begin", nothing)
-            monkeypatch.setattr(module, "prefetch", nothing)
+        monkeypatch.setattr(decode_module, "prefetch", nothing)
 
 
 def random(*shape: int) -> Tensor:

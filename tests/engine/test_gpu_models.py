@@ -61,7 +61,9 @@ def make(folder: Path, architecture: str, extra: dict[str, Any]) -> Any:
     document = json.loads((folder / "config.json").read_text())
     document["architectures"] = [architecture]
     (folder / "config.json").write_text(json.dumps(document))
-    return model.to("cuda").eval()
+    # Loaded anew: the conversion above has rounded the rotation's frequencies to 16 bits as well, which turned the
+    # 700th token by another angle than published checkpoints do.
+    return kind.from_pretrained(folder, dtype=torch.bfloat16).to("cuda").eval()
 
 
 def engine_of(folder: Path, **settings: Any) -> Engine:

@@ -212,7 +212,9 @@ class GpuDecoder:
             before = after_down
         logits = self.logits[:count]
         head_shape = self._shape(count, config.vocab_size, hidden)
-        small_linear(normed, self._head, logits, shape=head_shape, norm_shares=before, eps=config.norm_eps)
+        small_linear(
+            normed, self._head, logits, shape=head_shape, norm_shares=before, eps=config.norm_eps, partial=self._partial
+        )
         return logits
 
     def _shape(self, tokens: int, outputs: int, inputs: int, gated: bool = False) -> Shape:

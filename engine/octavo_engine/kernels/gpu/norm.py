@@ -48,10 +48,9 @@ def _warps(hidden: int) -> int:
 
 
 @triton.jit
-def _normed(v, weight, column, inside, eps, HIDDEN: tl.constexpr):
+def _normed(v, w, eps, HIDDEN: tl.constexpr):
     # Rounded to the storage type before the weight, as published checkpoints were trained.
     scale = tl.rsqrt(tl.sum(v * v) / HIDDEN + eps)
-    w = tl.load(weight + column, mask=inside, other=0.0)
     return (v * scale).to(w.dtype).to(tl.float32) * w.to(tl.float32)
 
 
@@ -61,8 +60,9 @@ def _rms_norm(x, weight, out, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
     at = token * HIDDEN + column
+    w = tl.load(weight + column, mask=inside, other=0.0)  # beside the row, not after its sum
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    y = _normed(v, weight, column, inside, eps, HIDDEN)
+    y = _normed(v, w, eps, HIDDEN)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -80,14 +80,15 @@ def _embed_rms_norm(
     given = tl.load(ids + token)
     index = tl.where(given >= 0, given, tl.load(slot)).to(tl.int64)
     tl.store(slot, index.to(tl.int32))
+    w = tl.load(weight + column, mask=inside, other=0.0)
     v = tl.load(embedding + index * HIDDEN + column, mask=inside, other=0.0)
     tl.store(residual + token * HIDDEN + column, v, mask=inside)
     wide = v.to(tl.float32)
     if shares is not None:
         tl.store(shares + token, tl.sum(wide * wide))
-        y = wide * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        y = wide * w.to(tl.float32)
     else:
-        y = _normed(wide, weight, column, inside, eps, HIDDEN)
+        y = _normed(wide, w, eps, HIDDEN)
     tl.store(out + token * HIDDEN + column, y.to(out.dtype.element_ty), mask=inside)
 
 

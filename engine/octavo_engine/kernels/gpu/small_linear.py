@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_engine.kernels.gpu.early_launch import LINE, begin, early_launch, prefetch
+from octavo_engine.kernels.gpu.early_launch import begin, early_launch
 
 MAX_TOKENS = 128
 """Tokens that a program holds at most."""
@@ -134,7 +134,11 @@ def small_linear(
         _one_token(x, weight, out, shape, bias, norm_shares, eps, gated, residual, next_norm, shares)
         return
     columns = _columns(tokens)
-    assert shape.splits == 1 or (partial and outputs * (2 if gated else 1) * shape.splits <= MAX_SPLIT_OUTPUTS)
+    if shape.splits == 1:
+        partial = None
+    else:
+        assert partial, shape
+        assert outputs * (2 if gated else 1) * shape.splits <= MAX_SPLIT_OUTPUTS, shape
     grid = (triton.cdiv(outputs, shape.width), triton.cdiv(tokens, MAX_TOKENS), shape.splits)
     _small_linear[grid](
         x, weight, bias, norm_shares, 0 if norm_shares is None else norm_shares.shape[0], residual, next_norm, shares,
@@ -142,7 +146,7 @@ def small_linear(
         OUTPUTS=outputs, WIDTH=shape.width, COLUMNS=columns, DEPTH=shape.depth, STAGES=shape.stages,
         SPLITS=shape.splits, GATED=gated,
         SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]),
-        FULL=tokens % columns == 0, num_warps=shape.warps, **early_launch(tokens),
+        FULL=tokens % columns == 0, num_warps=shape.warps,
     )  # fmt: skip
 
 
@@ -208,7 +212,6 @@ def _small_linear(
     x, weight, bias, norm_shares, num_norm_shares, residual, next_norm, shares, out, partial, finished, tokens, eps,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr, SHARES: tl.constexpr, FULL: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     output = program * WIDTH + tl.arange(0, WIDTH)
@@ -225,15 +228,6 @@ def _small_linear(
     split = tl.program_id(2)
     at_weight += split * EACH
     at_x += split * EACH
-    if EARLY:
-        # As much as the loop asks for before it computes.
-        LINES: tl.constexpr = min(DEPTH * max(STAGES - 1, 1), EACH) * 2 // LINE
-        at_line = tl.where(is_output, output, 0).to(tl.int64)[:, None] * INPUTS + split * EACH
-        at_line += (tl.arange(0, triton.next_power_of_2(LINES)) % LINES * (LINE // 2))[None, :]
-        prefetch(weight + at_line)
-        if GATED:
-            prefetch(weight + OUTPUTS * INPUTS + at_line)
-        begin()
     if norm_shares is not None:
         # Asked for before the weights and used after them: its latency hides behind theirs.
         share = tl.arange(0, SHARES)
