@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from gpu import copy_rate
 
-from octavo_engine.kernels.gpu.cublas import CANDIDATES, MORE, TABLE, Lt, entry
+from octavo_engine.kernels.gpu.cublas import TABLE, Lt, entry
 from octavo_engine.runner.gpu_steps import GRAPH_SIZES
 
 SHAPES = {
@@ -78,9 +78,6 @@ def main() -> None:
     parser.add_argument("--copy", type=float)
     parser.add_argument("--matrix", type=float, default=690)
     parser.add_argument("--only", default="")
-    parser.add_argument(
-        "--more", action="store_true", help=f"of {MORE} algorithms of each ranking instead of {CANDIDATES}"
-    )
     parser.add_argument("--table", type=Path)
     arguments = parser.parse_args()
     copy = arguments.copy or copy_rate()
@@ -101,7 +98,7 @@ def main() -> None:
             out = start.clone()
             # Timed, products are added to the same sums again and again, which stay far from infinity.
             torch_us = timed(partial(_torchs, x, out, add), weights)
-            ranked = lt.candidates(m, n, k) + (lt.candidates(m, n, k, MORE)[CANDIDATES:] if arguments.more else [])
+            ranked = lt.candidates(m, n, k)
             expected = torch.mm(x, weights[0].t()).float() + (start.float() if add else 0)
             times = []
             for place, algorithm in enumerate(ranked):

@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from octavo_engine.kernels.gpu.cublas import MORE, TABLE, Lt, Products, place, places  # noqa: E402
+from octavo_engine.kernels.gpu.cublas import CANDIDATES, TABLE, Lt, Products, place, places  # noqa: E402
 
 MEASURED = {"a card": {"130100": {"6144 x 4096": {"80": 5}, "4096 x 4096 +": {"80": 2}}}}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -40,7 +40,7 @@ def test_the_table_names_algorithms_that_cublas_is_asked_for():
     ]
 
     assert found
-    assert all(0 <= number < MORE for number in found)
+    assert all(0 <= number < CANDIDATES for number in found)
 
 
 def test_without_a_gpu_a_product_is_torchs():

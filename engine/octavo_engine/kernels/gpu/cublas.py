@@ -19,9 +19,8 @@ from torch import Tensor
 
 TABLE = Path(__file__).with_name("cublas_table.json")
 """{device: {version of cublasLt: {"outputs x inputs": {tokens: place}}}}, with " +" for products that are added."""
-CANDIDATES, MORE = 8, 40
-"""Algorithms that cuBLAS is asked for: a place in the table counts in a ranking of the first number, and from there on
-in one of the second."""
+CANDIDATES = 8
+"""Algorithms that cuBLAS is asked for: a place in the table counts in a ranking of so many. It knows no more."""
 WORKSPACE_BYTES = 64 << 20
 _BF16, _F32, _COMPUTE_F32 = 14, 0, 68
 _TRANSPOSE_A, _MAX_WORKSPACE = 3, 1  # attributes of a product and of a preference
@@ -76,8 +75,7 @@ class Products:
         product = x.shape[0], weight.shape[0], weight.shape[1], add
         if product not in self._taken:
             number = place(self._known, *product) if x.dtype is torch.bfloat16 else None
-            many = CANDIDATES if number is None or number < CANDIDATES else MORE
-            ranked = [] if number is None else self._lt.candidates(*product[:3], many)
+            ranked = [] if number is None else self._lt.candidates(*product[:3])
             self._taken[product] = ranked[number] if number is not None and number < len(ranked) else None
         return self._taken[product]
 
