@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, Scratch, decode_attention, plan_parts
 from octavo_engine.kernels.gpu.invariant_attention import invariant_attention, tile_tokens
-from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, plan_tiles, prefill_attention
+from octavo_engine.kernels.gpu.prefill_attention import TILE_WORDS, CacheLoads, Chunk, plan_tiles, prefill_attention
 from octavo_engine.kernels.gpu.prefill_attention_hopper import takes
 from octavo_engine.kernels.kv_scales import stored
 
@@ -105,7 +105,7 @@ def _prefill(tokens: int) -> dict[str, float]:
     loads = {name: CacheLoads.of(cache) for name, cache in caches.items()}
     loads["default"] = CacheLoads.of(caches["bfloat16"], takes(caches["bfloat16"], torch.bfloat16))
     wide, tiles, alike = (
-        torch.tensor(plan_tiles(chunk, rows), device="cuda").int().view(-1, 4)
+        torch.tensor(plan_tiles(chunk, rows), device="cuda").int().view(-1, TILE_WORDS)
         for rows in (loads["default"].tile_rows, loads["bfloat16"].tile_rows, tile_tokens(HEADS // KV_HEADS))
     )
     rest = (out, KV_HEADS, BLOCK_SIZE, DIM**-0.5)
@@ -142,7 +142,7 @@ def _short_prompts() -> dict[str, float]:
     runs: dict[str, Callable[[], object]] = {}
     for name, wide in (("default_us", takes(cache, torch.bfloat16)), ("portable_us", False)):
         loads = CacheLoads.of(cache, wide)
-        tiles = torch.tensor(plan_tiles(chunks, loads.tile_rows), device="cuda").int().view(-1, 4)
+        tiles = torch.tensor(plan_tiles(chunks, loads.tile_rows), device="cuda").int().view(-1, TILE_WORDS)
         runs[name] = partial(
             prefill_attention, qkv, loads, table, tiles, out, KV_HEADS, BLOCK_SIZE, DIM**-0.5
         )  # fmt: skip

@@ -30,6 +30,7 @@ from octavo_engine.kernels.gpu import (
     small_linear,
     state,
 )
+from octavo_engine.kernels.gpu.prefill_attention import TILE_WORDS
 from octavo_engine.runner.device import LARGE_BLOCK_BYTES
 
 HALF, FLOAT, INT, LONG = "*bf16", "*fp32", "*i32", "*i64"
@@ -69,15 +70,15 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         ),
         (
             "prefill_attention", prefill_attention._prefill,
-            [HALF, "i32", TILE, TILE, INT, "i32", INT, HALF, "i32", "fp32", "fp32"],
+            [HALF, "i32", TILE, TILE, INT, "i32", INT, HALF, "i32", FLOAT, FLOAT, INT, "fp32", "fp32"],
             {**HEADS, "DIM": 128, "DIM_BLOCK": 128, "BLOCK_SIZE": 64, "TILE": 64, "WINDOW": 0, "SOFTCAP": False,
-             "STAGES": 3, "value_scale": None}, 4,
+             "STAGES": 3, "WORDS": TILE_WORDS, "value_scale": None}, 4,
         ),
         (
             "invariant_attention", invariant_attention._invariant,
             [HALF, "i32", TILE, TILE, INT, "i32", INT, HALF, "i32", "fp32", "fp32"],
             {**HEADS, "DIM": 128, "DIM_BLOCK": 128, "BLOCK_SIZE": 64, "TILE": 64, "WINDOW": 0, "SOFTCAP": False,
-             "STAGES": 3, "value_scale": None}, 4,
+             "STAGES": 3, "WORDS": TILE_WORDS, "value_scale": None}, 4,
         ),
         (
             "cutoff", sample._cutoff, [HALF, INT, INT, INT, FLOAT, INT, FLOAT, FLOAT, FLOAT],
@@ -127,9 +128,9 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         stages = prefill_attention.stages_for(128, 256, 3)
         found.append((
             "prefill_attention_large", prefill_attention._prefill,
-            [HALF, "i32", large, large, INT, "i32", INT, HALF, "i32", "fp32", "fp32"],
+            [HALF, "i32", large, large, INT, "i32", INT, HALF, "i32", FLOAT, FLOAT, INT, "fp32", "fp32"],
             {**HEADS, "DIM": 256, "DIM_BLOCK": 256, "BLOCK_SIZE": 128, "TILE": 64, "WINDOW": 0, "SOFTCAP": False,
-             "STAGES": stages, "value_scale": None}, 4,
+             "STAGES": stages, "WORDS": TILE_WORDS, "value_scale": None}, 4,
         ))  # fmt: skip
         found.append((
             "decode_attention_large", decode_attention._decode,
@@ -196,7 +197,8 @@ def compile_for_hopper(target: GPUTarget) -> Iterator[tuple[str, int]]:
         types = [HALF, "i32", tile, tile, INT, "i32", INT, HALF, "i32", "fp32"]
         values = {
             **HEADS, "DIM": dim, "BLOCK_SIZE": block_size, "KEYS": prefill_attention_hopper.KEYS, "WINDOW": window,
-            "STAGES": prefill_attention_hopper.STAGES, "REGISTERS": prefill_attention_hopper.REGISTERS, "EARLY": False,
+            "STAGES": prefill_attention_hopper.STAGES, "REGISTERS": prefill_attention_hopper.REGISTERS,
+            "WORDS": TILE_WORDS, "EARLY": False,
         }  # fmt: skip
         yield f"prefill_hopper_{dim}_{block_size}_{window}", compile_one(kernel, types, values, 4, target)
 

@@ -28,7 +28,7 @@ from octavo_engine import LLM, RequestOutput, SamplingParams
 from octavo_engine.core.step import Admission, StepItem
 from octavo_engine.kernels.gpu import invariant_linear
 from octavo_engine.kernels.gpu.invariant_attention import invariant_attention, tile_tokens
-from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, plan_tiles
+from octavo_engine.kernels.gpu.prefill_attention import TILE_WORDS, CacheLoads, Chunk, plan_tiles
 from octavo_engine.kernels.gpu.prefill_attention import reference as reference_attention
 from octavo_engine.models import gpu_decoder
 from octavo_engine.models.config import DecoderConfig, RopeConfig
@@ -113,7 +113,7 @@ def test_attention_is_the_references_and_each_tokens_own(heads, kv_heads, dim, b
     qkv = random(107, (heads + 2 * kv_heads) * dim)
 
     def attend(chunks: list[Chunk], qkv: Tensor) -> Tensor:
-        tiles = ints(plan_tiles(chunks, tile_tokens(heads // kv_heads))).view(-1, 4)
+        tiles = ints(plan_tiles(chunks, tile_tokens(heads // kv_heads))).view(-1, TILE_WORDS)
         out = torch.full((qkv.shape[0], heads * dim), float("nan"), device=DEVICE, dtype=DTYPE)
         loads = CacheLoads.of(cache)
         invariant_attention(qkv, loads, tables, tiles, out, kv_heads, block_size, dim**-0.5, window, softcap)
@@ -169,8 +169,8 @@ class Steps:
         words = ints(pack(step, layout, admissions, ROWS - 1, [None, 24], BLOCK, 2, TILING))
         n = layout.tokens
         ids, rows, positions = words[: 3 * n].view(3, n)
-        tiles = words[3 * n : 3 * n + 4 * layout.tiles].view(-1, 4)
-        ends = None if layout.ends is None else words[3 * n + 4 * layout.tiles :]
+        tiles = words[3 * n : 3 * n + TILE_WORDS * layout.tiles].view(-1, TILE_WORDS)
+        ends = None if layout.ends is None else words[3 * n + TILE_WORDS * layout.tiles :]
         logits = self.decoder.forward(DeviceStep(ids, rows, positions, layout.decodes, {}, tiles, ends)).clone()
         decodes = sum(count == 1 for _, _, count in items)
         places = [*range(decodes), *range(layout.decodes, layout.decodes + len(items) - decodes)]

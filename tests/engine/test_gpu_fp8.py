@@ -16,7 +16,7 @@ from octavo_engine.kernels.gpu import rope_kv
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, Scratch, decode_attention, plan_parts
 from octavo_engine.kernels.gpu.decode_attention import reference as reference_decode
 from octavo_engine.kernels.gpu.invariant_attention import invariant_attention, tile_tokens
-from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, plan_tiles, prefill_attention
+from octavo_engine.kernels.gpu.prefill_attention import TILE_WORDS, CacheLoads, Chunk, plan_tiles, prefill_attention
 from octavo_engine.kernels.gpu.prefill_attention import reference as reference_prefill
 from octavo_engine.kernels.kv_scales import KvScales, stored
 
@@ -130,7 +130,7 @@ def test_prompts_read_what_the_scales_say(heads, kv_heads, dim, block_size, wind
     expected = reference_prefill(qkv, cache, tables, chunks, heads, dim**-0.5, window, softcap, SCALES)
 
     for attention, rows in ((prefill_attention, 64), (invariant_attention, tile_tokens(heads // kv_heads))):
-        tiles = ints(plan_tiles(chunks, rows)).view(-1, 4)
+        tiles = ints(plan_tiles(chunks, rows, block_size)).view(-1, TILE_WORDS)
         out = torch.full((75, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE)
         attention(
             qkv, loads, tables, tiles, out, kv_heads, block_size, dim**-0.5, window, softcap, scales=SCALES

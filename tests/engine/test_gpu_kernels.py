@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random as random_numbers
 
 import pytest
 import torch
@@ -32,9 +33,19 @@ from octavo_engine.kernels.gpu import (
     small_linear,
     state,
 )
+from octavo_engine.kernels.gpu import (
+    prefill_attention as prefill_module,
+)
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, Scratch, decode_attention, max_parts, plan_parts
 from octavo_engine.kernels.gpu.decode_attention import reference as reference_decode
-from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, Chunk, plan_tiles, prefill_attention
+from octavo_engine.kernels.gpu.prefill_attention import (
+    TILE_WORDS,
+    CacheLoads,
+    Chunk,
+    max_tiles,
+    plan_tiles,
+    prefill_attention,
+)
 from octavo_engine.kernels.gpu.prefill_attention import reference as reference_prefill
 
 # The interpreter is numpy: it warns where the hardware would not.
@@ -211,11 +222,62 @@ def test_prefill_attention_sees_what_it_should(heads, kv_heads, dim, block_size,
 
     for wide in (False, True) if not softcap and prefill_attention_hopper.takes(cache, DTYPE) else (False,):
         loads = CacheLoads.of(cache, wide)
-        tiles = ints([*plan_tiles(chunks, loads.tile_rows), *[0] * 8]).view(-1, 4)
+        tiles = ints([*plan_tiles(chunks, loads.tile_rows, block_size), *[0] * 16]).view(-1, TILE_WORDS)
         out = torch.full((221, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE)
         prefill_attention(qkv, loads, tables, tiles, out, kv_heads, block_size, dim**-0.5, window, softcap)
 
         assert_close(out, expected)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size", "softcap"), [
+    (6, 2, 64, 16, 0.0), (4, 4, 80, 16, 0.0), (32, 8, 128, 64, 0.0), (3, 1, 64, 32, 5.0), (4, 2, 256, 32, 0.0),
+])  # fmt: skip
+def test_a_few_tiles_with_many_keys_are_split_and_combined(monkeypatch, heads, kv_heads, dim, block_size, softcap):
+    monkeypatch.setattr(prefill_module, "LEAST_KEYS", block_size)
+    cache = random(2, 30, kv_heads, block_size, dim)
+    tables = torch.randperm(30, device=DEVICE).int().view(3, 10)
+    # One whose first rows see nothing of its last part, one of a single part, and one that ends with a block.
+    chunks = [Chunk(0, 0, 8 * block_size - 4, 9), Chunk(9, 1, 0, 5), Chunk(14, 2, 9 * block_size - 20, 20)]
+    qkv = random(34, (heads + 2 * kv_heads) * dim)
+    room = 8
+    words = plan_tiles(chunks, 64, block_size, room)
+    records = [words[at : at + TILE_WORDS] for at in range(0, len(words), TILE_WORDS)]
+    assert 3 < len(records) <= max_tiles(34, 3, 64, room)
+    scratch = prefill_module.Scratch.allocate(heads, dim, DEVICE)
+    scratch.partial.fill_(float("nan"))
+    assert len(records) <= scratch.partial.shape[0]
+    out = torch.full((34, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE)
+
+    prefill_attention(
+        qkv, CacheLoads.of(cache), tables, ints([*words, *[0] * 16]).view(-1, TILE_WORDS), out, kv_heads, block_size,
+        dim**-0.5, softcap=softcap, scratch=scratch,
+    )  # fmt: skip
+
+    assert_close(out, reference_prefill(qkv, cache, tables, chunks, heads, dim**-0.5, softcap=softcap))
+    assert not scratch.finished.any()
+
+
+def test_parts_of_tiles_cover_their_keys_once_and_never_outnumber_their_bound():
+    rng = random_numbers.Random(4)
+    for _ in range(300):
+        count = rng.randrange(1, 9)
+        chunks = [Chunk(1000 * i, i, rng.randrange(20_000), rng.randrange(1, 300)) for i in range(count)]
+        room = rng.choice((0, 4, 8, 33))
+        words = plan_tiles(chunks, 64, 64, room)
+        records = [words[at : at + TILE_WORDS] for at in range(0, len(words), TILE_WORDS)]
+
+        assert len(records) <= max_tiles(sum(chunk.count for chunk in chunks), count, 64, room)
+        covered: dict[int, list[int]] = {}
+        for index, (token, rows, row, position, first, blocks, begin, parts) in enumerate(records):
+            assert begin <= index < begin + parts
+            assert parts == 1 or begin + parts <= 2 * room
+            covered.setdefault(token, []).extend(range(first, first + blocks))
+            assert covered[token][-1] < -(-(position + rows) // 64)
+            assert row == token // 1000
+        for chunk in chunks:
+            for at in range(0, chunk.count, 64):
+                last = chunk.position + min(at + 64, chunk.count)
+                assert covered[chunk.token + at] == list(range(-(-last // 64)))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="thousands of keys are too many for the interpreter")
@@ -240,7 +302,7 @@ def test_prefill_attention_for_hopper_sees_thousands_of_keys(heads, kv_heads, di
         torch.full((at, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE),
     )
     loads = CacheLoads.of(cache, wide=True)
-    tiles = ints(plan_tiles(chunks, loads.tile_rows)).view(-1, 4)
+    tiles = ints(plan_tiles(chunks, loads.tile_rows, block_size)).view(-1, TILE_WORDS)
 
     prefill_attention(qkv, loads, tables, tiles, out, kv_heads, block_size, dim**-0.5, window)
 

@@ -8,6 +8,7 @@ import pytest
 
 from octavo_engine.core.step import Admission, StepItem
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
+from octavo_engine.kernels.gpu.prefill_attention import TILE_WORDS
 from octavo_engine.runner.layout import Layout, Tiling, exact, pack
 from octavo_engine.sampling_params import SamplingParams
 
@@ -26,10 +27,10 @@ def read(words: list[int], layout: Layout, windows: list[int | None], tiling: Ti
         parts = [tuple(words[i : i + PART_WORDS]) for i in range(at, end, PART_WORDS)]
         found["parts"].append(sorted((p[1], p[2], p[3], p[4]) for p in parts if p[4] and p[1] != NOBODY))
         at = end
-    tiles = [tuple(words[i : i + 4]) for i in range(at, at + 4 * layout.tiles, 4)]
+    tiles = {tuple(words[i : i + 4]) for i in range(at, at + TILE_WORDS * layout.tiles, TILE_WORDS)}
     found["tiles"] = sorted((row, position, count) for token, count, row, position in tiles if count)
     assert all(rows[token] == row and positions[token] == position for token, n, row, position in tiles if n)
-    at += 4 * layout.tiles
+    at += TILE_WORDS * layout.tiles
     ends = list(range(n)) if layout.ends is None else words[at : at + layout.ends]
     found["ends"] = [(rows[end], positions[end]) for end in ends if rows[end] != NOBODY]
     found["tokens"] = [(r, p, i) for r, p, i in zip(rows, positions, ids, strict=True) if r != NOBODY]
@@ -49,7 +50,7 @@ def make_step(rng: random.Random, decodes: int, chunks: int, most: int) -> tuple
     return items, admissions
 
 
-@pytest.mark.parametrize("tiling", [USUAL, Tiling(21, alike=True)])
+@pytest.mark.parametrize("tiling", [USUAL, Tiling(21, alike=True), Tiling(64, wide=128, room=33)])
 @pytest.mark.parametrize("windows", [[None], [None, 100]])
 def test_a_padded_step_says_what_the_exact_one_says(windows, tiling):
     rng = random.Random(3)
@@ -90,6 +91,23 @@ def test_a_single_token_that_is_not_a_prompts_last_yields_nothing():
     words = pack(items, layout, admissions, NOBODY, [None], BLOCK_SIZE, KV_HEADS, USUAL)
 
     assert read(list(words), layout, [None], USUAL)["ends"] == [(0, 5), (2, 8), (3, 8)]
+
+
+def test_many_prompt_tokens_have_wide_tiles_and_few_are_split():
+    tiling = Tiling(64, wide=128, room=8)
+    items = {count: [StepItem(0, 16_000, count, [], True)] for count in (2, 264, 265)}
+    admissions = {0: Admission([7] * 16_300, 16_300, SamplingParams(), (), 0)}
+    tiles = {}
+    for count, of_step in items.items():
+        layout = exact(of_step, tiling)
+        words = pack(of_step, layout, admissions, NOBODY, [None], BLOCK_SIZE, KV_HEADS, tiling)
+        at = 3 * layout.tokens
+        tiles[count] = [tuple(words[i : i + TILE_WORDS]) for i in range(at, at + TILE_WORDS * layout.tiles, TILE_WORDS)]
+
+    assert [tile[1] for tile in tiles[2]] == [2] * 8 + [0]
+    assert {tile[7] for tile in tiles[2][:8]} == {8}
+    assert [tile[7] for tile in tiles[264] if tile[1]] == [2] * 10
+    assert [tile[1] for tile in tiles[265]] == [9, 128, 128]
 
 
 def test_an_id_that_is_on_the_device_only_is_left_to_it():

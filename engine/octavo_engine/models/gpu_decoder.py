@@ -21,7 +21,8 @@ from octavo_engine.kernels.gpu.decode_attention import Scratch, decode_attention
 from octavo_engine.kernels.gpu.invariant_attention import invariant_attention, tile_tokens
 from octavo_engine.kernels.gpu.invariant_linear import invariant_linear
 from octavo_engine.kernels.gpu.norm import embed_rms_norm, rms_norm
-from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, prefill_attention
+from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, parts_wanted, prefill_attention
+from octavo_engine.kernels.gpu.prefill_attention import Scratch as TileScratch
 from octavo_engine.kernels.gpu.rope_kv import rope_kv
 from octavo_engine.kernels.gpu.silu_mul import silu_mul
 from octavo_engine.kernels.gpu.small_linear import (
@@ -35,6 +36,8 @@ from octavo_engine.kernels.gpu.small_linear import (
 from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 from octavo_engine.models.config import DecoderConfig
 
+MAX_SPLIT_DIM = 128
+"""Of heads whose prompts' attention is split over programs: with 256 the kernel has no registers left for it."""
 FUSED_TOKENS = 64
 """Up to as many tokens a step takes the fused road: beyond, cuBLAS gains more than the fused kernels save."""
 
@@ -44,9 +47,9 @@ class DeviceStep:
     """The tokens of one step on the device; those of decodes, one each, come first.
 
     ids, rows, positions: [num_tokens] int32, ids negative where token_ids holds the id. parts: [n, PART_WORDS] int32
-    of the decodes, by sliding window. tiles: [n, 4] int32 of the prompts' chunks, or None; of decodes as well where
-    there are no parts. logit_tokens: [m] int32, the tokens that yield logits, or None when each of them does.
-    scored: `logits_of` is asked for more tokens than these afterwards.
+    of the decodes, by sliding window. tiles: [n, TILE_WORDS] int32 of the prompts' chunks, or None; of decodes as well
+    where there are no parts. logit_tokens: [m] int32, the tokens that yield logits, or None when each of them does.
+    scored: `logits_of` is asked for more tokens than these afterwards. wide: tiles have `wide_tile_tokens`.
     """
 
     ids: Tensor
@@ -57,6 +60,7 @@ class DeviceStep:
     tiles: Tensor | None
     logit_tokens: Tensor | None
     scored: bool = False
+    wide: bool = False
 
 
 class GpuDecoder:
@@ -82,7 +86,8 @@ class GpuDecoder:
         self._scale = 1.0 / math.sqrt(config.head_dim)
         like = tensors["embedding"]
         wide = not deterministic and prefill_attention_hopper.takes(kv_cache, like.dtype)
-        self._loads = [CacheLoads.of(layer, wide) for layer in kv_cache]
+        self._loads = [CacheLoads.of(layer) for layer in kv_cache]
+        self._wide_loads = [CacheLoads.of(layer, wide=True) for layer in kv_cache] if wide else []
         width = config.num_heads * config.head_dim
 
         def buffer(*shape: int, dtype: torch.dtype = like.dtype) -> Tensor:
@@ -98,6 +103,9 @@ class GpuDecoder:
         self._end_residual = buffer(max_seqs, config.hidden_size)
         self._end_attended = buffer(max_seqs, width)
         self._scratch = Scratch.allocate(max_seqs, config.num_heads, config.num_kv_heads, config.head_dim, like.device)
+        self._tile_scratch = None
+        if not deterministic and config.head_dim <= MAX_SPLIT_DIM and not any(config.windows):
+            self._tile_scratch = TileScratch.allocate(config.num_heads, config.head_dim, like.device)
         self._shares = buffer(2, -(-config.hidden_size // 4) * FUSED_TOKENS, dtype=torch.float32)
         self._partial = Partial.allocate(FUSED_TOKENS, like.device)
         self._shared_memory = shared_memory_bytes(like.device)
@@ -111,6 +119,16 @@ class GpuDecoder:
         if self.deterministic:
             return tile_tokens(self.config.num_heads // self.config.num_kv_heads)
         return self._loads[0].tile_rows
+
+    @property
+    def wide_tile_tokens(self) -> int | None:
+        """Of a tile where there are many, None where these are the same."""
+        return self._wide_loads[0].tile_rows if self._wide_loads else None
+
+    @property
+    def tile_room(self) -> int:
+        """Parts of tiles that fill the chip; 0 where none is split."""
+        return parts_wanted(self.config.num_heads) if self._tile_scratch else 0
 
     def forward(self, step: DeviceStep) -> Tensor:
         """Logits of the tokens that yield some, [m, vocab], in a buffer that the next call overwrites.
@@ -247,9 +265,10 @@ class GpuDecoder:
                 qkv[many:], self._cos, self._sin, step.rows[many:], step.positions[many:], self._block_tables, cache,
                 *norms, config.norm_eps, scales,
             )  # fmt: skip
+            loads = self._wide_loads if step.wide else self._loads
             prefill_attention(
-                qkv, self._loads[index], self._block_tables, step.tiles, attended, config.num_kv_heads,
-                cache.shape[3], self._scale, window, scales=scales,
+                qkv, loads[index], self._block_tables, step.tiles, attended, config.num_kv_heads,
+                cache.shape[3], self._scale, window, scales=scales, scratch=self._tile_scratch,
             )  # fmt: skip
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

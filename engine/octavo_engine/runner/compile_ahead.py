@@ -30,6 +30,7 @@ from octavo_engine.kernels.gpu import prebuilt
 from octavo_engine.kernels.gpu.adjusted import Adjustments, mask_words, sample_adjusted
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
 from octavo_engine.kernels.gpu.logprobs import MOST, TOLD_WORDS, LogprobScratch, logprobs
+from octavo_engine.kernels.gpu.prefill_attention import TILE_WORDS
 from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
 from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_sampling
 from octavo_engine.loader import weights
@@ -88,13 +89,13 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype, e4m3:
     set_sampling(ints(1, SAMPLING_WORDS), state)
     windows = set(model.windows)
 
-    def step(decoder: GpuDecoder, decodes: int, chunk: int) -> None:
+    def step(decoder: GpuDecoder, decodes: int, chunk: int, wide: bool = False) -> None:
         total = decodes + chunk
         described = DeviceStep(
             ints(total), ints(total), ints(total), num_decodes=decodes,
             parts={window: ints(max_parts(decodes, model.num_kv_heads), PART_WORDS) for window in windows},
-            tiles=ints(1, 4) if chunk or decoder.deterministic else None,
-            logit_tokens=torch.empty(1, dtype=torch.int32, device=device) if chunk else None,
+            tiles=ints(1, TILE_WORDS) if chunk or decoder.deterministic else None,
+            logit_tokens=torch.empty(1, dtype=torch.int32, device=device) if chunk else None, wide=wide,
         )  # fmt: skip
         logits = decoder.forward(described)
         tokens = ints(logits.shape[0])
@@ -106,6 +107,8 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype, e4m3:
             break
     step(usual, 0, 16)
     step(usual, 1, 16)
+    if usual.wide_tile_tokens:
+        step(usual, 1, 16, wide=True)
     step(deterministic, 16, 0)
     for kind in (torch.float8_e4m3fn, torch.float8_e5m2) if e4m3 else (torch.float8_e5m2,):
         small = torch.empty(kv_cache.shape, dtype=kind, device=device)

@@ -29,7 +29,7 @@ from octavo_engine.kernels.gpu.adjusted import (
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
 from octavo_engine.kernels.gpu.logprobs import MOST, TOLD_WORDS, LogprobScratch, logprobs
 from octavo_engine.kernels.gpu.prebuilt import Compilations
-from octavo_engine.kernels.gpu.prefill_attention import max_tiles
+from octavo_engine.kernels.gpu.prefill_attention import TILE_WORDS, max_tiles
 from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
 from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_sampling
 from octavo_engine.models.gpu_decoder import DeviceStep, GpuDecoder
@@ -87,7 +87,9 @@ class GpuSteps:
         self._device = kv_cache.device
         self._max_seqs, self._max_tokens = max_seqs, max_tokens
         self._kv_heads = decoder.config.num_kv_heads
-        self._tiling = tiling = Tiling(decoder.tile_tokens, alike=decoder.deterministic)
+        self._tiling = tiling = Tiling(
+            decoder.tile_tokens, decoder.wide_tile_tokens, decoder.tile_room, alike=decoder.deterministic
+        )
         self._windows = sorted(set(decoder.config.windows), key=lambda w: (w is not None, w))
         self._state = SamplingState.allocate(max_seqs + 1, self._device)
         self._scratch = SamplingScratch.allocate(max_seqs, decoder.config.vocab_size, self._device)
@@ -97,7 +99,7 @@ class GpuSteps:
 
         parts = max_parts(max_seqs, self._kv_heads)
         described = 3 * max_tokens + len(self._windows) * PART_WORDS * parts
-        described += 4 * max_tiles(max_tokens, max_seqs, tiling.tokens) + max_seqs + 64
+        described += TILE_WORDS * max_tiles(max_tokens, max_seqs, tiling.tokens, tiling.room) + max_seqs + 64
         updates = 3 * block_tables.numel() + SAMPLING_WORDS * max_seqs
         self._described = torch.zeros(described, dtype=torch.int32, device=self._device)
         self._updates = torch.zeros(updates, dtype=torch.int32, device=self._device)
@@ -269,10 +271,11 @@ class GpuSteps:
         for window in self._windows if layout.decodes and not self._tiling.alike else ():
             end = at + PART_WORDS * max_parts(layout.decodes, self._kv_heads)
             parts[window], at = self._described[at:end].view(-1, PART_WORDS), end
-        tiles = self._described[at : at + 4 * layout.tiles].view(-1, 4) if layout.tiles else None
-        at += 4 * layout.tiles
+        end = at + TILE_WORDS * layout.tiles
+        tiles, at = self._described[at:end].view(-1, TILE_WORDS) if layout.tiles else None, end
         ends = None if layout.ends is None else self._described[at : at + layout.ends]
-        return DeviceStep(ids, rows, positions, layout.decodes, parts, tiles, ends, layout.scored)
+        wide = self._tiling.is_wide(layout.prompt_tokens)
+        return DeviceStep(ids, rows, positions, layout.decodes, parts, tiles, ends, layout.scored, wide)
 
     # ---- rows that want more than the draw of the step's sampler
 

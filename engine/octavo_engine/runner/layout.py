@@ -11,18 +11,37 @@ from dataclasses import dataclass
 
 from octavo_engine.core.step import Admission, StepItem
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts, plan_parts
-from octavo_engine.kernels.gpu.prefill_attention import TILE_ROWS, Chunk, max_tiles, plan_tiles
+from octavo_engine.kernels.gpu.prefill_attention import TILE_ROWS, TILE_WORDS, Chunk, max_tiles, plan_tiles
 
 MIXED_CHUNKS = 8
 """Prompts that a graph with prompts may hold."""
 
 
+NARROW_TOKENS = 264
+"""Prompt tokens up to which a step has narrow tiles where there are wide ones: two wide tiles times 32 heads leave half
+of the chip without work."""
+
+
 @dataclass(frozen=True)
 class Tiling:
-    """How attention is cut. tokens: of a tile. alike: decodes are tiles too, instead of parts (--deterministic)."""
+    """How attention is cut.
+
+    tokens: of a tile. wide: of a tile where there are many prompt tokens, None: the same. room: parts that fill the
+    chip, for tiles that are not wide; 0: none is split. alike: decodes are tiles too, instead of parts
+    (--deterministic).
+    """
 
     tokens: int = TILE_ROWS
+    wide: int | None = None
+    room: int = 0
     alike: bool = False
+
+    def is_wide(self, prompt_tokens: int) -> bool:
+        return self.wide is not None and prompt_tokens > NARROW_TOKENS
+
+    def of(self, prompt_tokens: int) -> tuple[int, int]:
+        """(tokens of a tile, room) of a step."""
+        return (self.wide, 0) if self.wide and self.is_wide(prompt_tokens) else (self.tokens, self.room)
 
 
 @dataclass(frozen=True)
@@ -50,7 +69,8 @@ class Layout:
     @classmethod
     def mixed(cls, decodes: int, prompt_tokens: int, tiling: Tiling) -> Layout:
         """Eight tokens more, as padding needs one, and matrices like multiples of eight."""
-        tiles = max_tiles(prompt_tokens, MIXED_CHUNKS, tiling.tokens) + decodes * tiling.alike
+        rows, room = tiling.of(prompt_tokens + 8)
+        tiles = max_tiles(prompt_tokens, MIXED_CHUNKS, rows, room) + decodes * tiling.alike
         return cls(decodes, prompt_tokens + 8, tiles, decodes + MIXED_CHUNKS)
 
 
@@ -58,8 +78,10 @@ def exact(items: Sequence[StepItem], tiling: Tiling) -> Layout:
     """A step without padding."""
     decodes = sum(item.count == 1 for item in items)
     sampled = sum(item.samples for item in items)
-    tiles = sum(-(-item.count // tiling.tokens) for item in items if item.count > 1 or tiling.alike)
     tokens = sum(item.count for item in items)
+    rows, room = tiling.of(tokens - decodes)
+    tiles = sum(-(-item.count // rows) for item in items if item.count > 1 or tiling.alike)
+    tiles += room * (tiles > 0)
     scored = any(item.num_scored for item in items)
     return Layout(decodes, tokens - decodes, tiles, None if sampled == tokens else sampled, scored)
 
@@ -96,7 +118,8 @@ def pack(
     for window in windows if layout.decodes and not tiling.alike else ():
         parts = plan_parts(rows[: layout.decodes], positions[: layout.decodes], block_size, kv_heads, window)
         _extend(words, parts, PART_WORDS * max_parts(layout.decodes, kv_heads), 0)
-    _extend(words, plan_tiles(chunks, tiling.tokens), 4 * layout.tiles, 0)
+    tile_rows, room = tiling.of(layout.prompt_tokens)
+    _extend(words, plan_tiles(chunks, tile_rows, block_size, room), TILE_WORDS * layout.tiles, 0)
     if layout.ends is not None:
         _extend(words, ends, layout.ends, last)
     return words

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_engine.kernels.gpu.decode_attention import LOG2_E
-from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, _scores, _weights, stages_for
+from octavo_engine.kernels.gpu.prefill_attention import TILE_WORDS, CacheLoads, _scores, _weights, stages_for
 from octavo_engine.kernels.gpu.rope_kv import of_cache
 from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 
@@ -40,7 +40,8 @@ def invariant_attention(
         qkv, qkv.stride(0), loads.keys, loads.values, block_tables, block_tables.stride(0), tiles, out, out.stride(0),
         scale * LOG2_E * (of_keys or 1.0), softcap, of_values, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim,
         DIM_BLOCK=triton.next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=ROWS, WINDOW=window or 0,
-        SOFTCAP=softcap > 0, STAGES=stages_for(block_size, dim, num_stages), num_warps=num_warps,
+        SOFTCAP=softcap > 0, STAGES=stages_for(block_size, dim, num_stages), WORDS=TILE_WORDS,
+        num_warps=num_warps,
     )  # fmt: skip
 
 
@@ -49,9 +50,10 @@ def _invariant(
     qkv, stride_token, keys, values, block_tables, stride_table, tiles, out, stride_out, scale, softcap,
     value_scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
-    tile = tiles + tl.program_id(1) * 4
+    tile = tiles + tl.program_id(1) * WORDS
     token = tl.load(tile).to(tl.int64)
     count = tl.load(tile + 1)
     if count == 0:  # padding

@@ -3,7 +3,9 @@
 A *tile* is up to TILE_ROWS consecutive tokens of one sequence; the host lists the tiles of all chunks, those with the
 most keys first, so that the long ones do not end last. A program is one tile and one query head; the heads of a KV head
 are neighbours in the grid and share its blocks in the L2 cache. Blocks that every row sees need no mask.
-(Dao, "FlashAttention-2", 2023)
+(Dao, "FlashAttention-2", 2023) A few tiles with many keys, a chunk of a long prompt beside decodes, would leave most of
+the chip without work: their keys are split into parts, and the program that finishes last combines them, as in
+decode_attention.py.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTen
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo_engine.kernels.gpu import prefill_attention_hopper as hopper
-from octavo_engine.kernels.gpu.decode_attention import LOG2_E, reference_one
+from octavo_engine.kernels.gpu.decode_attention import LOG2_E, PROGRAMS_WANTED, reference_one
 from octavo_engine.kernels.gpu.rope_kv import of_cache
 from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 
@@ -27,6 +29,12 @@ TILE_ROWS = 64
 """64 rows and four warps were the fastest of 64 and 128 rows with tensor-memory loads, on an H100 and an H200."""
 STAGES = 3
 """Blocks in flight."""
+TILE_WORDS = 8
+"""token, tokens, state row, position, first block of keys, blocks, first part of the tile, parts of the tile.
+
+A record without tokens is no work."""
+LEAST_KEYS = 512
+"""Of a part: below, writing it down and reading it again costs more than it gains."""
 
 LARGE_TILE = 128 * 128
 """Numbers in a block of keys; a larger one leaves room for no other beside it."""
@@ -42,19 +50,54 @@ class Chunk:
     count: int
 
 
-def plan_tiles(chunks: Sequence[Chunk], rows: int = TILE_ROWS) -> list[int]:
-    """[4 * tiles]: token, tokens, state row and position of each tile; the tile with most keys first."""
+def plan_tiles(chunks: Sequence[Chunk], rows: int = TILE_ROWS, block_size: int = 64, room: int = 0) -> list[int]:
+    """TILE_WORDS for each tile or part of one, tiles with most keys first.
+
+    room: parts of tiles that fill the chip (`parts_wanted`); fewer tiles are split into about as many. 0: none is.
+    """
     tiles = [
         (c.token + at, min(rows, c.count - at), c.row, c.position + at)
         for c in chunks
         for at in range(0, c.count, rows)
     ]
     tiles.sort(key=lambda tile: -tile[3])
-    return [value for tile in tiles for value in tile]
+    blocks = [-(-(position + count) // block_size) for _, count, _, position in tiles]
+    most = max(-(-sum(blocks) // room), LEAST_KEYS // block_size, 1) if len(tiles) < room else max(blocks, default=1)
+    words: list[int] = []
+    for tile, of_tile in zip(tiles, blocks, strict=True):
+        each = -(-of_tile // -(-of_tile // most))
+        begin, count = len(words) // TILE_WORDS, -(-of_tile // each)
+        for first in range(0, of_tile, each):
+            words += (*tile, first, min(each, of_tile - first), begin, count)
+    return words
 
 
-def max_tiles(num_tokens: int, num_chunks: int, rows: int = TILE_ROWS) -> int:
-    return num_tokens // rows + num_chunks
+def parts_wanted(heads: int) -> int:
+    """Parts of tiles that fill the chip."""
+    return PROGRAMS_WANTED // heads
+
+
+def max_tiles(num_tokens: int, num_chunks: int, rows: int = TILE_ROWS, room: int = 0) -> int:
+    """Upper bound of the records of `plan_tiles`."""
+    return num_tokens // rows + num_chunks + room
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Where the parts of a tile meet."""
+
+    partial: Tensor  # [parts, heads, TILE_ROWS, head_dim padded to a power of two] float32
+    lse: Tensor  # [parts, heads, TILE_ROWS] float32
+    finished: Tensor  # [parts, heads] int32, zero between launches
+
+    @classmethod
+    def allocate(cls, heads: int, dim: int, device: torch.device) -> Scratch:
+        parts = 2 * parts_wanted(heads)  # of fewer tiles than are wanted, each with one more than its share at most
+        return cls(
+            torch.empty(parts, heads, TILE_ROWS, triton.next_power_of_2(dim), dtype=torch.float32, device=device),
+            torch.empty(parts, heads, TILE_ROWS, dtype=torch.float32, device=device),
+            torch.zeros(parts, heads, dtype=torch.int32, device=device),
+        )
 
 
 @dataclass(frozen=True)
@@ -94,13 +137,15 @@ def stages_for(block_size: int, dim: int, wanted: int) -> int:
 def prefill_attention(
     qkv: Tensor, loads: CacheLoads, block_tables: Tensor, tiles: Tensor, out: Tensor, kv_heads: int, block_size: int,
     scale: float, window: int | None = None, softcap: float = 0.0, scales: KvScales = UNSCALED,
+    scratch: Scratch | None = None,
 ) -> None:  # fmt: skip
     """softmax(q·k * scale, over each token's own and earlier keys) · v.
 
     qkv: [num_tokens, (heads + 2 * kv_heads) * head_dim], queries first and rotated.
     out: [num_tokens, heads * head_dim].
-    tiles: [num_tiles, 4] int32 from `plan_tiles`, zeros are no work. block_tables: [num_rows, max_blocks] int32.
+    tiles: [n, TILE_WORDS] int32 from `plan_tiles`, zeros are no work. block_tables: [num_rows, max_blocks] int32.
     Tiles have `loads.tile_rows`. softcap: not with wide ones. scales: for a cache of eight bits.
+    scratch: for tiles that are split, which wide ones and those of a sliding window are not.
     """
     if loads.wide:
         assert not softcap
@@ -113,9 +158,10 @@ def prefill_attention(
     of_keys, of_values = of_cache(loads.keys.base, scales)
     _prefill[(heads, tiles.shape[0])](
         qkv, qkv.stride(0), loads.keys, loads.values, block_tables, block_tables.stride(0), tiles, out, out.stride(0),
+        scratch.partial if scratch else None, scratch.lse if scratch else None, scratch.finished if scratch else None,
         scale * LOG2_E * (of_keys or 1.0), softcap, of_values, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim,
         DIM_BLOCK=triton.next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=TILE_ROWS, WINDOW=window or 0,
-        SOFTCAP=softcap > 0, STAGES=stages_for(block_size, dim, STAGES), num_warps=4,
+        SOFTCAP=softcap > 0, STAGES=stages_for(block_size, dim, STAGES), WORDS=TILE_WORDS, num_warps=4,
     )  # fmt: skip
 
 
@@ -156,12 +202,13 @@ def _weights(scores, best, total, scale, SAFE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["tiles"])
 def _prefill(
-    qkv, stride_token, keys, values, block_tables, stride_table, tiles, out, stride_out, scale, softcap,
-    value_scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
+    qkv, stride_token, keys, values, block_tables, stride_table, tiles, out, stride_out, partial, partial_lse,
+    finished, scale, softcap, value_scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, STAGES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    tile = tiles + tl.program_id(1) * 4
+    tile = tiles + tl.program_id(1) * WORDS
     kv_head = head // GROUP
     token = tl.load(tile).to(tl.int64)
     num_rows = tl.load(tile + 1)
@@ -183,12 +230,14 @@ def _prefill(
     sums = tl.zeros([TILE, DIM_BLOCK], tl.float32)
     factor = 1.0 if SOFTCAP else scale
 
-    first = 0
-    full = (start + 1) // BLOCK_SIZE  # blocks that the first row sees whole, and with it every row
+    first = tl.load(tile + 4)
+    end = first + tl.load(tile + 5)
     if WINDOW > 0:
         first = tl.maximum(start - WINDOW + 1, 0) // BLOCK_SIZE
         full = first  # the window's edge runs through the blocks: mask them all
-    end = tl.cdiv(start + num_rows, BLOCK_SIZE)
+    else:
+        # Blocks that the first row sees whole, and with it every row.
+        full = tl.maximum(tl.minimum((start + 1) // BLOCK_SIZE, end), first)
     for index in tl.range(first, full, num_stages=STAGES):
         cache_row = (tl.load(table + index) * KV_HEADS + kv_head) * BLOCK_SIZE
         scores = _scores(
@@ -202,13 +251,42 @@ def _prefill(
         scores = _scores(
             query, keys, cache_row, index * BLOCK_SIZE + key, position, scale, softcap, True, WINDOW, SOFTCAP
         )
-        best, total, shrink, weights = _weights(scores, best, total, factor, WINDOW == 0)
+        best, total, shrink, weights = _weights(scores, best, total, factor, False)
         v = values.load([cache_row, 0]).to(query.dtype)
         sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None])
     to = out + (token + row)[:, None] * stride_out + head * DIM + column[None, :]
     if value_scale is not None:
         sums *= value_scale
-    tl.store(to, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    count = tl.load(tile + 7)
+    if partial is None or count == 1:
+        tl.store(to, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    else:
+        heads = tl.num_programs(0)
+        slot = tl.program_id(1) * heads + head
+        at = row[:, None] * DIM_BLOCK + column[None, :]
+        some = total > 0  # the first rows of a tile may see none of its last part
+        tl.store(partial + slot * (TILE * DIM_BLOCK) + at, sums / tl.where(some, total, 1.0)[:, None])
+        tl.store(partial_lse + slot * TILE + row, tl.where(some, best + tl.log2(total), float("-inf")))
+        tl.debug_barrier()  # every thread's part is written before the count says so
+        begin = tl.load(tile + 6)
+        counter = finished + begin * heads + head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
+            tl.store(counter, 0)
+            best = tl.full([TILE], float("-inf"), tl.float32)
+            total = tl.zeros([TILE], tl.float32)
+            sums = tl.zeros([TILE, DIM_BLOCK], tl.float32)
+            for other in tl.range(begin, begin + count, num_stages=1):
+                of = other * heads + head
+                # From the second-level cache: the first-level one of this processor may hold an older layer's.
+                lse = tl.load(partial_lse + of * TILE + row, cache_modifier=".cg")
+                part = tl.load(partial + of * (TILE * DIM_BLOCK) + at, cache_modifier=".cg")
+                new_best = tl.maximum(best, lse)  # of the first part finite: every row sees the first key
+                shrink = tl.exp2(best - new_best)
+                weight = tl.exp2(lse - new_best)
+                sums = sums * shrink[:, None] + part * weight[:, None]
+                total = total * shrink + weight
+                best = new_best
+            tl.store(to, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 def reference(

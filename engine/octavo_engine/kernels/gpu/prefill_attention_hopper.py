@@ -66,13 +66,14 @@ def prefill_attention(
     qkv: Tensor, keys: TensorDescriptor, values: TensorDescriptor, block_tables: Tensor, tiles: Tensor, out: Tensor,
     kv_heads: int, block_size: int, scale: float, window: int | None,
 ) -> None:  # fmt: skip
-    """As prefill_attention.py has it; tiles of ROWS rows."""
+    """As prefill_attention.py has it; tiles of ROWS rows, [n, words] of which the first four are read."""
     dim = keys.shape[1]
     heads = out.shape[1] // dim
     _prefill_hopper[(heads, tiles.shape[0])](
         qkv, qkv.stride(0), keys, values, block_tables, block_tables.stride(0), tiles, out, out.stride(0),
         scale * LOG2_E, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, BLOCK_SIZE=block_size, KEYS=KEYS,
-        WINDOW=window or 0, STAGES=STAGES, REGISTERS=REGISTERS, num_warps=4,
+        WINDOW=window or 0, STAGES=STAGES, REGISTERS=REGISTERS, WORDS=tiles.shape[1],
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -80,10 +81,10 @@ def prefill_attention(
 def _prefill_hopper(
     qkv, stride_token, keys, values, block_tables, stride_table, tiles, out, stride_out, scale,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr,
-    WINDOW: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    WINDOW: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, WORDS: gl.constexpr,
 ):  # fmt: skip
     head = gl.program_id(0)
-    tile = tiles + gl.program_id(1) * 4
+    tile = tiles + gl.program_id(1) * WORDS
     kv_head = head // GROUP
     token = gl.load(tile).to(gl.int64)
     num_rows = gl.load(tile + 1)
