@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from octavo_engine.checkpoint import read_headers
+from octavo_engine.config import EngineConfig
 from octavo_engine.loader import weights
 from octavo_engine.models.config import load_config
 from octavo_engine.models.layout import placements
-from octavo_engine.status import FailureCode, FatalError
+from octavo_engine.runner.model_runner import ModelRunner
+from octavo_engine.status import FailureCode, FatalError, Stage
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4096, "hidden_size": 64,
@@ -88,3 +91,17 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(checkpoint, monkeypatch):
 
     assert caught.value.failure.code is FailureCode.WEIGHTS_CORRUPT
     assert "model-1.safetensors" in str(caught.value.failure)
+
+
+def test_readers_get_the_interpreter_quickly_until_the_model_is_loaded(checkpoint):
+    folder, _ = checkpoint
+    usual, seen = sys.getswitchinterval(), set()
+    config = EngineConfig(model=str(folder), device="cpu", kv_cache_memory_bytes=2**24, max_model_len=64)
+
+    ModelRunner(config).load(
+        folder, lambda stage, done, total: seen.add((stage, done > 0, round(sys.getswitchinterval(), 6)))
+    )
+
+    assert (Stage.LOADING_WEIGHTS, True, weights.SWITCH_S) in seen
+    assert (Stage.WARMING_UP, False, usual) in seen
+    assert sys.getswitchinterval() == usual

@@ -11,8 +11,10 @@ import ctypes
 import math
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,6 +156,24 @@ class Loading:
         finally:
             for file in files.values():
                 os.close(file)
+
+
+SWITCH_S = 0.0002
+
+
+@contextmanager
+def readers_first() -> Iterator[None]:
+    """For what is computed while weights come: the threads that read them get the interpreter when they ask for it.
+
+    Python lets a thread keep it for 5 ms, and a piece takes 3 ms to read: beside a thread that captures graphs, eight
+    readers of pieces of 16 MiB brought 0.7 GB/s on two processors, with this 4.0.
+    """
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
 
 class _ToMemory:

@@ -96,14 +96,16 @@ class ModelRunner:
         self._model, self._plan, self._device = model, plan, device
         self._admissions: dict[int, Admission] = {}
         self._num_blocks_of: dict[int, int] = {}
-        # The kernels compute in 16 bits; float32 on a GPU is for comparisons and takes the references.
-        if device.type == "cuda" and dtype != torch.float32:
-            self._gpu = self._gpu_steps(tensors, cos, sin)
-            # Graphs hold addresses, so they are captured while the weights still come.
-            between = functools.partial(loading.poll, progress) if loading else lambda: on_stage(Stage.CAPTURING, 0, 0)
-            self._gpu.capture(between, config.enforce_eager)
-        if loading:
-            loading.wait(progress)
+        with weights.readers_first():
+            # The kernels compute in 16 bits; float32 on a GPU is for comparisons and takes the references.
+            if device.type == "cuda" and dtype != torch.float32:
+                self._gpu = self._gpu_steps(tensors, cos, sin)
+                # Graphs hold addresses, so they are captured while the weights still come.
+                capturing = functools.partial(on_stage, Stage.CAPTURING, 0, 0)
+                between = functools.partial(loading.poll, progress) if loading else capturing
+                self._gpu.capture(between, config.enforce_eager)
+            if loading:
+                loading.wait(progress)
         operations = None
         if config.deterministic and self._gpu is None:
             operations = Invariant(block_rows(tensor for tensor in tensors.values() if tensor.dim() == 2))
