@@ -88,7 +88,7 @@ def launch(request, monkeypatch):
     monkeypatch.setattr(early_launch, "TOKENS", 10**6 * request.param)
     if request.param and not ON_GPU:
         for module in (small_linear, decode_module):
-            monkeypatch.setattr(module, "early_launch", lambda tokens: {"EARLY": True})
+            monkeypatch.setattr(module, "early_launch", lambda tokens, most=None: {"EARLY": True})
             monkeypatch.setattr(module, "begin", nothing)
         monkeypatch.setattr(decode_module, "prefetch", nothing)
 

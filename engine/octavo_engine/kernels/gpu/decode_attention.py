@@ -21,7 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_engine.kernels.gpu import rope_kv
-from octavo_engine.kernels.gpu.early_launch import LINE, begin, early_launch, prefetch
+from octavo_engine.kernels.gpu.early_launch import (
+    ATTENTION_TOKENS,
+    LINE,
+    asks_early,
+    begin,
+    early_launch,
+    prefetch,
+)
 from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 
 PROGRAMS_WANTED = 264
@@ -95,7 +102,7 @@ def decode_attention(
     window: keys a query sees, itself included. softcap: 0 is off. scales: for a cache of eight bits.
     """
     _, _, kv_heads, block_size, dim = kv_cache.shape
-    group = out.shape[1] // dim // kv_heads
+    tokens, group = out.shape[0], out.shape[1] // dim // kv_heads
     of_keys, of_values = rope_kv.of_cache(kv_cache, scales)
     # The heads of a part are neighbours in the grid as they are in memory, and every long part starts early.
     _decode[(kv_heads, parts.shape[0])](
@@ -104,7 +111,8 @@ def decode_attention(
         scale * LOG2_E * (of_keys or 1.0), softcap, of_keys, of_values, KV_HEADS=kv_heads, GROUP=group,
         HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), BLOCK_SIZE=block_size,
         ROWS=max(16, triton.next_power_of_2(group)), WINDOW=window or 0, SOFTCAP=softcap > 0, STAGES=num_stages,
-        WORDS=PART_WORDS, num_warps=num_warps if block_size <= 64 else 4, **early_launch(out.shape[0]),
+        WORDS=PART_WORDS, PREFETCH=asks_early(tokens),
+        num_warps=num_warps if block_size <= 64 else 4, **early_launch(tokens, ATTENTION_TOKENS),
     )  # fmt: skip
 
 
@@ -147,7 +155,7 @@ def _decode(
     query_norm, key_norm, eps, scale, softcap, key_scale, value_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
-    WORDS: tl.constexpr, EARLY: tl.constexpr,
+    WORDS: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     part = tl.program_id(1)
@@ -160,9 +168,9 @@ def _decode(
     num_blocks = tl.load(record + 4)
     first_part = tl.load(record + 5)
     count = tl.load(record + 6)
-    if EARLY:
-        # The record and the tables were written before the step, and the first block's keys and values too, but for the
-        # newest, which a prefetch may miss.
+    # The record and the tables were written before the step, and the first block's keys and values too, but for the
+    # newest, which a prefetch may miss.
+    if EARLY and PREFETCH:
         SIZE: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
         LINES: tl.constexpr = BLOCK_SIZE * DIM * SIZE // LINE
         line = tl.arange(0, triton.next_power_of_2(LINES)) % LINES * (LINE // SIZE)
@@ -170,6 +178,7 @@ def _decode(
         first_block = (known * KV_HEADS + kv_head) * (BLOCK_SIZE * DIM)
         prefetch(keys + first_block + line)
         prefetch(values + first_block + line)
+    if EARLY:
         begin()
     if num_blocks == 0:
         return
