@@ -93,9 +93,19 @@ def test_prompts_take_no_more_than_the_step_allows_them_and_decodes_are_not_coun
     step(scheduler)
     scheduler.add(make_request(12))
 
-    assert shape(scheduler.schedule(1.0, {1: 4}.get)) == [(3, 1, True), (0, 4, False)]
-    assert shape(scheduler.schedule(1.0, {1: 6}.get)) == [(4, 1, True), (4, 6, False)]
-    assert shape(scheduler.schedule(1.0, {9: 1}.get)) == [(5, 1, True), (10, 2, True)]
+    asked: list[tuple[int, int]] = []
+
+    def allow(tokens: int | None) -> Callable[[int, int], int | None]:
+        def allowed(decodes: int, context: int) -> int | None:
+            asked.append((decodes, context))
+            return tokens
+
+        return allowed
+
+    assert shape(scheduler.schedule(1.0, allow(4))) == [(3, 1, True), (0, 4, False)]
+    assert shape(scheduler.schedule(1.0, allow(6))) == [(4, 1, True), (4, 6, False)]
+    assert shape(scheduler.schedule(1.0, allow(None))) == [(5, 1, True), (10, 2, True)]
+    assert asked == [(1, 3), (1, 4), (1, 5)]
 
 
 def test_a_prompt_longer_than_a_step_leaves_half_of_it_to_the_ones_behind():
@@ -499,7 +509,7 @@ def make_traffic(seed: int, depth: int, broken: frozenset[int] = frozenset(), **
     scheduler = Scheduler(config, least + rng.randrange(2 * least))
     ticks = iter(range(10**9))
     engine = Engine(scheduler, NaiveDevice(scheduler, depth, broken), lambda: next(ticks) * 1e-3)
-    engine._prompt_tokens = lambda decodes: rng.choice([None, 1, 3, 9])  # whatever the cost of steps may say
+    engine._prompt_tokens = lambda decodes, context: rng.choice([None, 1, 3, 9])  # whatever the cost of steps may say
     return Traffic(engine, rng, max_model_len, broken, **settings)
 
 

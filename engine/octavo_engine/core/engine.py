@@ -65,6 +65,8 @@ class _UnderWay:
     started_s: float
     in_time: bool
     decodes: int
+    context: int
+    """Tokens that the decodes have together."""
 
 
 class Engine:
@@ -162,9 +164,9 @@ class Engine:
         """To be called while there is no work: the runner uses the time. False when nothing is left to prepare."""
         return self._runner.prepare()
 
-    def _prompt_tokens(self, decodes: int) -> int | None:
-        """How many prompt tokens a step of so many decodes may take."""
-        return None if self._limit is None else self._limit.tokens(decodes)
+    def _prompt_tokens(self, decodes: int, context: int) -> int | None:
+        """How many prompt tokens a step of so many decodes may take, which have `context` tokens together."""
+        return None if self._limit is None else self._limit.tokens(decodes, context)
 
     def _settle(self, constraints: Constraints) -> None:
         """Take in what became of grammars: requests that may begin, that are complete, and that cannot go on."""
@@ -212,8 +214,8 @@ class Engine:
         in_time = before is not None and not self._runner.is_done(before.launched)
         if before is not None:
             self._pace.launched(in_time)
-        decodes = sum(item.count == 1 for item in plan.items)
-        self._launched.append(_UnderWay(plan, launched, started, in_time, decodes))
+        contexts = [item.start for item in plan.items if item.count == 1]
+        self._launched.append(_UnderWay(plan, launched, started, in_time, len(contexts), sum(contexts)))
 
     def _collect(self) -> list[TokenEvent]:
         step = self._launched.popleft()
@@ -226,7 +228,7 @@ class Engine:
         if step.decodes and not prompt_tokens and step.in_time:
             self._pace.observe(step.decodes, took)
         if self._limit:
-            self._limit.observe(step.decodes, prompt_tokens, took)
+            self._limit.observe(step.decodes, step.context, prompt_tokens, took)
         self._num_steps += 1
         self._last_step_s = now
         return [_event(c) for c in self._commit(step.plan, sampled, now)]

@@ -101,11 +101,12 @@ class Scheduler:
 
     # ---- planning
 
-    def schedule(self, now: float, prompt_tokens: Callable[[int], int | None] | None = None) -> StepPlan:
+    def schedule(self, now: float, prompt_tokens: Callable[[int, int], int | None] | None = None) -> StepPlan:
         """Plan one step. Moves requests between waiting and running and hands out blocks.
 
         Decodes first, as somebody is reading each of them; then prompts that have begun; then new ones, all together
-        at most `prompt_tokens` of them, which is told how many requests decode; None: as many as the step may have.
+        at most `prompt_tokens` of them, which is told how many requests decode and how many tokens they have together;
+        None: as many as the step may have.
         A prompt that needs more leaves half of them to those that wait behind it.
         """
         before = self.num_preemptions
@@ -120,7 +121,7 @@ class Scheduler:
             if request.row is not None and not self._has_nothing_to_do(request):
                 budget -= self._extend(request, self._chunk(request.num_remaining, budget), grants)
         if prompt_tokens is not None and self.config.enable_chunked_prefill:
-            allowed = prompt_tokens(len(decodes))
+            allowed = prompt_tokens(len(decodes), sum(request.num_computed for request in decodes))
             budget = budget if allowed is None else min(budget, allowed)
         room = budget
         for index, request in enumerate(chunks):
