@@ -18,7 +18,7 @@ import pytest
 from octavo_engine.core.engine import Engine
 from octavo_engine.core.messages import FinishReason, Submit
 from octavo_engine.core.request import Request
-from octavo_engine.core.scheduler import Commit, Scheduler, SchedulerConfig
+from octavo_engine.core.scheduler import LOOKED_AT, Commit, Scheduler, SchedulerConfig
 from octavo_engine.core.step import Sampled, StepPlan
 from octavo_engine.sampling_params import SamplingParams
 
@@ -114,9 +114,50 @@ def test_a_prompt_longer_than_a_step_leaves_half_of_it_to_the_ones_behind():
     assert shape(step(scheduler)[0]) == [(0, 8, False)]
 
     scheduler.add(make_request(3))
-    scheduler.add(make_request(20))
+    scheduler.add(make_request(12))
     assert shape(step(scheduler)[0]) == [(0, 1, False), (8, 4, False), (0, 3, True)]
     assert sorted(shape(step(scheduler)[0])) == [(1, 4, False), (3, 1, True), (12, 3, False)]
+
+
+def test_of_two_long_prompts_the_first_is_computed_before_the_second_and_a_short_one_passes_both():
+    scheduler = make_scheduler(num_blocks=48, max_num_batched_tokens=8)
+    for length in (30, 40, 3):
+        scheduler.add(make_request(length, max_tokens=1))
+
+    assert shape(step(scheduler)[0]) == [(0, 5, False), (0, 3, True)]
+    assert [shape(step(scheduler)[0]) for _ in range(4)] == [
+        [(5, 8, False)], [(13, 8, False)], [(21, 8, False)], [(29, 1, True), (0, 7, False)],
+    ]  # fmt: skip
+
+
+def test_a_long_prompt_that_is_cached_passes_a_long_one_that_is_not():
+    scheduler = make_scheduler(num_blocks=48, max_num_batched_tokens=8)
+    known = list(range(40))
+    scheduler.add(make_request(known, max_tokens=1))
+    for _ in range(5):
+        step(scheduler)
+
+    scheduler.add(make_request(30, max_tokens=1))
+    scheduler.add(make_request(known, max_tokens=1))
+    assert shape(step(scheduler)[0]) == [(0, 4, False), (36, 4, True)]
+
+
+def test_an_urgent_prompt_does_not_wait_for_a_long_one_that_is_not():
+    scheduler = make_scheduler(num_blocks=48, max_num_batched_tokens=8)
+    scheduler.add(make_request(30, priority=1))
+    step(scheduler)
+
+    scheduler.add(make_request(40))
+    assert shape(step(scheduler)[0]) == [(8, 4, False), (0, 4, False)]
+    assert shape(step(scheduler)[0]) == [(4, 4, False), (12, 4, False)]
+
+
+def test_no_more_than_a_few_long_prompts_are_looked_at_behind_one():
+    scheduler = make_scheduler(num_blocks=48, max_num_batched_tokens=8, max_num_seqs=32)
+    for length in (*[30] * (LOOKED_AT + 1), 3):
+        scheduler.add(make_request(length, max_tokens=1))
+
+    assert shape(step(scheduler)[0]) == [(0, 8, False)]
 
 
 def test_without_chunks_a_prompt_waits_until_the_budget_has_room_for_all_of_it():

@@ -24,6 +24,9 @@ from octavo_engine.core.request import Request
 from octavo_engine.core.step import Admission, StepItem, StepPlan
 from octavo_engine.plan import Plan
 
+LOOKED_AT = 8
+"""Requests behind a prompt that a step looks at, as each may have to be hashed."""
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
@@ -53,6 +56,18 @@ class _Grant:
     request: Request
     count: int
     new_blocks: list[BlockId]
+
+
+@dataclass(frozen=True, slots=True)
+class _Long:
+    """A prompt that needs more tokens than the step has."""
+
+    request: Request
+    needs: int
+
+    def comes_before(self, request: Request, needs: int) -> bool:
+        """Whether one that needs so many waits for it: one behind it that is no shorter."""
+        return needs >= self.needs and request.order > self.request.order
 
 
 class Scheduler:
@@ -107,7 +122,8 @@ class Scheduler:
         Decodes first, as somebody is reading each of them; then prompts that have begun; then new ones, all together
         at most `prompt_tokens` of them, which is told how many requests decode and how many tokens they have together;
         None: as many as the step may have.
-        A prompt that needs more leaves half of them to those that wait behind it.
+        A prompt that needs more than the step has leaves half of them to those behind it that need less than it does;
+        others wait for it, as two that share their steps both end when the second would have ended anyway.
         """
         before = self.num_preemptions
         grants: dict[Request, _Grant] = {}
@@ -124,25 +140,42 @@ class Scheduler:
             allowed = prompt_tokens(len(decodes), sum(request.num_computed for request in decodes))
             budget = budget if allowed is None else min(budget, allowed)
         room = budget
+        long: _Long | None = None
         for index, request in enumerate(chunks):
-            if request.row is not None:
-                count = self._chunk(request.num_remaining, budget)
-                if request.num_remaining > room:
-                    count = _shared(count, budget, itertools.chain(chunks[index + 1 :], self.waiting))
-                budget -= self._extend(request, count, grants)
+            needs = request.num_remaining
+            if request.row is None or (long is not None and long.comes_before(request, needs)):
+                continue
+            count = self._chunk(needs, budget)
+            if needs > room:
+                long = _Long(request, needs)
+                count = self._share(long, count, budget, itertools.chain(chunks[index + 1 :], self.waiting))
+            budget -= self._extend(request, count, grants)
 
         # A step that had to preempt admits nobody: the blocks would be taken back at once.
         preempted = self.num_preemptions != before
-        while not preempted and self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
-            # Preempted while its token was under way: known after the next commit.
-            if self.waiting[0].num_pending or self.waiting[0].awaits_token:
+        passed = 0  # by those behind them
+        while not preempted and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            if passed == min(len(self.waiting), LOOKED_AT):
                 break
-            admitted = self._admit(self.waiting[0], budget, room, now)
+            request = self.waiting[passed]
+            # Preempted while its token was under way: known after the next commit.
+            if request.num_pending or request.awaits_token:
+                break
+            found = self._find(request)
+            needs = request.num_tokens - len(found) * self.config.block_size
+            if long is not None and long.comes_before(request, needs):
+                passed += 1
+                continue
+            count = self._chunk(needs, budget)
+            if needs > room:
+                long = _Long(request, needs)
+                count = self._share(long, count, budget, itertools.islice(self.waiting, passed + 1, None))
+            admitted = self._admit(request, found, count, now)
             if admitted is None:
                 break
-            self.waiting.pop(0)
-            grants[admitted.request] = admitted
-            budget -= admitted.count
+            self.waiting.pop(passed)
+            grants[request] = admitted
+            budget -= count
 
         return self._plan(grants)
 
@@ -186,20 +219,33 @@ class Scheduler:
     def _blocks_missing(self, request: Request, count: int) -> int:
         return _blocks_needed(request.num_computed + count, self.config.block_size) - len(request.blocks)
 
-    def _admit(self, request: Request, budget: int, room: int, now: float) -> _Grant | None:
+    def _find(self, request: Request) -> list[BlockId]:
+        """Its cached prefix, as far as a request that waits may use it."""
+        # Cached tokens have keys and values and no logits: a prompt whose tokens are to be scored is computed.
+        if not self.config.enable_prefix_caching or request.num_unscored:
+            return []
+        size = self.config.block_size
+        extend_hashes(request.hashes, request.tokens, size, request.cache_salt)
+        # The last token is always computed: its logits are what the request came for.
+        return self.pool.find(request.hashes[: (request.num_tokens - 1) // size])
+
+    def _share(self, long: _Long, count: int, budget: int, behind: Iterable[Request]) -> int:
+        """What a long prompt gets of the step: all that no shorter one behind it wants, and half of it at least."""
+        half, wanted = max(budget // 2, 1), 0
+        for request in itertools.islice(behind, LOOKED_AT):
+            needs = request.num_remaining
+            if request.row is None:
+                needs -= len(self._find(request)) * self.config.block_size
+            if not long.comes_before(request, needs):
+                wanted += needs
+            if wanted >= half:
+                break
+        return min(count, max(budget - wanted, half))
+
+    def _admit(self, request: Request, found: list[BlockId], count: int, now: float) -> _Grant | None:
         """Give a waiting request its row, its cached prefix and its first chunk; None if it does not fit now."""
         size = self.config.block_size
-        found: list[BlockId] = []
-        # Cached tokens have keys and values and no logits: a prompt whose tokens are to be scored is computed.
-        looks_up = self.config.enable_prefix_caching and not request.num_unscored
-        if looks_up:
-            extend_hashes(request.hashes, request.tokens, size, request.cache_salt)
-            # The last token is always computed: its logits are what the request came for.
-            found = self.pool.find(request.hashes[: (request.num_tokens - 1) // size])
         num_cached = len(found) * size
-        count = self._chunk(request.num_tokens - num_cached, budget)
-        if request.num_tokens - num_cached > room:
-            count = _shared(count, budget, itertools.islice(self.waiting, 1, None))
         # Room for all of its tokens and not only for the first chunk: half a prompt that waits for blocks
         # holds the others' blocks and helps nobody.
         whole = _blocks_needed(request.num_tokens, size) - len(found)
@@ -211,7 +257,7 @@ class Scheduler:
         if request.num_cached_prompt is None:
             request.num_cached_prompt = min(num_cached, request.num_prompt)
             request.first_scheduled_s = now
-            if looks_up:
+            if self.config.enable_prefix_caching and not request.num_unscored:
                 self.prefix_queries += request.num_prompt
                 self.prefix_hits += request.num_cached_prompt
         request.row = self._rows.pop()
@@ -385,13 +431,3 @@ class Scheduler:
 
 def _blocks_needed(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
-
-
-def _shared(count: int, budget: int, behind: Iterable[Request]) -> int:
-    """What a prompt longer than a step gets of it: all that nobody behind it wants, and half of it at least."""
-    half, wanted = max(budget // 2, 1), 0
-    for request in behind:
-        wanted += request.num_remaining
-        if wanted >= half:
-            break
-    return min(count, max(budget - wanted, half))
