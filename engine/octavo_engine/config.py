@@ -241,7 +241,7 @@ class EngineConfig:
         "prompt must fit in --max-num-batched-tokens.", group="Scheduling", managed=True,
     )  # fmt: skip
     max_decode_slowdown: float = _setting(
-        2.2, "How many times longer a step may take for the prompts in it than for its running streams alone; longer "
+        2.3, "How many times longer a step may take for the prompts in it than for its running streams alone; longer "
         "prompts are split. 0 lets prompts fill --max-num-batched-tokens.", group="Scheduling", low=0, high=1000,
     )  # fmt: skip
     deterministic: bool = _setting(
