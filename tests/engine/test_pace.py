@@ -83,7 +83,7 @@ def poisson(rate: float, seconds: float, hold: bool, seed: int = 0) -> Served:
 
 @pytest.mark.parametrize("rate", [5.0, 30.0])
 def test_requests_get_their_first_token_earlier_and_the_device_hardly_waits(rate: float):
-    at_once, late = poisson(rate, 5, hold=False), poisson(rate, 5, hold=True)
+    at_once, late = (poisson(rate, 150 / rate, hold) for hold in (False, True))
 
     assert late.at(0.5, late.first_s) < 0.85 * at_once.at(0.5, at_once.first_s)
     assert late.at(0.99, late.first_s) < 1.05 * at_once.at(0.99, at_once.first_s)
