@@ -45,9 +45,10 @@ def main() -> None:
 
 
 def long_prompts(costs: Costs, slowdown: float) -> str:
-    quiet = serve(costs, [(0.0, 512, 1500)] * 32, slowdown=slowdown)
+    streams = [(0.0, 512, 1500)] * 32
+    quiet = serve(costs, streams, slowdown=slowdown)
     prompts = [(1.0 + number, 16_000, 1) for number in range(15)]
-    busy = serve(costs, [(0.0, 512, 1500)] * 32 + prompts, slowdown=slowdown)
+    busy = serve(costs, streams + prompts, before=streams, slowdown=slowdown)
     first = sorted(busy.first_of[number] for number in range(32, 47))
     times = busy.at(0.99, busy.gaps_s) / quiet.at(0.5, quiet.gaps_s)
     return (

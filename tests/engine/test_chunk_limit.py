@@ -144,3 +144,17 @@ def test_a_crowd_gets_its_first_tokens_as_soon_after_other_loads_as_on_a_fresh_e
 
     fresh, after = serve(H200, crowd), serve(H200, crowd, before=[(0.0, 512, 200)] * 32)
     assert after.at(0.99, after.first_s) < 1.3 * fresh.at(0.99, fresh.first_s)  # 3.5 times, once
+
+
+def test_of_streams_that_were_seen_alone_while_they_grew_each_length_is_known():
+    limit = ChunkLimit(2.2)
+    for each in range(500, 2000, 5):
+        limit.observe(32, 32 * each, 0, gpu_seconds(32, each))
+    for each in range(500, 600, 5):  # others, which are shorter again
+        limit.observe(32, 32 * each, 0, gpu_seconds(32, each))
+    for _ in range(10):
+        tokens = limit.tokens(32, 32 * 1900)
+        assert tokens is not None
+        limit.observe(32, 32 * 1900, tokens, gpu_seconds(32, 1900, tokens))
+
+    assert 2.0 < gpu_seconds(32, 1900, tokens) / gpu_seconds(32, 1900) < 2.25

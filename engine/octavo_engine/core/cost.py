@@ -66,12 +66,12 @@ class StepCost:
 class ChunkLimit:
     """Keeps a step with prompts from taking more than `slowdown` times as long as one of the same decodes alone.
 
-    Both times are learned. What a prompt token adds grows along a long prompt, and is nothing as long as the step waits
-    for weights anyway. Steps without prompts are kept by their number of decodes, in powers of two, with their work:
-    the tokens that they read. Others are reached along the line through those that were seen. They have to be: a crowd
-    that arrives is seen beside prompts only, and when its decodes were held to be as quick as the most that were known,
-    the rest of their time counted as the cost of the prompts, which then came two by two. 256 streams at once had 89 %
-    of their throughput offline and the last a first token after 2 s (H200, measured).
+    Both times are learned. What a prompt token adds grows along a long prompt, and is nothing as long as the step
+    waits for weights anyway. Steps without prompts are kept by their work, the tokens that they read, in powers of
+    two; others are reached along the line through those that were seen. They have to be: a crowd that arrives is
+    seen beside prompts only, and when its decodes were held to be as quick as the most that were known, the rest of
+    their time counted as the cost of the prompts, which then came two by two. 256 streams at once had 89 % of their
+    throughput offline and the last a first token after 2 s (H200, measured).
     """
 
     def __init__(self, slowdown: float) -> None:
@@ -85,8 +85,8 @@ class ChunkLimit:
     def observe(self, decodes: int, context: int, prompt_tokens: int, seconds: float) -> None:
         """context: tokens that the decodes have together."""
         if not prompt_tokens:
-            size, work = decodes.bit_length(), _work(decodes, context)
-            mean = self._quiet_of.setdefault(size, _Quiet(work, seconds))
+            work = _work(decodes, context)
+            mean = self._quiet_of.setdefault(work.bit_length(), _Quiet(work, seconds))
             # A step now and then takes longer for reasons of the host's: it must not count for more than it is.
             mean.seconds += 0.1 * (min(seconds, 2 * mean.seconds) - mean.seconds)
             mean.work += 0.1 * (work - mean.work)
@@ -120,9 +120,10 @@ class ChunkLimit:
         """Seconds of the decodes alone; None where no step is known."""
         if not self._quiet_of:
             return None
-        size = decodes.bit_length()
+        work = _work(decodes, context)
+        size = work.bit_length()
         nearest = self._quiet_of[min(self._quiet_of, key=lambda s: abs(s - size))]
-        seconds = nearest.seconds + self._per_work_s() * (_work(decodes, context) - nearest.work)
+        seconds = nearest.seconds + self._per_work_s() * (work - nearest.work)
         return max(seconds, nearest.seconds / 2)
 
     def _per_work_s(self) -> float:
