@@ -9,6 +9,7 @@ import pytest
 from octavo_engine.core.step import Admission, StepItem
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
 from octavo_engine.kernels.gpu.prefill_attention import TILE_WORDS
+from octavo_engine.runner.gpu_steps import mixed_layouts
 from octavo_engine.runner.layout import Layout, Tiling, exact, pack
 from octavo_engine.sampling_params import SamplingParams
 
@@ -124,3 +125,13 @@ def test_a_step_says_whether_prompts_are_scored(num_scored):
     items = [StepItem(0, 5, 1, [], True), StepItem(1, 0, 4, [], True, num_scored=num_scored)]
 
     assert exact(items, USUAL).scored == (num_scored > 0)
+
+
+@pytest.mark.parametrize(
+    ("max_seqs", "decodes"), [(8, set()), (9, {1}), (32, {24}), (63, {55}), (64, {56}), (1024, {56, 120, 248})]
+)
+def test_graphs_with_prompts_have_room_for_eight_of_them(max_seqs, decodes):
+    layouts = mixed_layouts(max_seqs, 600, USUAL)
+
+    assert {layout.decodes for layout in layouts} == decodes
+    assert all(layout.tokens <= 600 and layout.ends <= max_seqs for layout in layouts)

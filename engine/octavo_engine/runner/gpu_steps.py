@@ -351,10 +351,9 @@ class GpuSteps:
         self._eager = eager
         sizes = {*(size for size in GRAPH_SIZES if size < self._max_seqs), min(self._max_seqs, GRAPH_SIZES[-1])}
         first = {size for size in sizes if size in FIRST_GRAPH_SIZES} | {max(sizes)}
-        mixed = [Layout.mixed(decodes, tokens, self._tiling) for decodes in MIXED_DECODES for tokens in MIXED_TOKENS]
         self._uncaptured = [
             *(Layout.of_decodes(size, self._tiling) for size in sorted(sizes - first)),
-            *(m for m in mixed if m.tokens <= self._max_tokens and m.decodes + MIXED_CHUNKS <= self._max_seqs),
+            *mixed_layouts(self._max_seqs, self._max_tokens, self._tiling),
         ]
         # No graph has these, and the first one who asks for them must not wait for a compiler.
         self._sample_nobody()
@@ -395,6 +394,15 @@ class GpuSteps:
             self._run(step)
         self._graphs[layout] = graph
         torch.cuda.synchronize()
+
+
+def mixed_layouts(max_seqs: int, max_tokens: int, tiling: Tiling) -> list[Layout]:
+    """Of the graphs for steps with prompts: where there are fewer rows than the smallest has, one for as many."""
+    sizes = [decodes for decodes in MIXED_DECODES if decodes + MIXED_CHUNKS <= max_seqs]
+    if not sizes and max_seqs > MIXED_CHUNKS:
+        sizes = [max_seqs - MIXED_CHUNKS]
+    layouts = [Layout.mixed(decodes, tokens, tiling) for decodes in sizes for tokens in MIXED_TOKENS]
+    return [layout for layout in layouts if layout.tokens <= max_tokens]
 
 
 class _Pinned:
