@@ -159,11 +159,12 @@ def _note(
 
 
 @triton.jit
-def _adjust(
-    x, column, inside, word_row, record, mask, counts, masked, allows, length, repetition, presence, frequency,
+def _adjusted(
+    base, column, inside, word_row, record, mask, counts, masked, allows, length, repetition, presence, frequency,
     ENTRIES: tl.constexpr, HEADER: tl.constexpr,
 ):  # fmt: skip
-    """float32 logits of these ids as they are to be drawn from; -inf for what must not come."""
+    """float32 logits of these ids as they are to be drawn from; -inf for what must not come. base: the row's logits."""
+    x = tl.load(base + column, mask=inside, other=float("-inf")).to(tl.float32)
     word = tl.load(word_row + column, mask=inside & counts, other=0).to(tl.int32)
     listed = (word & 0x4000) != 0
     number = word & 0x3FFF
@@ -183,7 +184,7 @@ def _adjust(
 
 @triton.jit
 def _header(special, n, masks, records, words, row, VOCAB: tl.constexpr, RECORD: tl.constexpr, MASK: tl.constexpr):
-    """What `_adjust` needs of a row."""
+    """What `_adjusted` needs of a row."""
     which = tl.load(special + 3 * n + 1)
     counts = tl.load(special + 3 * n + 2) != 0
     record = records + row.to(tl.int64) * RECORD
@@ -247,9 +248,8 @@ def _adjusted_cutoff(
                 for start in range(0, VOCAB, AT_ONCE):
                     column = start + lane
                     inside = column < VOCAB
-                    x = tl.load(base + column, mask=inside, other=float("-inf")).to(tl.float32)
-                    x = _adjust(
-                        x, column, inside, word_row, record, mask, counts, masked, allows, length, repetition,
+                    x = _adjusted(
+                        base, column, inside, word_row, record, mask, counts, masked, allows, length, repetition,
                         presence, frequency, ENTRIES, HEADER,
                     )  # fmt: skip
                     if turn == 0:
@@ -312,10 +312,9 @@ def _adjusted_best(
     for piece in range(0, _num_pieces(part, VOCAB, PIECES, LANES, GROUP), AT_ONCE // GROUP):
         column = _columns(part, piece, AT_ONCE // GROUP, PIECES, LANES, GROUP)
         inside = column < VOCAB
-        x = tl.load(base + column, mask=inside, other=float("-inf")).to(tl.float32)
-        x = _adjust(
-            x, column, inside, word_row, record, mask, counts, masked, allows, length, repetition, presence, frequency,
-            ENTRIES, HEADER,
+        x = _adjusted(
+            base, column, inside, word_row, record, mask, counts, masked, allows, length, repetition, presence,
+            frequency, ENTRIES, HEADER,
         )  # fmt: skip
         if greedy:
             largest, first = _first_largest(x, column, largest, first)
@@ -328,10 +327,9 @@ def _adjusted_best(
         top, chunk = _best_chunk(largest, total, seed, length, part * LANES)
         column = _columns_of_chunk(chunk, PIECES, LANES, GROUP)
         inside = column < VOCAB
-        x = tl.load(base + column, mask=inside, other=float("-inf")).to(tl.float32)
-        x = _adjust(
-            x, column, inside, word_row, record, mask, counts, masked, allows, length, repetition, presence, frequency,
-            ENTRIES, HEADER,
+        x = _adjusted(
+            base, column, inside, word_row, record, mask, counts, masked, allows, length, repetition, presence,
+            frequency, ENTRIES, HEADER,
         )  # fmt: skip
         found = _token_of_chunk(x, column, lowest, rate, seed, length)
     tl.store(best + n * tl.num_programs(1) + part, top)
