@@ -62,6 +62,11 @@ def test_without_a_gpu_a_product_is_added_by_torch_in_place(tokens):
     assert torch.allclose(into, start + torch.mm(x, weight.t()), atol=1e-5)
 
 
+def operands(tokens: int, outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
+    return x, torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) / 16
+
+
 SHAPES = [(80, 6144, 4096), (896, 4096, 14336), (77, 512, 256)]
 
 
@@ -70,8 +75,7 @@ SHAPES = [(80, 6144, 4096), (896, 4096, 14336), (77, 512, 256)]
 @pytest.mark.parametrize(("tokens", "outputs", "inputs"), SHAPES)
 def test_every_ranked_algorithm_computes_the_product(tokens, outputs, inputs):
     lt = Lt(torch.device("cuda"))
-    x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) / 16
+    x, weight = operands(tokens, outputs, inputs)
     expected = x.float() @ weight.float().t()
     ranked = lt.candidates(tokens, outputs, inputs)
 
@@ -87,8 +91,7 @@ def test_every_ranked_algorithm_computes_the_product(tokens, outputs, inputs):
 @pytest.mark.parametrize(("tokens", "outputs", "inputs"), SHAPES)
 def test_a_ranked_algorithm_adds_the_product_or_refuses(tokens, outputs, inputs):
     lt = Lt(torch.device("cuda"))
-    x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) / 16
+    x, weight = operands(tokens, outputs, inputs)
     start = 8 * torch.randn(tokens, outputs, device="cuda", dtype=torch.bfloat16)
     expected = start.float() + x.float() @ weight.float().t()
     added = 0
@@ -110,8 +113,7 @@ def test_a_ranked_algorithm_adds_the_product_or_refuses(tokens, outputs, inputs)
 def test_a_shape_that_was_measured_both_ways_is_computed_both_ways():
     products = Products(torch.device("cuda"))
     products._known = {"512 x 256": {"77": 0}, "512 x 256 +": {"77": 0}}
-    x = torch.randn(77, 256, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16) / 16
+    x, weight = operands(77, 512, 256)
     out = torch.full((77, 512), float("nan"), device="cuda", dtype=torch.bfloat16)
     expected = x.float() @ weight.float().t()
 
