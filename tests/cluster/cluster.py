@@ -56,6 +56,10 @@ class ClusterError(Exception):
     """Says what failed and where its log is."""
 
 
+class NotReadyError(ClusterError):
+    """A start that waits for something for longer than any machine took."""
+
+
 class Cluster:
     def __init__(self, name: str) -> None:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?", name):
@@ -72,7 +76,16 @@ class Cluster:
         with self._locked():
             if not self.is_up():
                 self._clean()
-                self._start(gpus)
+                try:
+                    self._start(gpus)
+                except NotReadyError as error:
+                    # Seen once in some hundred starts, cause unknown: what it was waiting for is kept for whoever asks.
+                    kept = machine.cache_dir() / "test-logs" / f"{self.name}-not-ready"
+                    shutil.rmtree(kept, ignore_errors=True)
+                    shutil.copytree(self.logs, kept)
+                    print(f"{error}\nIts logs are kept in {kept}. Starting it once more.", file=sys.stderr)
+                    self._clean()
+                    self._start(gpus)
             if kwok:
                 self.start_kwok()
         return time.monotonic() - started
@@ -223,7 +236,8 @@ class Cluster:
             if died or time.monotonic() > deadline:
                 last = (self.logs / "start.log").read_text(errors="replace")[-2000:]
                 why = "ended early" if died else f"was not ready within {UP_TIMEOUT_S:.0f} s"
-                raise ClusterError(f"cluster {self.name} {why}; logs are in {self.logs}\n{last}")
+                error = ClusterError if died else NotReadyError
+                raise error(f"cluster {self.name} {why}; logs are in {self.logs}\n{last}")
             time.sleep(0.05)
         inner = (self.state / "root" / PKI.relative_to("/") / "admin.kubeconfig").read_text()
         port = self.forward(API_SERVER)

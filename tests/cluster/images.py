@@ -36,6 +36,9 @@ BASE = "docker.io/library/python:3.12-slim-bookworm"
 TARGETS = ("engine", "operator")
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 PULL_TIMEOUT_S = 300
+CARRIED_BYTES = 16 * 2**20
+"""A layer of our own source has 5 MB. Larger ones are linked into containerd's store: torch's has 4.7 GB."""
+IMPORT_PAUSES_S = (1, 2, 4, 8)
 SHORT_ID = 11
 # How buildah and Docker announce the steps of a Dockerfile that take time; the others are done at once.
 STEP = re.compile(r"(\[\S+\] )?(STEP \S+:|#\d+ \[[^]]*\]) (?P<command>RUN .*)")
@@ -145,19 +148,34 @@ def load(image: str, inside: Inside, store: Path, say: Say) -> None:
             layout, manifest = push_to_layout(image)
             if manifest == _digests_in_containerd(inside).get(image):
                 return
-            # containerd's garbage collection may take a blob between its arrival and the image that names it.
-            for attempt in (1, 2):
-                have = set(_ctr(inside, "content", "ls", "-q").split())
-                for digest in _blobs(layout, manifest):
-                    if digest not in have:
-                        _ingest(blob(layout, digest), digest, store, inside)
-                done = _import(image, layout, manifest, inside)
-                if done.returncode == 0:
-                    break
-                if attempt == 2:
-                    raise ImageError(f"containerd does not take {image}: {done.stderr.decode(errors='replace')}")
+            _bring(image, layout, manifest, store, inside)
         _forget_older_builds(inside)
     say(f"loaded {image} in {time.monotonic() - started:.1f} s")
+
+
+def _bring(image: str, layout: Path, manifest: str, store: Path, inside: Inside) -> None:
+    """Give containerd what it lacks of the image, and have it named and unpacked.
+
+    What an import carries is safe from containerd's garbage collection until the image names it. A large blob is not:
+    it comes before the import, and a collection may take it in between. That import fails; its end has another
+    collection made, which the next attempt waits for.
+    """
+    for pause_s in (*IMPORT_PAUSES_S, None):
+        have = set(_ctr(inside, "content", "ls", "-q").split())
+        carried = []
+        for digest in _blobs(layout, manifest):
+            if digest in have:
+                continue
+            if blob(layout, digest).stat().st_size > CARRIED_BYTES:
+                _ingest(blob(layout, digest), digest, store, inside)
+            else:
+                carried.append(digest)
+        done = _import(image, layout, manifest, carried, inside)
+        if done.returncode == 0:
+            return
+        if pause_s is None:
+            raise ImageError(f"containerd does not take {image}: {done.stderr.decode(errors='replace')}")
+        time.sleep(pause_s)
 
 
 def is_loaded(image: str, inside: Inside) -> bool:
@@ -408,8 +426,10 @@ def _ingest(file: Path, digest: str, store: Path, inside: Inside) -> None:
         subprocess.run(ingest, stdin=source, check=True, capture_output=True)
 
 
-def _import(image: str, layout: Path, manifest: str, inside: Inside) -> subprocess.CompletedProcess[bytes]:
-    """Have containerd name and unpack the image whose blobs it has: an archive of the index and nothing else."""
+def _import(
+    image: str, layout: Path, manifest: str, carried: Sequence[str], inside: Inside
+) -> subprocess.CompletedProcess[bytes]:
+    """Have containerd name and unpack the image: an archive of the index and of the blobs that it does not have yet."""
     entry = {
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "digest": manifest,
@@ -417,7 +437,8 @@ def _import(image: str, layout: Path, manifest: str, inside: Inside) -> subproce
         "annotations": {"io.containerd.image.name": image},
     }
     index = json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode()
-    archive = _tar({"oci-layout": b'{"imageLayoutVersion":"1.0.0"}', "index.json": index})
+    blobs = {f"blobs/{digest.replace(':', '/')}": blob(layout, digest).read_bytes() for digest in carried}
+    archive = _tar({"oci-layout": b'{"imageLayoutVersion":"1.0.0"}', "index.json": index} | blobs)
     return subprocess.run(inside(["ctr", "-n", "k8s.io", "images", "import", "-"]), input=archive, capture_output=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -57,6 +58,36 @@ def test_up_clears_away_what_a_crash_left(scratch: Cluster) -> None:
     scratch.up()
 
     assert scratch.kubectl("get", "namespace", "default", "-o", "jsonpath={.metadata.uid}") != first
+
+
+def test_a_start_that_does_not_get_ready_is_tried_once_more_and_what_it_waited_for_is_kept(
+    scratch: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(tool.NODE / "pause.c", tmp_path)
+    (tmp_path / "start.sh").write_text("echo waiting for a node; sleep 1000\n")
+    real = scratch._start
+
+    def start(gpus: int) -> None:
+        with monkeypatch.context() as first:
+            if not starts:
+                first.setattr(tool, "NODE", tmp_path)
+                first.setattr(tool, "UP_TIMEOUT_S", 1.0)
+            starts.append(gpus)
+            real(gpus)
+
+    starts: list[int] = []
+    monkeypatch.setattr(scratch, "_start", start)
+
+    scratch.up()
+
+    assert starts == [0, 0]
+    assert scratch.kubectl("get", "nodes", "-o", "name") == "node/node1\n"
+    kept = machine.cache_dir() / "test-logs" / f"{scratch.name}-not-ready"
+    assert (kept / "start.log").read_text() == "waiting for a node\n"
+    told = capsys.readouterr().err
+    assert "waiting for a node" in told
+    assert f"Its logs are kept in {kept}" in told
+    shutil.rmtree(kept)
 
 
 def test_up_of_a_running_cluster_changes_nothing(scratch: Cluster) -> None:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import tarfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import images
 import pytest
 import sizes
+
+from cluster import Cluster
 
 BUILDAH = """\
 [1/2] STEP 1/3: FROM python AS tools
@@ -99,3 +106,67 @@ def test_blobs_that_no_image_names_are_removed(tmp_path):
     images._forget_unused(tmp_path)
 
     assert {file.name for file in (tmp_path / "blobs/sha256").iterdir()} == used
+
+
+@pytest.fixture
+def image(cluster: Cluster, tmp_path: Path) -> Iterator[str]:
+    """An image of one small layer and one that is linked into containerd's store, built anew for each test."""
+    (tmp_path / "small").write_bytes(os.urandom(1000))
+    (tmp_path / "large").write_bytes(os.urandom(images.CARRIED_BYTES + 1))
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY small large /\n")
+    name = "localhost/arrives:1"
+    images.build_folder(tmp_path, name, print)
+    yield name
+    cluster.run(["ctr", "-n", "k8s.io", "images", "rm", "--sync", name])
+
+
+def collect_garbage(cluster: Cluster) -> None:
+    lease = cluster.run(["ctr", "-n", "k8s.io", "leases", "create"]).stdout.strip()
+    cluster.run(["ctr", "-n", "k8s.io", "leases", "rm", "--sync", lease])
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_an_image_arrives_although_containerd_collects_a_blob_of_it_before_it_has_a_name(
+    cluster: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = []
+
+    def import_late(*arguments: Any) -> subprocess.CompletedProcess[bytes]:
+        if not codes:
+            collect_garbage(cluster)
+        done = real(*arguments)
+        codes.append(done.returncode)
+        return done
+
+    real = images._import
+    monkeypatch.setattr(images, "_import", import_late)
+
+    cluster.load(image, print)
+
+    assert [bool(code) for code in codes] == [True, False]
+    assert images.is_loaded(image, cluster.inside)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_build_of_which_only_small_layers_are_new_arrives_while_containerd_collects_garbage_all_the_time(
+    cluster: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "CARRIED_BYTES", 2 * images.CARRIED_BYTES)
+    monkeypatch.setattr(images, "IMPORT_PAUSES_S", ())
+    loaded = threading.Event()
+
+    def collect() -> None:
+        while not loaded.is_set():
+            collect_garbage(cluster)
+
+    collector = threading.Thread(target=collect)
+    collector.start()
+    try:
+        cluster.load(image, print)
+    finally:
+        loaded.set()
+        collector.join()
+
+    assert images.is_loaded(image, cluster.inside)

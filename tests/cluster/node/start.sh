@@ -54,7 +54,10 @@ alive() { # ends the whole cluster, with the reason, when one of its programs ha
     kill -0 "$(cat "$file")" || { echo "$(basename "$file") has died:"; tail -n 20 "$LOGS/$(basename "$file").log"; exit 1; }
   done
 }
-await() { until "$@" > /dev/null 2>&1; do alive; sleep 0.1; done; }
+await() { # what start.log ends with is what a cluster that does not get ready lacks
+  echo "after $SECONDS s: waiting for $*"
+  until "$@" > /dev/null 2>&1; do alive; sleep 0.1; done
+}
 
 cp "$HERE"/{kube-proxy.yaml,Corefile,containerd.toml} /etc/kubernetes/
 start containerd containerd --config /etc/kubernetes/containerd.toml
