@@ -134,15 +134,26 @@ def refusal_of_object(kind: str, message: str) -> Cause:
     return Cause(About.OBJECTS, "ObjectRefused", f"The API server refused the {kind}: {message}")
 
 
-def not_scaling(hpa: Mapping[str, Any]) -> str | None:
-    """Why a HorizontalPodAutoscaler of ours does nothing; None where it works, or has not said yet."""
-    conditions = {condition["type"]: condition for condition in hpa.get("status", {}).get("conditions", [])}
-    active = conditions.get("ScalingActive", {})
-    # Of no replicas it says that scaling is disabled, which is as it should be.
-    if active.get("status") != "False" or active.get("reason") == "ScalingDisabled":
+def not_scaling(autoscaler: Mapping[str, Any]) -> str | None:
+    """Why a HorizontalPodAutoscaler or ScaledObject of ours does nothing; None where it works, or has not said yet."""
+    conditions = {condition["type"]: condition for condition in autoscaler.get("status", {}).get("conditions", [])}
+    if autoscaler.get("kind") == "ScaledObject":
+        told, mode = conditions.get("Ready", {}), "KEDA"
+        # Of several triggers some may fail: then it says that it does not know whether it is ready.
+        fails = told.get("status") == "False" or told.get("reason") == "PartialTriggerError"
+        name = autoscaler["metadata"]["name"]
+        step = (
+            "check that autoscaling.prometheusAddress is Prometheus as KEDA's pods reach it; its events say more "
+            f"(kubectl describe scaledobject {name})"
+        )
+    else:
+        told, mode = conditions.get("ScalingActive", {}), "HPA"
+        # Of no replicas it says that scaling is disabled, which is as it should be.
+        fails = told.get("status") == "False" and told.get("reason") != "ScalingDisabled"
+        step = "let an adapter serve the engines' metrics to it (prometheus-adapter), or set mode BuiltIn"
+    if not fails:
         return None
-    step = "let an adapter serve the engines' metrics to it (prometheus-adapter), or set mode BuiltIn"
-    return f"autoscaling.mode HPA does not scale the server. {_sentence(active.get('message', ''))} Next: {step}."
+    return f"autoscaling.mode {mode} does not scale the server. {_sentence(told.get('message', ''))} Next: {step}."
 
 
 _NO_IMAGE_VOLUMES = (

@@ -77,7 +77,7 @@ class View:
     altered: tuple[tuple[str, str], ...] = ()
     """Children that the cluster keeps otherwise than applied: kind, and where they differ first."""
     not_scaling: str | None = None
-    """Why its HorizontalPodAutoscaler does nothing, where it has one that does nothing."""
+    """Why its HorizontalPodAutoscaler or ScaledObject does nothing, where it has one that does nothing."""
     monitoring: Monitoring = field(default_factory=Monitoring)
     waking: Waking | None = None
     """How the server is woken when it sleeps; None where it does not."""

@@ -138,6 +138,7 @@ class Reconciler:
         if "deletionTimestamp" in seen.resource["metadata"]:
             self._activator.know(key)
             return Next()  # its children go by their owner references
+        changed = changed or await self._autoscaler_turned(key)
         world = await self._ask_engines(key, await self._observe(key, seen, changed))
         now, tick, known = self._clock(), self._monotonic(), self._known[key]
         said = {name: _gist(statusz) for name, statusz in world.engines.items()}
@@ -194,7 +195,7 @@ class Reconciler:
             revision=rollout.revision,
             rollout=rollout,
             pod_monitors_known=world.pod_monitors_known,
-            not_scaling=not_scaling(world.own("HorizontalPodAutoscaler", server.uid) or {}),
+            not_scaling=_not_scaling(world, server),
             monitoring=self._monitoring,
             unannotated=unannotated,
             altered=tuple((kind, known.altered[kind].at[0]) for kind in sorted(known.altered)),
@@ -228,6 +229,15 @@ class Reconciler:
         known.first_seen = {pod.uid: known.first_seen.get(pod.uid, tick) for pod in seen.pods}
         pods = tuple(replace(pod, known_since=known.first_seen[pod.uid]) for pod in seen.pods)
         return World(children, pods, pod_monitors_known="PodMonitor" in self._kinds)
+
+    async def _autoscaler_turned(self, key: Key) -> bool:
+        """Whether the ScaledObject of a server at rest works no more, or works again: nobody watches it."""
+        known = self._known.get(key)
+        if known is None or known.settled_with is None or "ScaledObject" not in (known.polled or {}):
+            return False
+        assert known.polled is not None
+        found = (await self._get(["ScaledObject"], key)).get("ScaledObject")
+        return found is None or not_scaling(found) != not_scaling(known.polled["ScaledObject"])
 
     async def _waking(self, key: Key, server: Server, world: World) -> Waking | None:
         """How the server is woken; None where it does not go to sleep."""
@@ -417,6 +427,11 @@ class Reconciler:
         for told in announcements(findings, new.last_failure, todo, before):
             log.info("event server=%s/%s reason=%s message=%r", *key, told.reason, told.message)
             await self._cluster.create(_event(seen.resource, told, now))
+
+
+def _not_scaling(world: World, server: Server) -> str | None:
+    own = (world.own(kind, server.uid) for kind in ("HorizontalPodAutoscaler", "ScaledObject"))
+    return next((why for autoscaler in own if autoscaler is not None and (why := not_scaling(autoscaler))), None)
 
 
 def _gist(statusz: Statusz) -> object:

@@ -348,3 +348,23 @@ def test_an_autoscaler_of_the_clusters_that_does_nothing_is_told_with_what_it_la
     assert not_scaling(hpa("False", "ScalingDisabled")) is None
     assert not_scaling(hpa("True", "ValidMetricFound")) is None
     assert not_scaling({}) is None
+
+
+def scaled_object(status: str, reason: str, message: str):
+    ready = {"type": "Ready", "status": status, "reason": reason, "message": message}
+    conditions = [ready, {"type": "Active", "status": "False", "reason": "ScalerNotActive", "message": "not active"}]
+    return {"kind": "ScaledObject", "metadata": {"name": "qwen"}, "status": {"conditions": conditions}}
+
+
+def test_a_scaled_object_that_does_nothing_is_told_with_where_its_reason_stands():
+    words = "Triggers defined in ScaledObject are not working correctly"
+    told = not_scaling(scaled_object("False", "TriggerError", words))
+
+    assert told == (
+        "autoscaling.mode KEDA does not scale the server. Triggers defined in ScaledObject are not working correctly. "
+        "Next: check that autoscaling.prometheusAddress is Prometheus as KEDA's pods reach it; its events say more "
+        "(kubectl describe scaledobject qwen)."
+    )
+    assert not_scaling(scaled_object("Unknown", "PartialTriggerError", "Some triggers are not working")) is not None
+    assert not_scaling(scaled_object("True", "ScaledObjectReady", "ScaledObject is defined correctly")) is None
+    assert not_scaling(scaled_object("Unknown", "", "")) is None

@@ -57,7 +57,8 @@ def defined(api) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def running(cluster, defined) -> Iterator[Operator]:
-    made = Operator(cluster, "definitions", 18170, OCTAVO_RESYNC_SECONDS="1", OCTAVO_ALERTS_RULE="octavo-operator")
+    quick = {"OCTAVO_RESYNC_SECONDS": "1", "OCTAVO_SETTLED_POLL_SECONDS": "1"}
+    made = Operator(cluster, "definitions", 18170, **quick, OCTAVO_ALERTS_RULE="octavo-operator")
     try:
         made.wait_leading()
         yield made
@@ -85,6 +86,22 @@ def test_the_api_server_takes_our_objects_and_nobody_argues_about_its_defaults(r
         assert after[plural]["metadata"]["resourceVersion"] == before["metadata"]["resourceVersion"], plural
     stage.patch("qwen", {"expose": None, "autoscaling": None})
     wait_for(lambda: not any(theirs(stage, p) for p in THEIRS if p != "podmonitors"), "them to be gone")
+
+
+def test_a_scaled_object_that_keda_cannot_work_with_is_told_while_it_lasts(running, stage):
+    def keda_says(status: str, reason: str, message: str) -> None:
+        ready = {"type": "Ready", "status": status, "reason": reason, "message": message}
+        path = f"{THEIRS['scaledobjects']}/namespaces/{stage.namespace}/scaledobjects/qwen"
+        stage.api.merge(f"{path}/status", {"status": {"conditions": [ready]}})
+
+    stage.serve(replicas=0, autoscaling=EVERY_WAY["autoscaling"])
+    stage.wait_condition("Progressing", "False", "Settled")
+    keda_says("False", "TriggerError", "Triggers defined in ScaledObject are not working correctly")
+    told = stage.wait_condition("Progressing", "False", "NotScaling")
+    keda_says("True", "ScaledObjectReady", "ScaledObject is defined correctly and is ready for scaling")
+
+    stage.wait_condition("Progressing", "False", "Settled")
+    assert "Triggers defined in ScaledObject are not working correctly. Next: check" in told["message"]
 
 
 def test_a_pod_monitor_that_no_prometheus_selects_is_told_with_the_label_that_it_lacks(running, stage, cluster):
