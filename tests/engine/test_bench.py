@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def test_lengths_vary_within_the_range_ratio():
 
 
 def test_prefix_repetition_shares_as_many_beginnings_as_asked():
-    shape = datasets.Shape(100, 30, prefix_len=60, num_prefixes=3)
+    shape = datasets.Shape(40, 30, prefix_len=60, num_prefixes=3)
     samples = datasets.made_up("prefix_repetition", 12, shape, 5000, seed=1)
 
     assert len({tuple(s.prompt[:60]) for s in samples}) == 3
@@ -47,7 +48,7 @@ def test_prefix_repetition_shares_as_many_beginnings_as_asked():
     ("shape", "flag"),
     [
         (datasets.Shape(0, 1), "--input-len"), (datasets.Shape(1, 0), "--output-len"),
-        (datasets.Shape(9, 9, 1.0), "--range-ratio"), (datasets.Shape(9, 9, prefix_len=9), "--prefix-len"),
+        (datasets.Shape(9, 9, 1.0), "--range-ratio"), (datasets.Shape(9, 9, prefix_len=-1), "--prefix-len"),
     ],
 )  # fmt: skip
 def test_impossible_lengths_are_refused_by_name(shape, flag):
@@ -55,22 +56,37 @@ def test_impossible_lengths_are_refused_by_name(shape, flag):
         datasets.made_up("random", 1, shape, 5000, 0)
 
 
-def test_a_sharegpt_file_gives_questions_with_the_lengths_of_their_answers(tmp_path):
-    def conversation(question: int, answer: int) -> dict[str, Any]:
-        return {"conversations": [{"from": "human", "value": "q " * question}, {"from": "gpt", "value": "a " * answer}]}
+def test_what_is_shared_comes_before_the_length_that_was_asked_for_as_with_vllms_flags():
+    samples = datasets.made_up("random", 3, datasets.Shape(16, 1, prefix_len=32), 5000, seed=1)
 
+    assert [len(s.prompt) for s in samples] == [48] * 3
+    assert len({tuple(s.prompt[:32]) for s in samples}) == 1
+
+
+def conversation(question: int, answer: int) -> dict[str, Any]:
+    return {"conversations": [{"from": "human", "value": "q " * question}, {"from": "gpt", "value": "a " * answer}]}
+
+
+def words(text: str) -> list[int]:
+    return list(range(len(text.split())))
+
+
+def test_a_sharegpt_file_gives_questions_with_the_lengths_of_their_answers(tmp_path):
     file = tmp_path / "sharegpt.json"
     alone = {"conversations": [{"from": "human", "value": "nobody answers"}]}
     file.write_text(json.dumps([conversation(10, 20), conversation(2, 20), conversation(9, 3000), alone]))
 
-    samples = datasets.sharegpt(file, 5, lambda text: list(range(len(text.split()))), seed=0)
+    samples = datasets.sharegpt(file, 5, words, seed=0)
+    of_seven = datasets.sharegpt(file, 5, words, seed=0, output_len=7)
 
     assert [(len(s.prompt), s.output_len) for s in samples] == [(10, 20)]
+    assert sorted((len(s.prompt), s.output_len) for s in of_seven) == [(9, 7), (10, 7)]
 
 
-def test_a_file_that_is_no_sharegpt_file_is_refused_with_its_name(tmp_path):
+@pytest.mark.parametrize("content", ['{"rows": []}', "[]", '[{"conversations": [{"value": 1}, {"value": 2}]}]'])
+def test_a_file_that_is_no_sharegpt_file_is_refused_with_its_name(tmp_path, content):
     file = tmp_path / "other.json"
-    file.write_text('{"rows": []}')
+    file.write_text(content)
 
     with pytest.raises(ConfigError, match=r"other\.json"):
         datasets.sharegpt(file, 5, list, seed=0)
@@ -131,6 +147,7 @@ async def server() -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
         body = await request.json()
         bodies.append(body)
         HEADERS.append({name.lower(): value for name, value in request.headers.items()})
+        tells = body.get("stream_options") is not None
         if body["prompt"] == [7]:
             return web.json_response({"error": {"message": "busy"}}, status=503)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -140,7 +157,8 @@ async def server() -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
             await asyncio.sleep(0.05)
             await response.write(b'data: {"choices": [{"text": "x"}]}\n\n')
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 3}
-        await response.write(b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n")
+        if tells:
+            await response.write(b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -167,6 +185,15 @@ async def test_answers_are_timed_token_by_token(server):
     assert 0.14 < duration < 2
     assert bodies[0]["model"] == "tiny"
     assert bodies[0]["ignore_eos"] is True
+
+
+async def test_of_a_server_that_does_not_count_its_tokens_each_event_is_one(server):
+    url, _ = server
+    target = serve.Target(url, "tiny", body={"stream_options": None})
+
+    answers, _ = await serve.run(target, [datasets.Sample([5, 6], 3)], serve.Load(), False)
+
+    assert answers[0].output_len == 3
 
 
 async def test_a_refused_request_is_counted_and_tells_why(server):
@@ -212,11 +239,58 @@ async def test_flags_of_vllms_benchmark_are_honoured_and_its_files_are_written(s
     result = json.loads(file.read_text())
     assert (result["completed"], result["gpu"], result["backend"]) == (3, "none", "vllm")
     assert "ttfts" not in result
+    assert (result["request_rate"], result["num_prompts"]) == ("inf", 3)
+    assert re.fullmatch(r"\d{8}-\d{6}", result["date"])
+
+
+async def test_prompts_share_beginnings_without_being_told_how_and_by_vllms_flags(server, capsys):
+    url, bodies = server
+    arguments = ["bench", "serve", "--base-url", url, "--disable-tqdm", "--dataset-name", "prefix_repetition"]
+    assert await asyncio.to_thread(cli.main, [*arguments, "--num-prompts", "12", "--request-rate", "200"]) == 0
+
+    prompts = [body["prompt"] for body in bodies]
+    assert {len(prompt) for prompt in prompts} == {512}
+    assert len({tuple(prompt[:256]) for prompt in prompts}) == 10
+    assert {body["max_tokens"] for body in bodies} == {128}
+
+    bodies.clear()
+    lengths = zip(("prefix-len", "suffix-len", "output-len", "num-prefixes"), "5432", strict=True)
+    arguments += [word for name, length in lengths for word in (f"--prefix-repetition-{name}", length)]
+    assert await asyncio.to_thread(cli.main, [*arguments, "--num-prompts", "6"]) == 0
+
+    assert {(len(body["prompt"]), body["max_tokens"]) for body in bodies} == {(9, 3)}
+    assert len({tuple(body["prompt"][:5]) for body in bodies}) == 2
+
+
+@pytest.mark.parametrize(("flags", "sent"), [([], 5), (["--no-oversample"], 2)])
+async def test_a_file_with_fewer_conversations_comes_again_and_that_is_told(
+    server, tmp_path, monkeypatch, capsys, flags, sent
+):
+    from octavo_engine.api import find_model, tokenizer
+
+    url, bodies = server
+    file = tmp_path / "sharegpt.json"
+    file.write_text(json.dumps([conversation(5, 6), conversation(7, 8)]))
+    monkeypatch.setattr(find_model, "local_folder", lambda name: SimpleNamespace(path=tmp_path))
+    monkeypatch.setattr(tokenizer.Tokenizer, "load", lambda path: SimpleNamespace(encode=words))
+    arguments = ["bench", "serve", "--base-url", url, "--disable-tqdm", "--dataset-name", "sharegpt"]
+    arguments += ["--dataset-path", str(file), "--num-prompts", "5", *flags]
+    assert await asyncio.to_thread(cli.main, arguments) == 0
+
+    assert len(bodies) == sent
+    assert {(len(body["prompt"]), body["max_tokens"]) for body in bodies} == {(5, 6), (7, 8)}
+    assert ("has 2 conversations of ordinary length for 5 prompts" in capsys.readouterr().err) == (sent == 5)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--max-concurrency", "0"], "--max-concurrency: got 0, expected 1 or more"),
+        (["--num-warmups", "-1"], "--num-warmups: got -1, expected 0 or more"),
+        (["--extra-body", "[1]"], "--extra-body: got [1], expected a JSON object"),
+        (["--dataset-path", "conversations.json"], "--dataset-name: got 'random', expected sharegpt"),
+        (["--dataset-name", "sharegpt", "--random-input-len", "9"], "--input-len: got 9, expected none"),
+        (["--dataset-name", "sharegpt"], "--dataset-path: got None, expected the file"),
         (["--percentile-metrics", "ttft,other"], "got 'other', expected some of ttft, tpot, itl, e2el"),
         (["--metadata", "gpu"], "--metadata: got 'gpu', expected NAME=VALUE"),
         (["--backend", "openai-chat"], "--backend"),
@@ -227,9 +301,9 @@ def test_what_the_benchmark_cannot_do_is_refused(flags, words, capsys, monkeypat
         bench(flags)
 
 
-def bench(flags):
+def bench(flags: list[str], *kind: str) -> int:
     parser = ArgumentParser(prog="octavo bench")
-    return bench_cli.run(bench_cli.add_commands(parser), ["serve", "--model", "m", *flags], parser)
+    return bench_cli.run(bench_cli.add_commands(parser), [*(kind or ("serve", "--model", "m")), *flags], parser)
 
 
 def test_a_server_that_is_not_there_is_named(capsys):
@@ -254,3 +328,7 @@ def test_the_offline_benchmarks_run_on_a_real_model(tmp_path, capsys):
     assert throughput["num_requests"] == 3
     assert throughput["total_num_tokens"] == 3 * 14
     assert "requests/s" in capsys.readouterr().out
+
+    # A request that would be cut short is found before the measurement and not by it.
+    with pytest.raises(ConfigError, match="--max-model-len: got 128, expected 129 or more"):
+        bench(["--num-prompts=3", "--input-len=125", *common], "throughput")

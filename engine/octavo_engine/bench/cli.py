@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,31 +117,37 @@ def add_commands(parser: argparse.ArgumentParser) -> dict[str, tuple[ArgumentPar
 
 def _dataset_arguments(parser: argparse.ArgumentParser, num_prompts: int, *, seed: bool = False) -> None:
     """seed: whether --seed is free to be the dataset's."""
-    from octavo_engine.bench.datasets import DATASETS, Shape
+    from octavo_engine.bench.datasets import DATASETS, SHAPES
 
-    default = Shape()
+    usual, shared = SHAPES["random"], SHAPES["prefix_repetition"]
     parser.add_argument("--dataset-name", choices=DATASETS, default="random", help="Default: %(default)s.")
     parser.add_argument("--dataset-path", type=Path, metavar="FILE", help="File of the sharegpt dataset.")
     parser.add_argument("--num-prompts", type=int, default=num_prompts, help="Default: %(default)s.")
     parser.add_argument(
-        "--input-len", "--random-input-len", type=int, default=default.input_len, dest="input_len",
-        help="Tokens of made-up prompts. Default: %(default)s.",
+        "--no-oversample", action="store_true",
+        help="Send fewer where a file has fewer conversations. Default: they come again.",
     )  # fmt: skip
     parser.add_argument(
-        "--output-len", "--random-output-len", type=int, default=default.output_len, dest="output_len",
-        help="Tokens of their answers. Default: %(default)s.",
+        "--input-len", "--random-input-len", "--prefix-repetition-suffix-len", type=int, dest="input_len",
+        help=f"Tokens of made-up prompts, behind what they share. Default: {usual.input_len}, "
+        f"{shared.input_len} of prefix_repetition.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output-len", "--random-output-len", "--prefix-repetition-output-len", "--sharegpt-output-len", type=int,
+        dest="output_len", help=f"Tokens of answers. Default: {usual.output_len}, of sharegpt the file's.",
     )  # fmt: skip
     parser.add_argument(
         "--range-ratio", "--random-range-ratio", type=float, default=0.0, dest="range_ratio",
         help="Lengths vary by that share up and down. Default: %(default)s.",
     )  # fmt: skip
     parser.add_argument(
-        "--prefix-len", "--random-prefix-len", type=int, default=0, dest="prefix_len",
-        help="Tokens at the beginning that prompts share. Default: %(default)s.",
+        "--prefix-len", "--random-prefix-len", "--prefix-repetition-prefix-len", type=int, dest="prefix_len",
+        help=f"Tokens at the beginning that prompts share. Default: {usual.prefix_len}, "
+        f"{shared.prefix_len} of prefix_repetition.",
     )  # fmt: skip
     parser.add_argument(
-        "--num-prefixes", type=int, default=default.num_prefixes,
-        help="Different beginnings of prefix_repetition. Default: %(default)s.",
+        "--num-prefixes", "--prefix-repetition-num-prefixes", type=int, default=shared.num_prefixes,
+        dest="num_prefixes", help="Different beginnings of prefix_repetition. Default: %(default)s.",
     )  # fmt: skip
     if not any(action.dest == "seed" for action in parser._actions):
         names = ["--dataset-seed", "--seed"] if seed else ["--dataset-seed"]
@@ -178,6 +185,11 @@ def _serve(namespace: argparse.Namespace) -> int:
     if not namespace.request_rate > 0 or not namespace.burstiness > 0:
         name = "burstiness" if namespace.request_rate > 0 else "request-rate"
         raise ConfigError(f"--{name}", getattr(namespace, name.replace("-", "_")), "a number above 0")
+    for name, least in (("max_concurrency", 1), ("num_warmups", 0)):
+        if (value := getattr(namespace, name)) is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')}", value, f"{least} or more")
+    if not isinstance(namespace.extra_body, dict):
+        raise ConfigError("--extra-body", namespace.extra_body, "a JSON object")
     percentiles = _numbers("--metric-percentiles", namespace.metric_percentiles)
     goodput = _goodput(namespace.goodput)
     shown = [name.strip() for name in namespace.percentile_metrics.split(",")]
@@ -216,7 +228,9 @@ def _serve(namespace: argparse.Namespace) -> int:
     details = {
         "input_lens": [a.prompt_len for a in answers], "output_lens": [a.output_len for a in answers],
         "ttfts": [a.ttft_s for a in answers], "itls": [a.itls_s for a in answers],
-        "start_times": [a.started_s for a in answers], "model_id": model, "request_rate": str(namespace.request_rate),
+        "start_times": [a.started_s for a in answers], "errors": [a.error for a in answers],
+        "date": time.strftime("%Y%m%d-%H%M%S"), "model_id": model, "num_prompts": len(samples),
+        "request_rate": "inf" if namespace.request_rate == float("inf") else namespace.request_rate,
         "burstiness": namespace.burstiness, "max_concurrency": namespace.max_concurrency,
     }  # fmt: skip
     _write(namespace.output_json, {**result, **details})
@@ -232,7 +246,9 @@ def _throughput(namespace: argparse.Namespace) -> int:
     from octavo_engine.bench import offline
 
     llm, vocab_size = _llm(namespace)
-    result = offline.throughput(llm, _samples(namespace, vocab_size, namespace.model), not namespace.disable_tqdm)
+    samples = _samples(namespace, vocab_size, getattr(namespace, "tokenizer", None) or namespace.model)
+    _check_lengths(llm, samples)
+    result = offline.throughput(llm, samples, not namespace.disable_tqdm)
     rates = (result[f"{what}_per_second"] for what in ("requests", "tokens", "output_tokens"))
     print("Throughput: {:.2f} requests/s, {:.2f} total tokens/s, {:.2f} output tokens/s".format(*rates))
     _write(namespace.output_json, result)
@@ -242,14 +258,15 @@ def _throughput(namespace: argparse.Namespace) -> int:
 def _latency(namespace: argparse.Namespace) -> int:
     from octavo_engine.bench import datasets, offline
 
-    for name in ("batch_size", "num_iters"):
-        if getattr(namespace, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}", getattr(namespace, name), "1 or more")
+    for name, least in (("batch_size", 1), ("num_iters", 1), ("num_iters_warmup", 0)):
+        if (value := getattr(namespace, name)) < least:
+            raise ConfigError(f"--{name.replace('_', '-')}", value, f"{least} or more")
     # The same prompts come again and again: found in the cache, they would measure nothing.
     namespace.enable_prefix_caching = False
     llm, vocab_size = _llm(namespace)
     shape = datasets.Shape(namespace.input_len, namespace.output_len)
     samples = datasets.made_up("random", namespace.batch_size, shape, vocab_size, 0)
+    _check_lengths(llm, samples)
     result = offline.latency(llm, samples, namespace.num_iters_warmup, namespace.num_iters, not namespace.disable_tqdm)
     print(f"Avg latency: {result['avg_latency']:.4f} seconds")
     for percent, seconds in result["percentiles"].items():
@@ -273,28 +290,44 @@ def _llm(namespace: argparse.Namespace) -> tuple[Any, int]:
     return llm, llm.vocab_size
 
 
+def _check_lengths(llm: Any, samples: list[Any]) -> None:
+    """Raises ConfigError where a request would be refused or cut short, which is not what was to be measured."""
+    longest, limit = max(len(s.prompt) + s.output_len for s in samples), llm.effective.max_model_len
+    if longest > limit:
+        raise ConfigError("--max-model-len", limit, f"{longest} or more, as prompt and answer have so many tokens")
+
+
 def _samples(namespace: argparse.Namespace, vocab_size: int, tokenizer: str) -> list[Any]:
     from octavo_engine.bench import datasets
 
-    count = namespace.num_prompts
+    kind, count = namespace.dataset_name, namespace.num_prompts
     if count < 1:
         raise ConfigError("--num-prompts", count, "1 or more")
     seed: int = getattr(namespace, "dataset_seed", 0) or getattr(namespace, "seed", 0)
-    if namespace.dataset_name == "sharegpt":
-        if namespace.dataset_path is None:
-            raise ConfigError("--dataset-path", None, "the file of the sharegpt dataset")
-        from octavo_engine.api.find_model import local_folder
-        from octavo_engine.api.tokenizer import Tokenizer
+    if kind != "sharegpt":
+        if namespace.dataset_path is not None:
+            raise ConfigError("--dataset-name", kind, "sharegpt, as --dataset-path names a file")
+        names = ("input_len", "output_len", "range_ratio", "prefix_len", "num_prefixes")
+        given = {name: value for name in names if (value := getattr(namespace, name)) is not None}
+        return list(datasets.made_up(kind, count, replace(datasets.SHAPES[kind], **given), vocab_size, seed))
+    for name in ("input_len", "prefix_len"):
+        if (value := getattr(namespace, name)) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}", value, "none, as the prompts of sharegpt are the file's")
+    if namespace.dataset_path is None:
+        raise ConfigError("--dataset-path", None, "the file of the sharegpt dataset")
+    from octavo_engine.api.find_model import local_folder
+    from octavo_engine.api.tokenizer import Tokenizer
 
-        folder = local_folder(tokenizer)
-        if folder is None:
-            raise ConfigError("--tokenizer", tokenizer, "a folder with tokenizer.json")
-        encode = Tokenizer.load(folder.path).encode
-        return list(datasets.sharegpt(namespace.dataset_path, count, encode, seed))
-    shape = datasets.Shape(
-        namespace.input_len, namespace.output_len, namespace.range_ratio, namespace.prefix_len, namespace.num_prefixes
-    )
-    return list(datasets.made_up(namespace.dataset_name, count, shape, vocab_size, seed))
+    folder = local_folder(tokenizer)
+    if folder is None:
+        raise ConfigError("--tokenizer", tokenizer, "a folder with tokenizer.json")
+    encode = Tokenizer.load(folder.path).encode
+    samples = list(datasets.sharegpt(namespace.dataset_path, count, encode, seed, namespace.output_len))
+    if len(samples) < count and not namespace.no_oversample:
+        has = f"{namespace.dataset_path} has {len(samples)} conversations of ordinary length for {count} prompts"
+        print(f"octavo bench: {has}: they come again, and may be found in the prefix cache", file=sys.stderr)
+        samples = [samples[index % len(samples)] for index in range(count)]
+    return samples
 
 
 def _file_name(namespace: argparse.Namespace, model: str) -> str:

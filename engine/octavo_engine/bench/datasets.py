@@ -27,7 +27,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Shape:
-    """Lengths of made-up requests, in tokens. range_ratio: lengths are drawn from ±that share of the given ones."""
+    """Lengths of made-up requests, in tokens. range_ratio: lengths are drawn from ±that share of the given ones.
+
+    A prompt is prefix_len shared tokens and input_len of its own behind them, as vLLM's flags of these names say.
+    """
 
     input_len: int = 1024
     output_len: int = 128
@@ -45,8 +48,10 @@ class Shape:
                 raise ConfigError(f"--{name}", value, f"{low} or more")
         if not 0 <= self.range_ratio < 1:
             raise ConfigError("--range-ratio", self.range_ratio, "a share from 0 up to, not including, 1")
-        if self.prefix_len >= self.input_len:
-            raise ConfigError("--prefix-len", self.prefix_len, f"less than --input-len ({self.input_len})")
+
+
+SHAPES = {"random": Shape(), "prefix_repetition": Shape(256, 128, prefix_len=256)}
+"""What is made up where no flag says otherwise."""
 
 
 def made_up(kind: str, count: int, shape: Shape, vocab_size: int, seed: int) -> list[Sample]:
@@ -65,19 +70,26 @@ def made_up(kind: str, count: int, shape: Shape, vocab_size: int, seed: int) -> 
 
     prefixes = [ids(shape.prefix_len) for _ in range(shape.num_prefixes if kind == "prefix_repetition" else 1)]
     return [
-        Sample(prefixes[index % len(prefixes)] + ids(near(shape.input_len - shape.prefix_len)), near(shape.output_len))
+        Sample(prefixes[index % len(prefixes)] + ids(near(shape.input_len)), near(shape.output_len))
         for index in range(count)
     ]
 
 
-def sharegpt(path: Path, count: int, encode: Callable[[str], list[int]], seed: int) -> list[Sample]:
-    """Conversations of a ShareGPT file: the first turn asks, the second says how long the answer was.
+def sharegpt(
+    path: Path, count: int, encode: Callable[[str], list[int]], seed: int, output_len: int | None = None
+) -> list[Sample]:
+    """Up to `count` conversations of a ShareGPT file: the first turn asks, the second says how long the answer was.
 
-    The file is a list of {"conversations": [{"value": text}, …]}. Raises ConfigError when it is not, or holds too few.
+    The file is a list of {"conversations": [{"value": text}, …]}. Raises ConfigError when it is not, or holds none that
+    fits. output_len: of every answer, whatever the second turn says.
     """
+    if output_len is not None and output_len < 1:
+        raise ConfigError("--output-len", output_len, "1 or more")
     try:
         document = json.loads(path.read_text())
         turns = [[turn["value"] for turn in entry["conversations"][:2]] for entry in document]
+        if not all(isinstance(text, str) for pair in turns for text in pair):
+            raise TypeError("a turn's value is no text")
     except (OSError, ValueError, TypeError, KeyError) as error:
         expected = f"a ShareGPT file, a list of conversations ({type(error).__name__}: {error})"
         raise ConfigError("--dataset-path", str(path), expected) from error
@@ -87,10 +99,12 @@ def sharegpt(path: Path, count: int, encode: Callable[[str], list[int]], seed: i
     for question, answer in pairs:
         if len(samples) == count:
             break
-        prompt, output_len = encode(question), len(encode(answer))
-        fits = len(prompt) <= MAX_PROMPT and len(prompt) + output_len <= MAX_TOTAL
-        if min(len(prompt), output_len) >= MIN_TOKENS and fits:
-            samples.append(Sample(prompt, output_len))
+        prompt, length = encode(question), output_len or len(encode(answer))
+        # An answer's length that was asked for is meant, however short or long.
+        short = len(prompt) < MIN_TOKENS or (output_len is None and length < MIN_TOKENS)
+        long = len(prompt) > MAX_PROMPT or (output_len is None and len(prompt) + length > MAX_TOTAL)
+        if not short and not long:
+            samples.append(Sample(prompt, length))
     if not samples:
         raise ConfigError("--dataset-path", str(path), "at least one conversation of two turns and ordinary length")
     return samples

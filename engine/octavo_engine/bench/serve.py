@@ -114,6 +114,8 @@ async def ask(session: aiohttp.ClientSession, target: Target, sample: Sample, be
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         answer.error = f"{type(error).__name__}: {error}"[:200]
         return answer
+    # Who tells nothing of tokens, although asked to, is taken to send one with each event.
+    answer.output_len = answer.output_len or (len(answer.itls_s) + 1 if answer.ttft_s else 0)
     answer.latency_s = last - started
     if not answer.ttft_s:
         answer.error = "the stream ended without a token"
