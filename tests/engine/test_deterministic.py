@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,6 +24,11 @@ SAMPLING = [
     SamplingParams(temperature=1.0, top_p=0.9, seed=5, max_tokens=6, logprobs=2, ignore_eos=True),
 ]
 """Of PROMPT, twice in each call."""
+TINY = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "hidden_size": 64,
+    "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "head_dim": 8, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 Told = tuple[list[int], list[float]]
 
 
@@ -62,6 +71,41 @@ def test_an_answer_is_the_same_bits_alone_in_company_in_chunks_from_the_cache_an
     with preempting(chunked, every=5):
         assert both(chunked) == expected
     assert chunked._engine.scheduler.num_preemptions > 1
+
+
+def test_an_answer_is_the_same_bits_in_a_batch_of_256_as_alone_in_chunks_of_64(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    prompt, *others = [[3 + (7 * i + n) % 200 for i in range(1 + n % 12 if n else 150)] for n in range(256)]
+    settings = [SAMPLING[n % 2] for n in range(256)]
+
+    def tiny(**more: object) -> LLM:
+        common = {"device": "cpu", "load_format": "dummy", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 2**26}
+        return LLM(str(tmp_path), deterministic=True, dtype="float32", **{**common, **more})
+
+    def ask(llm: LLM, prompts: list[list[int]], sampling: list[SamplingParams]) -> list[RequestOutput]:
+        return llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+
+    chunked = tiny(max_num_seqs=16, max_num_batched_tokens=64, enable_prefix_caching=False)
+    alone = [
+        told(ask(chunked, [of], [sampling])[0]) for of, sampling in ((prompt, SAMPLING[0]), (others[90], SAMPLING[1]))
+    ]
+    together = tiny(max_num_seqs=256, max_num_batched_tokens=8192, enable_prefix_caching=False)
+    running = []
+    schedule = together._engine.scheduler.schedule
+
+    def watched(*arguments: Any) -> Any:
+        plan = schedule(*arguments)
+        running.append(len(plan.items))
+        return plan
+
+    together._engine.scheduler.schedule = watched  # type: ignore[method-assign]
+    found = ask(together, [*others[:100], prompt, *others[100:]], [*settings[1:101], settings[0], *settings[101:]])
+
+    assert max(running) == 256
+    assert len(prompt) > 2 * 64
+    assert told(found[100]) == alone[0]
+    assert settings[91] == SAMPLING[1]
+    assert told(found[90]) == alone[1]
 
 
 def test_a_prompts_scores_are_the_same_bits_in_chunks_of_any_size():

@@ -7,6 +7,7 @@ import sys
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,6 +215,34 @@ def test_a_request_whose_values_are_not_finite_harms_no_other(monkeypatch: pytes
 
     assert len(left) == 3
     assert answers(engine, asked) == expected
+
+
+def test_what_is_compiled_while_requests_wait_is_counted_and_logged(monkeypatch, caplog):
+    made = interpreted.steps(monkeypatch)
+    engine = interpreted.engine_of(made)
+    source = SimpleNamespace(name="_decode")
+
+    def compiled(*_: Any, cache_hit: bool = False) -> None:
+        made._compilations(src=source, cache_hit=cache_hit, times=None)
+
+    def counted() -> int:
+        engine.submit(Submit("a", PROMPTS["free"], sampling_of(max_tokens=1), ()))
+        stats = [engine.step().stats for _ in iter(lambda: engine.has_work, False)]
+        return stats[-1].compilations
+
+    compiled()
+    made.is_ready()
+    compiled(cache_hit=True)
+    monkeypatch.setattr(made, "_capture", compiled)
+    made._uncaptured.append(GRAPHS[0])
+    assert made.prepare()
+    assert counted() == 0
+    assert not caplog.records
+
+    compiled()
+
+    assert counted() == 1
+    assert "compiled the kernel _decode while requests waited" in caplog.text
 
 
 class Made(TorchDispatchMode):

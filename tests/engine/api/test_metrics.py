@@ -10,6 +10,11 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from octavo_engine.api.board import Board, Limits
+from octavo_engine.api.metrics import Metrics
+from octavo_engine.config import EngineConfig
+from octavo_engine.core.messages import StepStats
+
 BASE = {"model_name", "engine"}
 TTFT = (
     ".001,.005,.01,.02,.04,.06,.08,.1,.25,.5,.75,1,2.5,5,7.5,10,20,40,80,160,640,2560"
@@ -203,6 +208,16 @@ def test_process_and_python_tell_of_themselves(server) -> None:
     found = families(server)
 
     assert {"process_resident_memory_bytes", "process_cpu_seconds", "process_open_fds", "python_info"} <= set(found)
+
+
+def test_kernels_compiled_while_requests_waited_are_told() -> None:
+    metrics = Metrics(Board(Limits(300, 60, 10, 1000)), EngineConfig(model="m"), "m")
+    figure = 'octavo:kernel_compilations_total{engine="0",model_name="m"}'
+    assert f"{figure} 0.0" in metrics.render().decode()
+
+    metrics.step_done(StepStats(compilations=2), 0, 1)
+
+    assert f"{figure} 2.0" in metrics.render().decode()
 
 
 def test_figures_of_requests_are_exact(start) -> None:
