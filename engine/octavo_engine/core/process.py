@@ -31,6 +31,7 @@ from octavo_engine.core.constraint import Constraints
 from octavo_engine.core.engine import Engine
 from octavo_engine.core.messages import Abort, Fatal, FromEngine, Ready, Shutdown, StageChanged, Start, Submit, ToEngine
 from octavo_engine.core.scheduler import Scheduler
+from octavo_engine.loader.page_in import PageIn
 from octavo_engine.status import ExitStatus, Failure, FailureCode, FatalError, Stage
 
 log = logging.getLogger("octavo.engine")
@@ -68,13 +69,19 @@ def main(argv: list[str] | None = None) -> int:
 def run(config: EngineConfig, channel: Channel) -> None:
     """Load the model and serve until Shutdown."""
     inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(channel, inbox), name="inbox", daemon=True).start()
+    paging = PageIn()
+
+    def begin(start: Start) -> None:
+        if config.load_format != "dummy":
+            paging.begin(Path(start.model_path))
+
+    threading.Thread(target=_read, args=(channel, inbox, begin), name="inbox", daemon=True).start()
     # Threads that spin while they wait starve each other when cores are shared, as they are in pods: with another
     # busy process beside it a step took fifteen times as long. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from octavo_engine.runner.quick_torch import import_torch
 
-    import_torch()  # seconds, while the model is looked for
+    import_torch()  # seconds, while the model is looked for and its files come into the page cache
     from octavo_engine.runner.model_runner import ModelRunner
 
     runner = ModelRunner(config)
@@ -84,6 +91,7 @@ def run(config: EngineConfig, channel: Channel) -> None:
     assert isinstance(start, Start), start
     # Its threads read the vocabulary while the weights are loaded.
     constraints = _constraints(Path(start.tokenizer_path or start.model_path), Path(start.model_path))
+    paging.stop()  # from here on the loader reads, with more threads
     loaded = runner.load(Path(start.model_path), _Progress(channel.send), start.resolved_revision)
     scheduler = Scheduler.of(config, loaded.plan)
     engine = Engine(
@@ -149,7 +157,7 @@ def _take(engine: Engine, message: ToEngine) -> None:
         raise AssertionError(f"{type(message).__name__} after the start")
 
 
-def _read(channel: Channel, inbox: queue.SimpleQueue[ToEngine]) -> None:
+def _read(channel: Channel, inbox: queue.SimpleQueue[ToEngine], on_start: Callable[[Start], None]) -> None:
     while True:
         try:
             message = channel.receive()
@@ -157,6 +165,8 @@ def _read(channel: Channel, inbox: queue.SimpleQueue[ToEngine]) -> None:
             # The hot thread may be inside a step for seconds; nothing is left to be saved.
             os._exit(ExitStatus.OK)
         assert isinstance(message, (Start, Submit, Abort, Shutdown)), message
+        if isinstance(message, Start):
+            on_start(message)
         inbox.put(message)
 
 

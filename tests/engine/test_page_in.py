@@ -1,0 +1,120 @@
+"""A checkpoint's files come into the page cache while the engine process imports torch."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo_engine.core import process
+from octavo_engine.core.channel import Channel
+from octavo_engine.core.messages import Start
+from octavo_engine.loader import page_in
+from octavo_engine.loader.page_in import PageIn, is_cached
+
+PIECE = 2**20
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_in, "PIECE_BYTES", PIECE)
+
+
+def paged(folder: Path) -> None:
+    paging = PageIn()
+    paging.begin(folder)
+    for thread in paging.threads:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def missing(file: Path) -> list[int]:
+    """Pages of the file that are not in the page cache."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        return [at for at in range(0, file.stat().st_size, 4096) if not is_cached(descriptor, at)]
+    finally:
+        os.close(descriptor)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two files that are on the disk alone."""
+    for name, size in (("model-1.safetensors", 3 * PIECE + 5000), ("model-2.safetensors", 2 * PIECE)):
+        with (tmp_path / name).open("wb") as file:
+            file.write(os.urandom(1000) * (size // 1000) + b"x" * (size % 1000))
+            file.flush()
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if not missing(tmp_path / "model-1.safetensors"):
+        pytest.skip("this file system keeps its files in memory")
+    return tmp_path
+
+
+def test_every_weight_file_comes_into_the_page_cache(folder):
+    (folder / "notes.txt").touch()
+
+    paged(folder)
+
+    assert [missing(file) for file in sorted(folder.glob("*.safetensors"))] == [[], []]
+
+
+def test_what_is_there_is_not_read_again(folder, monkeypatch):
+    paged(folder)
+    reads, read = [], os.preadv
+
+    def counted(descriptor: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        reads.append(flags)
+        return read(descriptor, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    paged(folder)
+
+    assert reads == [os.RWF_NOWAIT] * 6
+
+
+def test_no_more_than_half_of_the_free_memory_is_filled(folder, monkeypatch):
+    brought = []
+    monkeypatch.setattr(page_in, "_bring", lambda file, offset, num_bytes, _: brought.append((file.name, num_bytes)))
+    monkeypatch.setattr(page_in, "host_memory", lambda: (2 * (4 * PIECE + 5000), 0))
+
+    paged(folder)
+
+    first, second = "model-1.safetensors", "model-2.safetensors"
+    assert sorted(brought) == [(first, 5000), *[(first, PIECE)] * 3, (second, PIECE)]
+
+
+def test_nothing_is_read_once_the_loader_reads(folder):
+    paging = PageIn()
+    paging.stop()
+    paging.begin(folder)
+
+    assert missing(folder / "model-2.safetensors")
+
+
+@pytest.mark.parametrize("index", [None, "no index", '{"weight_map": {"w": "gone.safetensors"}}'])
+def test_a_damaged_checkpoint_is_left_to_the_loader(tmp_path, index):
+    if index is not None:
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+
+    paged(tmp_path)
+
+
+def test_the_engine_process_begins_when_it_is_told_of_the_model(monkeypatch):
+    monkeypatch.setattr(os, "_exit", sys.exit)  # it ends itself when the other side is gone
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    begun, start = [], Start("/models/m", None, "/models/m")
+    ours, theirs = socket.socketpair()
+    with theirs:
+        with ours:
+            Channel(ours).send(start)
+        with pytest.raises(SystemExit):
+            process._read(Channel(theirs), inbox, begun.append)
+
+    assert inbox.get(timeout=1) == start
+    assert begun == [start]
