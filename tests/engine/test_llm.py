@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
@@ -11,8 +12,9 @@ import models
 from octavo_engine import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
 from octavo_engine.api.output.parser import REASONING_PARSERS
 from octavo_engine.beam_search import search
+from octavo_engine.loader import weights
 from octavo_engine.outputs import Logprob
-from octavo_engine.status import FatalError
+from octavo_engine.status import FailureCode, FatalError
 from octavo_engine.structured.settings import StructuredOutputsSettings
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -160,6 +162,20 @@ def test_settings_are_checked_by_name():
         LLM(str(models.smollm2()), max_model_len=9000)
     with pytest.raises(FatalError, match="neither a folder nor"):
         LLM("./nowhere")
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_numbers_before_anything_is_allocated(tmp_path, monkeypatch):
+    config = json.loads((models.smollm2() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 65536, "num_hidden_layers": 9000}))
+    monkeypatch.setattr(weights, "allocate", lambda *_: pytest.fail("memory was asked for"))
+
+    with pytest.raises(FatalError) as caught:
+        LLM(str(tmp_path), load_format="dummy", skip_tokenizer_init=True)
+
+    failure = caught.value.failure
+    assert failure.code is FailureCode.WEIGHTS_TOO_LARGE
+    assert float((failure.need or "").split()[0]) > 10_000 > float((failure.have or "").split()[0])
+    assert "of memory, or choose a smaller model" in failure.fix
 
 
 def test_a_tokenizer_may_come_from_a_folder_of_its_own(tmp_path):
