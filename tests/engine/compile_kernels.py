@@ -140,6 +140,7 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
              "BLOCK_SIZE": 128, "ROWS": 16, "WINDOW": 0, "SOFTCAP": False, "STAGES": 2,
              "WORDS": decode_attention.PART_WORDS, "PREFETCH": True}, 4,
         ))  # fmt: skip
+    found += attention_of(80, 16, 100, softcap=True)
     one = small_linear.choose_shape(1, 14336, 4096, gated=True)
     nothing = {"bias": None, "residual": None, "next_norm": None, "shares": None}
     found.append((
@@ -171,6 +172,42 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
             values = {"bias": None, "norm_shares": None, **common, "SHARES": 1}
             found.append((name, small_linear._small_linear, types, values, shape.warps))
     return found
+
+
+def attention_of(
+    dim: int, block_size: int, window: int, softcap: bool
+) -> list[tuple[str, Any, list[str], dict[str, Any], int]]:
+    """What depends on the shape of heads, with all that those above are without: norms of heads, a window, a cap."""
+    block, name = triton.next_power_of_2(dim), f"{dim}_{block_size}_{window}"
+    tile = f"tensordesc<bf16[{block_size},{block}]>"
+    half = {"HALF": dim // 2, "HALF_BLOCK": triton.next_power_of_2(dim // 2), "BLOCK_SIZE": block_size}
+    of_tiles = {
+        **HEADS, "DIM": dim, "DIM_BLOCK": block, "BLOCK_SIZE": block_size, "TILE": 64, "WINDOW": window,
+        "SOFTCAP": softcap, "STAGES": prefill_attention.stages_for(block_size, dim, 3), "WORDS": TILE_WORDS,
+        "value_scale": None,
+    }  # fmt: skip
+    return [
+        (
+            f"rope_kv_{name}", rope_kv._rope_kv,
+            [HALF, "i32", HALF, HALF, INT, INT, INT, "i32"] + [HALF] * 4 + ["fp32"],
+            {"HEADS": 32, "KV_HEADS": 8, **half, "AT_ONCE": 4, **UNSCALED}, 1,
+        ),
+        (
+            f"decode_attention_{name}", decode_attention._decode,
+            [HALF, "i32", HALF, HALF, HALF, HALF, INT, "i32", INT, FLOAT, FLOAT, INT, HALF, HALF, HALF, "fp32", "fp32",
+             "fp32"],
+            {**HEADS, **UNSCALED, **half, "ROWS": 16, "WINDOW": window, "SOFTCAP": softcap, "STAGES": 2,
+             "WORDS": decode_attention.PART_WORDS, "PREFETCH": True}, 2 if block_size <= 64 else 4,
+        ),
+        (
+            f"prefill_attention_{name}", prefill_attention._prefill,
+            [HALF, "i32", tile, tile, INT, "i32", INT, HALF, "i32", FLOAT, FLOAT, INT, "fp32", "fp32"], of_tiles, 4,
+        ),
+        (
+            f"invariant_attention_{name}", invariant_attention._invariant,
+            [HALF, "i32", tile, tile, INT, "i32", INT, HALF, "i32", "fp32", "fp32"], of_tiles, 4,
+        ),
+    ]  # fmt: skip
 
 
 def main() -> None:
