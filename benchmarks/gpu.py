@@ -28,7 +28,7 @@ from octavo_engine.core.engine import Engine, Runner
 from octavo_engine.core.messages import Submit
 from octavo_engine.core.scheduler import Scheduler
 from octavo_engine.core.step import Sampled, StepPlan
-from octavo_engine.kernels.gpu import early_launch
+from octavo_engine.kernels.gpu import ask_ahead, early_launch
 from octavo_engine.models import gpu_decoder
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.sampling_params import SamplingParams
@@ -62,11 +62,18 @@ def main() -> None:
         "--early-launch", type=int, default=early_launch.TOKENS,
         help="tokens up to which a step's kernels are launched before the one in front has ended",
     )  # fmt: skip
+    parser.add_argument(
+        "--asks-early", type=int, default=early_launch.ASKING_TOKENS,
+        help="tokens up to which a step's attention asks for keys before it waits for the product in front",
+    )  # fmt: skip
+    parser.add_argument("--ask-ahead", type=float, metavar="MB", help="of the next matrix, asked for by small steps")
     parser.add_argument("--fused-up-to", type=int, help="tokens up to which a step takes the fused road")
     parser.add_argument("--deterministic", action="store_true", help="measure what the mode costs")
     parser.add_argument("--kv-cache-dtype", default="auto", help="auto, fp8_e4m3 or fp8_e5m2")
     arguments = parser.parse_args()
-    early_launch.TOKENS = arguments.early_launch
+    early_launch.TOKENS, early_launch.ASKING_TOKENS = arguments.early_launch, arguments.asks_early
+    if arguments.ask_ahead is not None:
+        ask_ahead.ASKED_BYTES = int(arguments.ask_ahead * 2**20)
     if arguments.fused_up_to:
         gpu_decoder.FUSED_TOKENS = arguments.fused_up_to
     only = [name for name in arguments.only.split(",") if name] or ["attention", "decode", *WORKLOADS]

@@ -17,6 +17,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from octavo_engine.kernels.gpu import (
     adjusted,
+    ask_ahead,
     decode_attention,
     invariant_attention,
     invariant_linear,
@@ -43,6 +44,7 @@ CHANGED = {
 }  # fmt: skip
 CHUNKS = sample.arrangement(128256)
 PICK = {"VOCAB": 128256, "SLICES": 8, "SLICES_BLOCK": 8, **CHUNKS}
+NOTHING_AHEAD = {"ahead": None, "ahead_row_bytes": 0, "ahead_lines_log2": 0, "ahead_lines": 0, "AHEAD": 0}
 HEADS = {"KV_HEADS": 8, "GROUP": 4}
 SHARED_MEMORY = {"80": 163 * 1024, "89": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}
 
@@ -220,8 +222,13 @@ def main() -> None:
     found += [with_cache_of(eight_bits, *of) for of in found if "value_scale" in of[3]]
     for name, kernel, types, values, warps in found:
         for early in (False, True) if "EARLY" in kernel.arg_names and can_launch_early else (False,):
-            shared = compile_one(kernel, types, {**values, "EARLY": early}, warps, target)
+            shared = compile_one(kernel, types, {**values, **NOTHING_AHEAD, "EARLY": early}, warps, target)
             print(f"{name}-early" if early else name, kernel.fn.__name__, shared, flush=True)
+        if "AHEAD" in kernel.arg_names and can_launch_early:
+            known = {**values, "EARLY": False, "AHEAD": ask_ahead.SHARE}
+            at = [n for n in kernel.arg_names if n not in known].index("ahead")
+            shared = compile_one(kernel, [*types[:at], HALF, "i32", "i32", "i32", *types[at:]], known, warps, target)
+            print(f"{name}-ahead", kernel.fn.__name__, shared, flush=True)
     for name, shared in compile_for_hopper(target) if arch == "90" else ():
         print(name, "_prefill_hopper", shared, flush=True)
 

@@ -21,9 +21,7 @@ tl = triton.language
 
 from octavo_engine.kernels import silu_mul as reference_silu_mul
 from octavo_engine.kernels.gpu import (
-    decode_attention as decode_module,
-)
-from octavo_engine.kernels.gpu import (
+    ask_ahead,
     early_launch,
     norm,
     prefill_attention_hopper,
@@ -32,6 +30,9 @@ from octavo_engine.kernels.gpu import (
     silu_mul,
     small_linear,
     state,
+)
+from octavo_engine.kernels.gpu import (
+    decode_attention as decode_module,
 )
 from octavo_engine.kernels.gpu import (
     prefill_attention as prefill_module,
@@ -482,3 +483,70 @@ def test_updates_reach_the_rows_they_name():
     for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
         assert torch.equal(getattr(where, name), getattr(expected, name)), name
     assert int(where.seed[2]) == ((-3 << 32) | (2**32 - 5))
+
+
+@pytest.fixture
+def asking(monkeypatch):
+    """Kernels ask for eight megabytes of the next matrix, as far as the device can."""
+    monkeypatch.setattr(ask_ahead, "ASKED_BYTES", 8 * 2**20)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    if not ON_GPU:
+        target = type("Target", (), {"backend": "cuda"})
+        active = type("Driver", (), {"get_current_target": staticmethod(lambda: target)})
+        monkeypatch.setattr(triton.runtime.driver, "_active", active)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "of_row_log2", "lines"),
+    [
+        (4096, 4096, 4, 65536),
+        (6144, 4096, 3, 49152),
+        (28672, 4096, 1, 57344),
+        (128256, 4096, 0, 65536),
+        (960, 576, 3, 7680),
+        (16, 32, 0, 16),
+    ],
+)  # fmt: skip
+def test_what_is_asked_ahead_of_a_matrix_is_the_start_of_its_rows_and_no_more_than_was_said(
+    asking, outputs, inputs, of_row_log2, lines
+):
+    weight = torch.empty(outputs, inputs, dtype=torch.bfloat16, device="meta")
+    asked = ask_ahead.ask_ahead(weight, 8)
+
+    assert (asked["ahead_lines_log2"], asked["ahead_lines"]) == (of_row_log2, lines)
+    assert 128 * lines <= 8 * 2**20
+    assert lines <= outputs << of_row_log2
+    assert 128 << of_row_log2 <= max(2 * inputs, 128)
+    assert lines <= 128 * ask_ahead.SHARE
+
+
+def test_nothing_is_asked_ahead_by_one_token_nor_by_many_nor_where_nothing_follows(asking, monkeypatch):
+    weight = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+
+    assert [ask_ahead.ask_ahead(weight, n)["AHEAD"] > 0 for n in (1, 2, 256, 257)] == [False, True, True, False]
+    assert ask_ahead.ask_ahead(None, 8)["AHEAD"] == 0
+    monkeypatch.setattr(ask_ahead, "ASKED_BYTES", 0)
+    assert ask_ahead.ask_ahead(weight, 8)["AHEAD"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="lines are asked for by an instruction of the device")
+@pytest.mark.parametrize("tokens", [2, 17, 64, 200])
+def test_asking_ahead_changes_no_result(tokens, monkeypatch):
+    x, weight = random(tokens, 256), random(256)
+    gate_up, following = random(tokens, 2 * 256), random(512, 256)
+    shape = small_linear.choose_shape(min(tokens, 64), 512, 256)
+    results = []
+    for size in (0, 2**20):
+        monkeypatch.setattr(ask_ahead, "ASKED_BYTES", size)
+        normed, active = torch.empty_like(x), random(tokens, 256)
+        product = torch.empty(min(tokens, 64), 512, dtype=DTYPE, device=DEVICE)
+        norm.rms_norm(x, weight, normed, 1e-5, following)
+        silu_mul.silu_mul(gate_up, active, following)
+        partial = small_linear.Partial.allocate(64, DEVICE)
+        small_linear.small_linear(
+            x[:64].contiguous(), following, product, shape=shape, partial=partial, ahead=following
+        )  # fmt: skip
+        results.append((normed, active, product))
+
+    assert all(torch.equal(before, after) for before, after in zip(*results, strict=True))

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_engine.kernels.gpu import rope_kv
+from octavo_engine.kernels.gpu.ask_ahead import ask, ask_ahead
 from octavo_engine.kernels.gpu.early_launch import (
     ATTENTION_TOKENS,
     LINE,
@@ -91,7 +92,7 @@ def decode_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, block_tables: Tensor, parts: Tensor, scratch: Scratch,
     out: Tensor, scale: float, *, query_norm: Tensor | None = None,
     key_norm: Tensor | None = None, eps: float = 0.0, window: int | None = None, softcap: float = 0.0,
-    scales: KvScales = UNSCALED, num_stages: int = 2, num_warps: int = 2,
+    scales: KvScales = UNSCALED, num_stages: int = 2, num_warps: int = 2, ahead: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write each token's key and value, then softmax(q·k * scale) · v over it and the keys before it.
 
@@ -100,6 +101,7 @@ def decode_attention(
     kv_cache: [2, num_blocks, kv_heads, block_size, head_dim]. out: [num_sequences, heads * head_dim].
     query_norm, key_norm: [head_dim] weights of RMSNorm over each head before rotation, or None.
     window: keys a query sees, itself included. softcap: 0 is off. scales: for a cache of eight bits.
+    ahead: the matrix that is read next.
     """
     _, _, kv_heads, block_size, dim = kv_cache.shape
     tokens, group = out.shape[0], out.shape[1] // dim // kv_heads
@@ -113,6 +115,7 @@ def decode_attention(
         ROWS=max(16, triton.next_power_of_2(group)), WINDOW=window or 0, SOFTCAP=softcap > 0, STAGES=num_stages,
         WORDS=PART_WORDS, PREFETCH=asks_early(tokens),
         num_warps=num_warps if block_size <= 64 else 4, **early_launch(tokens, ATTENTION_TOKENS),
+        **ask_ahead(ahead, tokens),
     )  # fmt: skip
 
 
@@ -149,13 +152,17 @@ def _rotated(at, inside, column, cos, sin, norm, eps, HALF: tl.constexpr):
     return (low * cos - high * sin).to(kind), (high * cos + low * sin).to(kind)
 
 
-@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["parts"])
+@triton.jit(
+    do_not_specialize=["stride_table", "ahead_row_bytes", "ahead_lines_log2", "ahead_lines"],
+    do_not_specialize_on_alignment=["parts"],
+)
 def _decode(
     qkv, stride_token, cos, sin, keys, values, block_tables, stride_table, parts, partial, partial_lse, finished, out,
-    query_norm, key_norm, eps, scale, softcap, key_scale, value_scale,
+    query_norm, key_norm, eps, scale, softcap, key_scale, value_scale, ahead, ahead_row_bytes, ahead_lines_log2,
+    ahead_lines,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
-    WORDS: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr,
+    WORDS: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     part = tl.program_id(1)
@@ -180,7 +187,10 @@ def _decode(
         prefetch(values + first_block + line)
     if EARLY:
         begin()
+    number = part * KV_HEADS + kv_head
     if num_blocks == 0:
+        if AHEAD:
+            ask(ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines, number, AHEAD)
         return
     length = position + 1
     end = first + num_blocks
@@ -252,6 +262,8 @@ def _decode(
         weights = weights.to(v_low.dtype)
         sums_low = tl.dot(weights, v_low, sums_low * shrink[:, None])
         sums_high = tl.dot(weights, v_high, sums_high * shrink[:, None])
+    if AHEAD:
+        ask(ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines, number, AHEAD)
     result_low = sums_low / total[:, None]
     result_high = sums_high / total[:, None]
     if value_scale is not None:

@@ -25,6 +25,10 @@ ATTENTION_TOKENS = 64
 """Of a step whose attention is launched early, beyond TOKENS without asking for keys before it waits: 6.98 -> 6.94 ms
 at 64 tokens on an H200, where asking made it 6.99; at 128 and 256 it gains nothing."""
 
+ASKING_TOKENS = 1
+"""Of a step whose attention, launched early, asks for its first block before it waits. `benchmarks/gpu.py --asks-early
+N` tries others; only 64 was."""
+
 LINE = tl.constexpr(128)
 """Bytes that one prefetch brings into the second-level cache."""
 
@@ -44,7 +48,7 @@ def early_launch(tokens: int, most: int | None = None) -> dict[str, Any]:
 
 def asks_early(tokens: int) -> bool:
     """Whether a kernel launched early asks for what it will read before it waits."""
-    return tokens <= TOKENS
+    return tokens <= ASKING_TOKENS
 
 
 @triton.jit

@@ -11,13 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_engine.kernels import rms_norm as plain
+from octavo_engine.kernels.gpu.ask_ahead import ask, ask_ahead
 from octavo_engine.kernels.gpu.early_launch import begin, early_launch
 
 
-def rms_norm(x: Tensor, weight: Tensor, out: Tensor, eps: float) -> None:
-    """out = norm(x) * weight. x, out: [num_tokens, hidden] of one dtype; weight [hidden]."""
+def rms_norm(x: Tensor, weight: Tensor, out: Tensor, eps: float, ahead: Tensor | None = None) -> None:
+    """out = norm(x) * weight. x, out: [num_tokens, hidden] of one dtype; weight [hidden].
+
+    ahead: the matrix that is read next.
+    """
     tokens, hidden = x.shape
-    _rms_norm[(tokens,)](x, weight, out, eps, hidden, triton.next_power_of_2(hidden), num_warps=_warps(hidden))
+    _rms_norm[(tokens,)](
+        x, weight, out, eps, HIDDEN=hidden, BLOCK=triton.next_power_of_2(hidden), num_warps=_warps(hidden),
+        **ask_ahead(ahead, tokens),
+    )  # fmt: skip
 
 
 def embed_rms_norm(
@@ -54,8 +61,13 @@ def _normed(v, w, eps, HIDDEN: tl.constexpr):
     return (v * scale).to(w.dtype).to(tl.float32) * w.to(tl.float32)
 
 
-@triton.jit
-def _rms_norm(x, weight, out, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["ahead_row_bytes", "ahead_lines_log2", "ahead_lines"])
+def _rms_norm(
+    x, weight, out, eps, ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines, HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    if AHEAD:
+        ask(ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines, tl.program_id(0), AHEAD)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN

@@ -6,17 +6,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo_engine.kernels.gpu.ask_ahead import ask, ask_ahead
+
 BLOCK = 1024
 
 
-def silu_mul(gate_up: Tensor, out: Tensor) -> None:
-    """gate_up: [num_tokens, 2 * inner], gate first; out: [num_tokens, inner]. Reference: kernels/silu_mul.py."""
+def silu_mul(gate_up: Tensor, out: Tensor, ahead: Tensor | None = None) -> None:
+    """gate_up: [num_tokens, 2 * inner], gate first; out: [num_tokens, inner]. Reference: kernels/silu_mul.py.
+
+    ahead: the matrix that is read next.
+    """
     tokens, inner = out.shape
-    _silu_mul[(tokens, triton.cdiv(inner, BLOCK))](gate_up, out, inner, BLOCK, num_warps=4)
+    _silu_mul[(tokens, triton.cdiv(inner, BLOCK))](
+        gate_up, out, INNER=inner, BLOCK=BLOCK, num_warps=4, **ask_ahead(ahead, tokens)
+    )
 
 
-@triton.jit
-def _silu_mul(gate_up, out, INNER: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["ahead_row_bytes", "ahead_lines_log2", "ahead_lines"])
+def _silu_mul(
+    gate_up, out, ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines, INNER: tl.constexpr, BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    if AHEAD:
+        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        ask(ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines, program, AHEAD)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < INNER

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo_engine.kernels.gpu.ask_ahead import ask, ask_ahead
 from octavo_engine.kernels.gpu.early_launch import begin, early_launch
 
 MAX_TOKENS = 128
@@ -119,13 +120,15 @@ def small_linear(
     x: Tensor, weight: Tensor, out: Tensor, *, shape: Shape, bias: Tensor | None = None,
     norm_shares: Tensor | None = None, eps: float = 0.0, gated: bool = False, residual: Tensor | None = None,
     next_norm: Tensor | None = None, shares: Tensor | None = None, partial: Partial | None = None,
+    ahead: Tensor | None = None,
 ) -> None:  # fmt: skip
     """out = x · weightᵀ + bias, with:
 
     norm_shares: [n, tokens] float32, x is normed by the root of their total over its width;
     gated: weight is gate over up, and out their silu(gate) * up; bias must be None then;
     residual: [tokens, outputs], the sum goes there, and out becomes sum * next_norm, shares [n, tokens] its squares;
-    partial: for a shape with splits.
+    partial: for a shape with splits;
+    ahead: the matrix that is read next.
     x: [tokens, inputs], weight: [outputs, inputs] (twice the outputs when gated), out: [tokens, outputs].
     """
     tokens, inputs = x.shape
@@ -146,7 +149,7 @@ def small_linear(
         OUTPUTS=outputs, WIDTH=shape.width, COLUMNS=columns, DEPTH=shape.depth, STAGES=shape.stages,
         SPLITS=shape.splits, GATED=gated,
         SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]),
-        FULL=tokens % columns == 0, num_warps=shape.warps,
+        FULL=tokens % columns == 0, num_warps=shape.warps, **ask_ahead(ahead, tokens),
     )  # fmt: skip
 
 
@@ -207,11 +210,13 @@ def _one_token_linear(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens", "num_norm_shares"])
+@triton.jit(do_not_specialize=["tokens", "num_norm_shares", "ahead_row_bytes", "ahead_lines_log2", "ahead_lines"])
 def _small_linear(
     x, weight, bias, norm_shares, num_norm_shares, residual, next_norm, shares, out, partial, finished, tokens, eps,
+    ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr, SHARES: tl.constexpr, FULL: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     output = program * WIDTH + tl.arange(0, WIDTH)
@@ -244,6 +249,9 @@ def _small_linear(
         if GATED:
             u = tl.load(weight + OUTPUTS * INPUTS + at_weight + start, eviction_policy="evict_first")
             up_sums = tl.dot(u, v, up_sums)
+    if AHEAD:
+        number = (split * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + program
+        ask(ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines, number, AHEAD)
     mask = is_output[:, None] & is_token[None, :]
     is_last = True
     if SPLITS > 1:
