@@ -63,15 +63,16 @@ def main() -> None:
         help="tokens up to which a step's kernels are launched before the one in front has ended",
     )  # fmt: skip
     parser.add_argument(
-        "--asks-early", type=int, default=early_launch.ASKING_TOKENS,
-        help="tokens up to which a step's attention asks for keys before it waits for the product in front",
+        "--asks-early", default=f"{early_launch.ASKING_TOKENS},{early_launch.ASKED_BLOCKS}", metavar="TOKENS,BLOCKS",
+        help="tokens up to which attention asks for keys before it waits for the product in front, and how many blocks",
     )  # fmt: skip
     parser.add_argument("--ask-ahead", type=float, metavar="MB", help="of the next matrix, asked for by small steps")
     parser.add_argument("--fused-up-to", type=int, help="tokens up to which a step takes the fused road")
     parser.add_argument("--deterministic", action="store_true", help="measure what the mode costs")
     parser.add_argument("--kv-cache-dtype", default="auto", help="auto, fp8_e4m3 or fp8_e5m2")
     arguments = parser.parse_args()
-    early_launch.TOKENS, early_launch.ASKING_TOKENS = arguments.early_launch, arguments.asks_early
+    early_launch.TOKENS = arguments.early_launch
+    early_launch.ASKING_TOKENS, early_launch.ASKED_BLOCKS = map(int, arguments.asks_early.split(","))
     if arguments.ask_ahead is not None:
         ask_ahead.ASKED_BYTES = int(arguments.ask_ahead * 2**20)
     if arguments.fused_up_to:

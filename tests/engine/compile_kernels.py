@@ -69,7 +69,7 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
             [HALF, "i32", HALF, HALF, HALF, HALF, INT, "i32", INT, FLOAT, FLOAT, INT, HALF, "fp32", "fp32", "fp32"],
             {**HEADS, "query_norm": None, "key_norm": None, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_SIZE": 64, "ROWS": 16,
              "WINDOW": 0, "SOFTCAP": False, "STAGES": 2, "WORDS": decode_attention.PART_WORDS,
-             "PREFETCH": True, **UNSCALED}, 2,
+             "PREFETCH": 1, **UNSCALED}, 2,
         ),
         (
             "prefill_attention", prefill_attention._prefill,
@@ -140,7 +140,7 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
             [HALF, "i32", HALF, HALF, HALF, HALF, INT, "i32", INT, FLOAT, FLOAT, INT, HALF, "fp32", "fp32", "fp32"],
             {**HEADS, **UNSCALED, "query_norm": None, "key_norm": None, "HALF": 128, "HALF_BLOCK": 128,
              "BLOCK_SIZE": 128, "ROWS": 16, "WINDOW": 0, "SOFTCAP": False, "STAGES": 2,
-             "WORDS": decode_attention.PART_WORDS, "PREFETCH": True}, 4,
+             "WORDS": decode_attention.PART_WORDS, "PREFETCH": 1}, 4,
         ))  # fmt: skip
     found += attention_of(80, 16, 100, softcap=True)
     one = small_linear.choose_shape(1, 14336, 4096, gated=True)

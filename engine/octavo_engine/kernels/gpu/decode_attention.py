@@ -25,8 +25,8 @@ from octavo_engine.kernels.gpu.ask_ahead import ask, ask_ahead
 from octavo_engine.kernels.gpu.early_launch import (
     ATTENTION_TOKENS,
     LINE,
-    asks_early,
     begin,
+    blocks_asked_early,
     early_launch,
     prefetch,
 )
@@ -113,7 +113,7 @@ def decode_attention(
         scale * LOG2_E * (of_keys or 1.0), softcap, of_keys, of_values, KV_HEADS=kv_heads, GROUP=group,
         HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), BLOCK_SIZE=block_size,
         ROWS=max(16, triton.next_power_of_2(group)), WINDOW=window or 0, SOFTCAP=softcap > 0, STAGES=num_stages,
-        WORDS=PART_WORDS, PREFETCH=asks_early(tokens),
+        WORDS=PART_WORDS, PREFETCH=blocks_asked_early(tokens),
         num_warps=num_warps if block_size <= 64 else 4, **early_launch(tokens, ATTENTION_TOKENS),
         **ask_ahead(ahead, tokens),
     )  # fmt: skip
@@ -175,16 +175,17 @@ def _decode(
     num_blocks = tl.load(record + 4)
     first_part = tl.load(record + 5)
     count = tl.load(record + 6)
-    # The record and the tables were written before the step, and the first block's keys and values too, but for the
+    # The record and the tables were written before the step, and the first blocks' keys and values too, but for the
     # newest, which a prefetch may miss.
     if EARLY and PREFETCH:
         SIZE: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
         LINES: tl.constexpr = BLOCK_SIZE * DIM * SIZE // LINE
         line = tl.arange(0, triton.next_power_of_2(LINES)) % LINES * (LINE // SIZE)
-        known = tl.where(num_blocks > 0, tl.load(table + first), 0).to(tl.int64)
-        first_block = (known * KV_HEADS + kv_head) * (BLOCK_SIZE * DIM)
-        prefetch(keys + first_block + line)
-        prefetch(values + first_block + line)
+        for ahead_of in tl.static_range(PREFETCH):
+            asked = tl.load(table + first + ahead_of, mask=ahead_of < num_blocks, other=0).to(tl.int64)
+            at_asked = (asked * KV_HEADS + kv_head) * (BLOCK_SIZE * DIM)
+            prefetch(keys + at_asked + line)
+            prefetch(values + at_asked + line)
     if EARLY:
         begin()
     number = part * KV_HEADS + kv_head

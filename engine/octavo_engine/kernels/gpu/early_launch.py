@@ -26,8 +26,10 @@ ATTENTION_TOKENS = 64
 at 64 tokens on an H200, where asking made it 6.99; at 128 and 256 it gains nothing."""
 
 ASKING_TOKENS = 1
-"""Of a step whose attention, launched early, asks for its first block before it waits. `benchmarks/gpu.py --asks-early
-N` tries others; only 64 was."""
+"""Of a step whose attention, launched early, asks for keys and values before it waits. `benchmarks/gpu.py --asks-early
+TOKENS,BLOCKS` tries others; of more tokens only 64 were."""
+ASKED_BLOCKS = 1
+"""By each of its programs."""
 
 LINE = tl.constexpr(128)
 """Bytes that one prefetch brings into the second-level cache."""
@@ -46,9 +48,9 @@ def early_launch(tokens: int, most: int | None = None) -> dict[str, Any]:
     return {"EARLY": True, "launch_pdl": True}
 
 
-def asks_early(tokens: int) -> bool:
-    """Whether a kernel launched early asks for what it will read before it waits."""
-    return tokens <= ASKING_TOKENS
+def blocks_asked_early(tokens: int) -> int:
+    """Blocks of keys and values that a program of attention, launched early, asks for before it waits."""
+    return ASKED_BLOCKS if tokens <= ASKING_TOKENS else 0
 
 
 @triton.jit
