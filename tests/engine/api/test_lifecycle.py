@@ -60,8 +60,8 @@ def certificate(server: Any) -> Failure:
 
 def test_the_management_port_answers_within_300_ms_of_the_processs_start(start) -> None:
     start(ready=False).stop()  # the interpreter and its files are warm then, as in a container's second start
-    # The best of five counts, and more than one process for each processor has a share of it: this machine's other work
-    # is not what is measured.
+    # The best of five counts, waiting for a processor does not, and more than one process for each processor has a
+    # share of it: this machine's other work is not what is measured.
     bound_s = 0.3 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     times = [math.inf]
     while min(times) >= bound_s and len(times) <= 5:
@@ -72,11 +72,21 @@ def test_the_management_port_answers_within_300_ms_of_the_processs_start(start) 
                 status, _ = server.get("/startupz")
                 break
             time.sleep(0.002)
-        times.append(time.monotonic() - begun)
+        computed_s, waited_s = spent(server.process.pid)
+        times.append(max(time.monotonic() - begun - waited_s, computed_s))
         assert status == 200
         server.stop()
 
     assert min(times) < bound_s, times
+
+
+def spent(pid: int) -> tuple[float, float]:
+    """Seconds that a process's main thread computed, and that it waited for a processor; 0 where no kernel counts."""
+    try:
+        computed, waited, _ = Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()
+    except OSError:
+        return 0.0, 0.0
+    return int(computed) / 1e9, int(waited) / 1e9
 
 
 async def test_while_loading_health_tells_the_stage_and_v1_asks_to_come_again(start, http) -> None:
