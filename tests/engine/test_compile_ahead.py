@@ -19,9 +19,12 @@ CONFIG = {
 
 
 def compile_kernels(model: Path, output: Path, **environment: str) -> str:
-    command = [sys.executable, "-m", "octavo_engine.cli", "compile-kernels", str(model), "--output", str(output)]
+    return run("-m", "octavo_engine.cli", "compile-kernels", str(model), "--output", str(output), **environment)
+
+
+def run(*arguments: str, **environment: str) -> str:
     done = subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=280,
+        [sys.executable, *arguments], check=True, capture_output=True, text=True, timeout=280,
         # The tests of kernels have them interpreted, in this process.
         env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path), **environment},
     )  # fmt: skip
@@ -37,10 +40,13 @@ def test_a_folder_of_prebuilt_kernels_that_moved_leaves_nothing_to_compile(tmp_p
     first = compile_kernels(model, built)
     built.rename(moved)
     second = compile_kernels(model, tmp_path / "unused", OCTAVO_PREBUILT_KERNELS=str(moved))
+    script = str(Path(__file__).with_name("launch_steps.py"))
+    lacking = run(script, str(model), "sm_90", OCTAVO_PREBUILT_KERNELS=str(moved))
 
     assert int(first.split()[1]) > 30
     assert {file.stem for file in moved.rglob("*.cubin")} == launched_kernels()
     assert second.startswith("compiled 0 kernels")
+    assert lacking == ""
     assert not [file for file in (tmp_path / "unused").rglob("*") if file.is_file()]
     launchers = list(moved.rglob("*.so"))
     assert all(b"libcuda.so.1" in file.read_bytes() for file in launchers), "not linked with the driver"

@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 from octavo_engine.kernels.gpu import prebuilt
 from octavo_engine.kernels.gpu.adjusted import Adjustments, mask_words, sample_adjusted
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
+from octavo_engine.kernels.gpu.early_launch import ATTENTION_TOKENS, TOKENS
 from octavo_engine.kernels.gpu.logprobs import MOST, TOLD_WORDS, LogprobScratch, logprobs
 from octavo_engine.kernels.gpu.prefill_attention import TILE_WORDS
 from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
@@ -47,6 +48,9 @@ ARCHITECTURES = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
 }
 """Name as NVIDIA gives it: what Triton compiles for, and the bytes of shared memory that a program may have."""
+META = torch.device("meta")
+UNLIKE_DECODES = (TOKENS, ATTENTION_TOKENS, ATTENTION_TOKENS + 1)
+"""Of each way in which a step's kernels are launched early, or not, one number: each is a kernel of its own."""
 
 
 def compile_kernels(
@@ -62,66 +66,77 @@ def compile_kernels(
     return compilations.count
 
 
-def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype, e4m3: bool) -> None:
-    """e4m3: whether the device has that type of eight bits."""
-    device = torch.device("meta")
-    max_seqs, max_tokens, columns = 256, 512, 64
+class Absent:
+    """A model without memory, whose steps are launched as an engine's are."""
 
-    def ints(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
+    def __init__(self, model: DecoderConfig, block_size: int, dtype: torch.dtype) -> None:
+        self.model, self.block_size, self.dtype = model, block_size, dtype
+        self.max_seqs, self.max_tokens, self.columns = 256, 512, 64
+        length = self.columns * block_size
+        self.half = torch.empty((length, model.head_dim // 2), dtype=dtype, device=META)
+        self.token_ids, self.block_tables = ints(self.max_seqs, length), ints(self.max_seqs, self.columns)
+        self.tensors = weights.allocate(model, dtype, META)
+        self.state = SamplingState.allocate(self.max_seqs, META)
+        self.scratch = SamplingScratch.allocate(self.max_seqs, model.vocab_size, META)
 
-    kv_cache = torch.empty(
-        (model.num_layers, 2, columns, model.num_kv_heads, block_size, model.head_dim), dtype=dtype, device=device
-    )
-    half = torch.empty((columns * block_size, model.head_dim // 2), dtype=dtype, device=device)
-    token_ids, block_tables = ints(max_seqs, columns * block_size), ints(max_seqs, columns)
-    tensors = weights.allocate(model, dtype, device)
-
-    def decoder_of(cache: Tensor, deterministic: bool) -> GpuDecoder:
+    def decoder(self, kv_dtype: torch.dtype, deterministic: bool = False) -> GpuDecoder:
+        model = self.model
+        kv_cache = torch.empty(
+            (model.num_layers, 2, self.columns, model.num_kv_heads, self.block_size, model.head_dim),
+            dtype=kv_dtype, device=META,
+        )  # fmt: skip
         return GpuDecoder(
-            model, tensors, half, half, cache, token_ids, block_tables, max_tokens, max_seqs, deterministic
-        )
+            model, self.tensors, self.half, self.half, kv_cache, self.token_ids, self.block_tables, self.max_tokens,
+            self.max_seqs, deterministic,
+        )  # fmt: skip
 
-    usual, deterministic = decoder_of(kv_cache, False), decoder_of(kv_cache, True)
-    state = SamplingState.allocate(max_seqs, device)
-    scratch = SamplingScratch.allocate(max_seqs, model.vocab_size, device)
-    set_blocks(ints(1, 3), block_tables)
-    set_sampling(ints(1, SAMPLING_WORDS), state)
-    windows = set(model.windows)
-
-    def step(decoder: GpuDecoder, decodes: int, chunk: int, wide: bool = False) -> None:
+    def step(self, decoder: GpuDecoder, decodes: int, chunk: int, wide: bool = False) -> None:
         total = decodes + chunk
+        parts = max_parts(decodes, self.model.num_kv_heads)
         described = DeviceStep(
             ints(total), ints(total), ints(total), num_decodes=decodes,
-            parts={window: ints(max_parts(decodes, model.num_kv_heads), PART_WORDS) for window in windows},
+            parts={window: ints(parts, PART_WORDS) for window in set(self.model.windows)},
             tiles=ints(1, TILE_WORDS) if chunk or decoder.deterministic else None,
-            logit_tokens=torch.empty(1, dtype=torch.int32, device=device) if chunk else None, wide=wide,
+            logit_tokens=ints(1) if chunk else None, wide=wide,
         )  # fmt: skip
         logits = decoder.forward(described)
-        tokens = ints(logits.shape[0])
-        sample(logits, tokens, described.rows, described.positions, state, scratch, token_ids, ints(logits.shape[0]))
+        tokens, out = ints(logits.shape[0]), ints(logits.shape[0])
+        sample(logits, tokens, described.rows, described.positions, self.state, self.scratch, self.token_ids, out)
 
+
+def ints(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int32, device=META)
+
+
+def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype, e4m3: bool) -> None:
+    """e4m3: whether the device has that type of eight bits."""
+    absent = Absent(model, block_size, dtype)
+    set_blocks(ints(1, 3), absent.block_tables)
+    set_sampling(ints(1, SAMPLING_WORDS), absent.state)
+    usual = absent.decoder(dtype)
     for size in GRAPH_SIZES:
-        step(usual, size, 0)
+        absent.step(usual, size, 0)
         if size > FUSED_TOKENS:
             break
-    step(usual, 0, 16)
-    step(usual, 1, 16)
+    absent.step(usual, 0, 16)
+    for decodes in UNLIKE_DECODES:
+        absent.step(usual, decodes, 16)
     if usual.wide_tile_tokens:
-        step(usual, 1, 16, wide=True)
-    step(deterministic, 16, 0)
+        absent.step(usual, 1, 16, wide=True)
+    deterministic = absent.decoder(dtype, deterministic=True)
+    for decodes in UNLIKE_DECODES:
+        absent.step(deterministic, decodes, 0)
     for kind in (torch.float8_e4m3fn, torch.float8_e5m2) if e4m3 else (torch.float8_e5m2,):
-        small = torch.empty(kv_cache.shape, dtype=kind, device=device)
-        step(decoder_of(small, False), 1, 16)
-        step(decoder_of(small, True), 16, 0)
-    vocab = model.vocab_size
+        small = absent.decoder(kind)
+        for decodes in UNLIKE_DECODES:
+            absent.step(small, decodes, 16)
+        absent.step(absent.decoder(kind, deterministic=True), 16, 0)
+    vocab, max_seqs = model.vocab_size, absent.max_seqs
     sample_adjusted(
-        usual.logits, ints(1, 3), ints(1, mask_words(vocab)), ints(1), ints(1), ints(1), state,
-        Adjustments.allocate(max_seqs, vocab, device), scratch, token_ids, ints(max_seqs),
+        usual.logits, ints(1, 3), ints(1, mask_words(vocab)), ints(1), ints(1), ints(1), absent.state,
+        Adjustments.allocate(max_seqs, vocab, META), absent.scratch, absent.token_ids, ints(max_seqs),
     )  # fmt: skip
-    logprobs(
-        usual.logits, ints(1), ints(max_seqs), MOST, LogprobScratch.allocate(1, vocab, device), ints(1, TOLD_WORDS)
-    )
+    logprobs(usual.logits, ints(1), ints(max_seqs), MOST, LogprobScratch.allocate(1, vocab, META), ints(1, TOLD_WORDS))
 
 
 @contextmanager
