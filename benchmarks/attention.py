@@ -21,7 +21,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, Scratch, decode_attention, plan_parts
 from octavo_engine.kernels.gpu.invariant_attention import invariant_attention, tile_tokens
-from octavo_engine.kernels.gpu.prefill_attention import TILE_WORDS, CacheLoads, Chunk, plan_tiles, prefill_attention
+from octavo_engine.kernels.gpu.prefill_attention import (
+    TILE_WORDS,
+    CacheLoads,
+    Chunk,
+    parts_wanted,
+    plan_tiles,
+    prefill_attention,
+)
+from octavo_engine.kernels.gpu.prefill_attention import Scratch as TileScratch
 from octavo_engine.kernels.gpu.prefill_attention_hopper import takes
 from octavo_engine.kernels.kv_scales import stored
 
@@ -29,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 HEADS, KV_HEADS, DIM, BLOCK_SIZE = 32, 8, 128, 64
 BATCHES, CONTEXTS, PROMPTS = (32, 256), (1024, 4096, 16384), (2048, 8192, 16384)
+CHUNKS, BEHIND = (64, 128, 256, 512), 8000
 ROUNDS = 7
 CACHE_KINDS = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
 
@@ -75,7 +84,7 @@ def _decode_us(batch: int, context: int, kind: torch.dtype) -> float:
 
 def prefill() -> dict[str, dict[str, float]]:
     """Of each length: TFLOP/s of what causality leaves, ours, with --deterministic, and cuDNN's."""
-    rows = {"48x170": _short_prompts()}
+    rows = {"48x170": _short_prompts(), **{f"{tokens}@{BEHIND}": _chunk(tokens) for tokens in CHUNKS}}
     print("prefill attention", rows, flush=True)
     for tokens in PROMPTS:
         rates = _prefill(tokens)
@@ -147,6 +156,41 @@ def _short_prompts() -> dict[str, float]:
             prefill_attention, qkv, loads, table, tiles, out, KV_HEADS, BLOCK_SIZE, DIM**-0.5
         )  # fmt: skip
     return {name: round(1e3 * ms, 1) for name, ms in milliseconds(runs).items()}
+
+
+def _chunk(tokens: int) -> dict[str, float]:
+    """A chunk in the middle of a prompt of 16,000 tokens: microseconds and TFLOP/s with its keys split over programs,
+    with the same tiles whole, and with wide ones, of which a step with more prompt tokens is made.
+    """
+    torch.cuda.empty_cache()
+    columns = -(-(BEHIND + tokens) // BLOCK_SIZE)
+    # Several layers, as for decodes.
+    caches = [_cache(columns, BLOCK_SIZE, torch.bfloat16) for _ in range(4)]
+    table = torch.randperm(columns, device="cuda").int()[None]
+    qkv = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * DIM, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty(tokens, HEADS * DIM, device="cuda", dtype=torch.bfloat16)
+    scratch = TileScratch.allocate(HEADS, DIM, torch.device("cuda"))
+    ways = {"split": (False, parts_wanted(HEADS)), "whole": (False, 0)}
+    if takes(caches[0], torch.bfloat16):
+        ways["wide"] = (True, 0)
+    runs: dict[str, Callable[[], object]] = {}
+    for name, (wide, room) in ways.items():
+        loads = [CacheLoads.of(cache, wide) for cache in caches]
+        words = plan_tiles([Chunk(0, 0, BEHIND, tokens)], loads[0].tile_rows, BLOCK_SIZE, room)
+        tiles = torch.tensor(words, device="cuda").int().view(-1, TILE_WORDS)
+
+        def run(loads: list[CacheLoads] = loads, tiles: torch.Tensor = tiles) -> None:
+            for layer in loads:
+                prefill_attention(
+                    qkv, layer, table, tiles, out, KV_HEADS, BLOCK_SIZE, DIM**-0.5, scratch=scratch
+                )  # fmt: skip
+
+        runs[name] = graph_of(run)
+    operations = 4 * HEADS * DIM * tokens * (BEHIND + (tokens + 1) / 2)
+    row: dict[str, float] = {}
+    for name, ms in milliseconds(runs).items():
+        row |= {f"{name}_us": round(1e3 * ms / 4, 1), f"{name}_TFLOPs": round(operations * 4 / ms / 1e9, 1)}
+    return row
 
 
 def _cache(blocks: int, block_size: int, kind: torch.dtype) -> torch.Tensor:
