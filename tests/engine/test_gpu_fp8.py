@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from octavo_engine.kernels.gpu import prefill_attention as prefill_module
 from octavo_engine.kernels.gpu import rope_kv
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, Scratch, decode_attention, plan_parts
 from octavo_engine.kernels.gpu.decode_attention import reference as reference_decode
@@ -122,7 +123,7 @@ def test_decodes_read_what_the_scales_say(heads, kv_heads, dim, block_size, wind
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size", "window", "softcap"), HEADS)
-def test_prompts_read_what_the_scales_say(heads, kv_heads, dim, block_size, window, softcap, kind):
+def test_prompts_read_what_the_scales_say(monkeypatch, heads, kv_heads, dim, block_size, window, softcap, kind):
     cache = cache_of(kind, 30, kv_heads, block_size, dim)
     tables = torch.randint(0, 30, (2, 24), dtype=torch.int32, device=DEVICE)
     chunks = [Chunk(0, 0, 33, 5), Chunk(5, 1, 30, 70)]
@@ -134,6 +135,16 @@ def test_prompts_read_what_the_scales_say(heads, kv_heads, dim, block_size, wind
         out = torch.full((75, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE)
         attention(
             qkv, loads, tables, tiles, out, kv_heads, block_size, dim**-0.5, window, softcap, scales=SCALES
+        )  # fmt: skip
+        assert_close(out, expected, 6e-3)
+    if window is None:
+        monkeypatch.setattr(prefill_module, "LEAST_KEYS", block_size)
+        words = plan_tiles(chunks, 64, block_size, 8)
+        assert max(words[7::TILE_WORDS]) > 1
+        out = torch.full((75, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE)
+        prefill_attention(
+            qkv, loads, tables, ints(words).view(-1, TILE_WORDS), out, kv_heads, block_size, dim**-0.5,
+            softcap=softcap, scales=SCALES, scratch=prefill_module.Scratch.allocate(heads, dim, DEVICE),
         )  # fmt: skip
         assert_close(out, expected, 6e-3)
 

@@ -80,18 +80,34 @@ def nothing(pointers=None):
     tl.static_assert(True)
 
 
-@pytest.fixture(params=[False, True], ids=["", "early"])
+@pytest.fixture(params=["late", "early", "asking early"])
 def launch(request, monkeypatch):
     """Kernels as they are launched after the one in front, and before it has ended: one must find the other's results.
 
-    The interpreter knows no launches: there it is tried that what such a kernel does early is the same work.
+    early: attention alone, as of 2 to 64 decodes. asking early: all, as of one, asking for what they read before they
+    wait. The interpreter knows no launches: there it is tried that what such a kernel does early is the same work.
     """
-    monkeypatch.setattr(early_launch, "TOKENS", 10**6 * request.param)
-    if request.param and not ON_GPU:
-        for module in (small_linear, decode_module):
-            monkeypatch.setattr(module, "early_launch", lambda tokens, most=None: {"EARLY": True})
-            monkeypatch.setattr(module, "begin", nothing)
+    kind = request.param
+    monkeypatch.setattr(early_launch, "TOKENS", 10**6 * (kind == "asking early"))
+    monkeypatch.setattr(decode_module, "ATTENTION_TOKENS", 10**6 * (kind != "late"))
+    early = {"late": (), "early": (decode_module,), "asking early": (small_linear, decode_module)}
+    for module in () if ON_GPU else early[kind]:
+        monkeypatch.setattr(module, "early_launch", lambda tokens, most=None: {"EARLY": True})
+        monkeypatch.setattr(module, "begin", nothing)
+    if not ON_GPU:
         monkeypatch.setattr(decode_module, "prefetch", nothing)
+
+
+def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the interpreter run a kernel's programs from the last to the first. (A GPU has no order.)"""
+    from triton.runtime.interpreter import interpreter_builder
+
+    usual = interpreter_builder.set_grid_idx
+
+    def turned(*index: int) -> None:
+        usual(*(size - 1 - at for size, at in zip(interpreter_builder.grid_dim, index, strict=True)))
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", turned)
 
 
 def random(*shape: int) -> Tensor:
@@ -258,6 +274,39 @@ def test_a_few_tiles_with_many_keys_are_split_and_combined(monkeypatch, heads, k
     assert not scratch.finished.any()
 
 
+@pytest.mark.skipif(ON_GPU, reason="programs end there in any order")
+def test_whichever_program_ends_last_combines_the_parts_to_the_same_bits(monkeypatch):
+    monkeypatch.setattr(prefill_module, "LEAST_KEYS", 16)
+    heads, kv_heads, dim, size = 2, 1, 32, 16
+    cache, tables = random(2, 30, kv_heads, size, dim), torch.randperm(30).int().view(3, 10)
+    qkv, x, weight = random(34, (heads + 2 * kv_heads) * dim), random(5, 192), random(70, 192)
+    chunks = [Chunk(0, 0, 124, 9), Chunk(9, 1, 0, 5), Chunk(14, 2, 124, 20)]
+    tiles = ints(plan_tiles(chunks, 64, size, 8)).view(-1, TILE_WORDS)
+    rows, positions = [0, 1, 2], [132, 4, 143]
+    parts = ints(plan_parts(rows, positions, size, kv_heads, blocks_per_part=2)).view(-1, PART_WORDS)
+    turns = random(160, dim // 2)
+    of_tiles = prefill_module.Scratch.allocate(heads, dim, DEVICE)
+    of_parts = Scratch.allocate(40, heads, kv_heads, dim, DEVICE)
+    of_product = small_linear.Partial.allocate(5, DEVICE)
+
+    def outputs() -> list[Tensor]:
+        attended, decoded, product = (torch.full(n, float("nan"), dtype=DTYPE) for n in ((34, 64), (3, 64), (5, 70)))
+        prefill_attention(
+            qkv, CacheLoads.of(cache), tables, tiles, attended, kv_heads, size, dim**-0.5, scratch=of_tiles
+        )  # fmt: skip
+        decode_attention(qkv[:3], turns, turns, cache, tables, parts, of_parts, decoded, dim**-0.5)
+        small_linear.small_linear(x, weight, product, shape=small_linear.Shape(32, 64, 3, 4, 3), partial=of_product)
+        return [attended, decoded, product]
+
+    outputs()  # the decodes' keys are in the cache from here on
+    expected = outputs()
+    backwards(monkeypatch)
+    found = outputs()
+
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert not any(counts.any() for counts in (of_tiles.finished, of_parts.finished, of_product.finished))
+
+
 def test_parts_of_tiles_cover_their_keys_once_and_never_outnumber_their_bound():
     rng = random_numbers.Random(4)
     for _ in range(300):
@@ -279,6 +328,37 @@ def test_parts_of_tiles_cover_their_keys_once_and_never_outnumber_their_bound():
             for at in range(0, chunk.count, 64):
                 last = chunk.position + min(at + 64, chunk.count)
                 assert covered[chunk.token + at] == list(range(-(-last // 64)))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="thousands of keys are too many for the interpreter")
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_size"), [(32, 8, 128, 64), (14, 2, 64, 16), (4, 4, 80, 64)]
+)
+def test_chunks_of_long_prompts_are_the_same_bits_each_time(heads, kv_heads, dim, block_size):
+    longest = 16_384
+    columns = longest // block_size
+    chunks = [Chunk(0, 0, 16_001, 200), Chunk(200, 1, 9_000, 33), Chunk(233, 2, 0, 20)]
+    tables = torch.randperm(3 * columns, device=DEVICE).int().view(3, columns)
+    # Two layers over one scratch, again and again, as a graph's are.
+    caches = [random(2, 3 * columns, kv_heads, block_size, dim) for _ in range(2)]
+    qkv = random(253, (heads + 2 * kv_heads) * dim)
+    words = plan_tiles(chunks, prefill_module.TILE_ROWS, block_size, prefill_module.parts_wanted(heads))
+    assert max(words[7::TILE_WORDS]) > 1
+    tiles = ints([*words, *[0] * 16]).view(-1, TILE_WORDS)
+    scratch = prefill_module.Scratch.allocate(heads, dim, DEVICE)
+    scratch.partial.fill_(float("nan"))
+    outs = torch.full((20, 2, 253, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE)
+
+    for turn, layer in itertools.product(range(20), range(2)):
+        prefill_attention(
+            qkv, CacheLoads.of(caches[layer]), tables, tiles, outs[turn, layer], kv_heads, block_size, dim**-0.5,
+            scratch=scratch,
+        )  # fmt: skip
+
+    for layer in range(2):
+        assert_close(outs[0, layer], reference_prefill(qkv, caches[layer], tables, chunks, heads, dim**-0.5))
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    assert not scratch.finished.any()
 
 
 @pytest.mark.skipif(not ON_GPU, reason="thousands of keys are too many for the interpreter")
@@ -431,6 +511,7 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5, (chi_square, freedom)  # about p = 0.001
 
 
+@pytest.mark.parametrize("launch", ["late", "asking early"], indirect=True)
 @pytest.mark.parametrize(
     ("tokens", "outputs", "inputs", "splits"),
     [(1, 96, 128, 1), (1, 130, 192, 1), (5, 130, 192, 1), (5, 130, 192, 3), (33, 64, 256, 4), (64, 4096, 512, 2)],

@@ -26,6 +26,7 @@ import interpreted
 from octavo_engine.core.messages import Submit
 from octavo_engine.core.step import Admission, StepItem, StepPlan
 from octavo_engine.kernels import sampling
+from octavo_engine.kernels.gpu import prefill_attention
 from octavo_engine.kernels.sampling import SampleRow
 from octavo_engine.models import gpu_decoder
 from octavo_engine.runner import gpu_steps
@@ -334,6 +335,37 @@ def test_tokens_after_prompts_in_chunks_are_the_references(monkeypatch, rows_of_
     for prompt, (tokens, _) in zip(prompts, results, strict=True):
         assert len(tokens) == 2
         logits = interpreted.logits_of([*prompt, *tokens])[len(prompt) - 1 : -1]
+        assert all(float(row.max() - row[token]) < 0.05 for row, token in zip(logits, tokens, strict=True))
+
+
+def test_a_long_prompt_whose_keys_are_split_over_programs_yields_the_references_tokens(monkeypatch):
+    monkeypatch.setattr(prefill_attention, "LEAST_KEYS", 16)
+    split: list[int] = []
+    attend = gpu_decoder.prefill_attention
+
+    def watched(qkv: Any, loads: Any, tables: Any, tiles: torch.Tensor, *rest: Any, **options: Any) -> None:
+        if int(tiles[:, 7].max()) > 1:
+            split.append(len(tiles))
+        attend(qkv, loads, tables, tiles, *rest, **options)
+
+    monkeypatch.setattr(gpu_decoder, "prefill_attention", watched)
+    tiling = interpreted.steps(monkeypatch)._tiling
+    layout = Layout.mixed(2, 16, tiling)
+    made = interpreted.steps(monkeypatch, max_tokens=26, graphs=(layout,))
+    scratch = made._decoder._tile_scratch
+    assert scratch is not None
+    scratch.partial.fill_(float("nan"))
+    prompts = [[3 + (7 * i + 41 * n) % 190 for i in range(size)] for n, size in enumerate((3, 57))]
+    engine = interpreted.engine_of(made)
+    engine._prompt_tokens = lambda decodes, context: 16
+
+    results = interpreted.generate(engine, [(of, sampling_of(max_tokens=2)) for of in prompts])
+
+    assert split == [layout.tiles] * 3
+    assert not scratch.finished.any()
+    for prompt, (tokens, _) in zip(prompts, results, strict=True):
+        logits = interpreted.logits_of([*prompt, *tokens])[len(prompt) - 1 : -1]
+        assert len(tokens) == 2
         assert all(float(row.max() - row[token]) < 0.05 for row, token in zip(logits, tokens, strict=True))
 
 
