@@ -110,6 +110,7 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
             pass
         results[label] = generate(engine, prompts, greedy)
         results[label + ", alone"] = [generate(engine, [p], greedy)[0] for p in prompts[:6]]
+        assert engine._runner.num_compilations == 0, f"{label}: requests waited for a compiler"
         del engine
         torch.cuda.empty_cache()
 

@@ -26,10 +26,10 @@ import interpreted
 from octavo_engine.core.messages import Submit
 from octavo_engine.core.step import Admission, StepItem, StepPlan
 from octavo_engine.kernels import sampling
-from octavo_engine.kernels.gpu import prefill_attention
+from octavo_engine.kernels.gpu import prefill_attention, prefill_attention_hopper
 from octavo_engine.kernels.sampling import SampleRow
 from octavo_engine.models import gpu_decoder
-from octavo_engine.runner import gpu_steps
+from octavo_engine.runner import gpu_steps, layout
 from octavo_engine.runner.layout import Layout, Tiling
 from octavo_engine.sampling_params import SamplingParams
 
@@ -367,6 +367,20 @@ def test_a_long_prompt_whose_keys_are_split_over_programs_yields_the_references_
         logits = interpreted.logits_of([*prompt, *tokens])[len(prompt) - 1 : -1]
         assert len(tokens) == 2
         assert all(float(row.max() - row[token]) < 0.05 for row, token in zip(logits, tokens, strict=True))
+
+
+@pytest.mark.parametrize(("max_tokens", "wide"), [(32, 1), (12, 0)])
+def test_wide_tiles_are_compiled_before_a_request_needs_them(monkeypatch, max_tokens, wide):
+    launched: list[int] = []
+    monkeypatch.setattr(layout, "NARROW_TOKENS", 8)
+    monkeypatch.setattr(prefill_attention_hopper, "takes", lambda cache, dtype: True)
+    monkeypatch.setattr(prefill_attention_hopper, "prefill_attention", lambda *given: launched.append(len(given[4])))
+    made = interpreted.steps(monkeypatch, max_tokens=max_tokens)
+
+    made.capture(lambda: None)
+
+    assert launched == [1] * wide
+    assert made._decoder._kv_cache[:, :, :-1].abs().max() == 0, "written where no padding is"
 
 
 def test_a_prompt_that_is_scored_goes_through_the_whole_model(monkeypatch, rows_of_mlps):

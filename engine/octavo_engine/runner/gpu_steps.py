@@ -355,8 +355,11 @@ class GpuSteps:
             *(Layout.of_decodes(size, self._tiling) for size in sorted(sizes - first)),
             *mixed_layouts(self._max_seqs, self._max_tokens, self._tiling),
         ]
-        # No graph has these, and the first one who asks for them must not wait for a compiler.
+        # None of the first graphs has these, and the first one who asks for them must not wait for a compiler.
         self._sample_nobody()
+        wide = Layout.of_nobody()
+        if self._tiling.wide and wide.tokens <= self._max_tokens:
+            self._try(wide)  # the warm-up's prompt has narrow tiles
         for size in sorted(first, reverse=True):
             between()
             self._capture(Layout.of_decodes(size, self._tiling))
@@ -383,10 +386,7 @@ class GpuSteps:
 
     @torch.inference_mode()
     def _capture(self, layout: Layout) -> None:
-        self._describe(0, [], layout)
-        step = self._step(layout)
-        self._run(step)  # compiles what is not in the cache yet, which a capture could not
-        torch.cuda.synchronize()
+        step = self._try(layout)
         if self._eager:
             return
         graph = torch.cuda.CUDAGraph()
@@ -394,6 +394,15 @@ class GpuSteps:
             self._run(step)
         self._graphs[layout] = graph
         torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def _try(self, layout: Layout) -> DeviceStep:
+        """A step of padding alone: it compiles what is not in the cache yet, which a capture could not."""
+        self._describe(0, [], layout)
+        step = self._step(layout)
+        self._run(step)
+        torch.cuda.synchronize()
+        return step
 
 
 def mixed_layouts(max_seqs: int, max_tokens: int, tiling: Tiling) -> list[Layout]:

@@ -67,6 +67,11 @@ class Layout:
         return cls(decodes, tiles=decodes if tiling.alike else 0)
 
     @classmethod
+    def of_nobody(cls) -> Layout:
+        """The shortest step that has wide tiles, all of it padding."""
+        return cls(0, NARROW_TOKENS + 8, tiles=1, ends=1)
+
+    @classmethod
     def mixed(cls, decodes: int, prompt_tokens: int, tiling: Tiling) -> Layout:
         """Eight tokens more, as padding needs one, and matrices like multiples of eight."""
         rows, room = tiling.of(prompt_tokens + 8)
