@@ -26,7 +26,7 @@ import interpreted
 from octavo_engine.core.messages import Submit
 from octavo_engine.core.step import Admission, StepItem, StepPlan
 from octavo_engine.kernels import sampling
-from octavo_engine.kernels.gpu import prefill_attention, prefill_attention_hopper
+from octavo_engine.kernels.gpu import prefill_attention, prefill_attention_hopper, small_linear
 from octavo_engine.kernels.sampling import SampleRow
 from octavo_engine.models import gpu_decoder
 from octavo_engine.runner import gpu_steps, layout
@@ -381,6 +381,20 @@ def test_wide_tiles_are_compiled_before_a_request_needs_them(monkeypatch, max_to
 
     assert launched == [1] * wide
     assert made._decoder._kv_cache[:, :, :-1].abs().max() == 0, "written where no padding is"
+
+
+def test_without_graphs_the_products_of_any_number_of_decodes_are_compiled_before_they_are_needed(monkeypatch):
+    made = interpreted.steps(monkeypatch, max_seqs=64)
+
+    made.capture(lambda: None, eager=True)
+
+    def kernel(tokens: int) -> tuple[int, bool]:
+        """What small_linear compiles for a number of tokens: the columns of a tile, and whether they are full."""
+        columns = small_linear._columns(tokens)
+        return columns, tokens % columns == 0
+
+    tried = {kernel(layout.decodes) for layout in made._graphs}
+    assert tried == {kernel(decodes) for decodes in range(1, 65)}
 
 
 def test_a_prompt_that_is_scored_goes_through_the_whole_model(monkeypatch, rows_of_mlps):

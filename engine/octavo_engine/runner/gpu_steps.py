@@ -350,7 +350,8 @@ class GpuSteps:
         """
         self._eager = eager
         sizes = {*(size for size in GRAPH_SIZES if size < self._max_seqs), min(self._max_seqs, GRAPH_SIZES[-1])}
-        first = {size for size in sizes if size in FIRST_GRAPH_SIZES} | {max(sizes)}
+        # Steps that no graph pads have other kernels where their tokens fill no tile, which one of each size brings along.
+        first = {size for size in sizes if eager or size in FIRST_GRAPH_SIZES} | {max(sizes)}
         self._uncaptured = [
             *(Layout.of_decodes(size, self._tiling) for size in sorted(sizes - first)),
             *mixed_layouts(self._max_seqs, self._max_tokens, self._tiling),
