@@ -350,7 +350,7 @@ class GpuSteps:
         """
         self._eager = eager
         sizes = {*(size for size in GRAPH_SIZES if size < self._max_seqs), min(self._max_seqs, GRAPH_SIZES[-1])}
-        # Steps that no graph pads have other kernels where their tokens fill no tile, which one of each size brings along.
+        # Where no graph pads them, steps whose tokens fill no tile have other kernels, which all sizes bring along.
         first = {size for size in sizes if eager or size in FIRST_GRAPH_SIZES} | {max(sizes)}
         self._uncaptured = [
             *(Layout.of_decodes(size, self._tiling) for size in sorted(sizes - first)),
