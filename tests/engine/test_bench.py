@@ -243,6 +243,21 @@ async def test_flags_of_vllms_benchmark_are_honoured_and_its_files_are_written(s
     assert re.fullmatch(r"\d{8}-\d{6}", result["date"])
 
 
+async def test_the_files_are_whole_where_nobody_reads_the_table(server, tmp_path, monkeypatch):
+    """`octavo bench serve --save-result | head` left no file."""
+    url, _ = server
+
+    def broken(*_: Any, **__: Any) -> str:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(report, "table", broken)
+    arguments = ["--base-url", url, "--num-prompts", "2", "--disable-tqdm", "--save-result", "--result-dir"]
+    with pytest.raises(BrokenPipeError):
+        await asyncio.to_thread(bench, [*arguments, str(tmp_path), "--output-json", str(tmp_path / "all.json")])
+
+    assert [json.loads(file.read_text())["completed"] for file in tmp_path.iterdir()] == [2, 2]
+
+
 async def test_prompts_share_beginnings_without_being_told_how_and_by_vllms_flags(server, capsys):
     url, bodies = server
     arguments = ["bench", "serve", "--base-url", url, "--disable-tqdm", "--dataset-name", "prefix_repetition"]

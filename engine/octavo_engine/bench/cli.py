@@ -221,10 +221,6 @@ def _serve(namespace: argparse.Namespace) -> int:
         configured["Maximum request concurrency:"] = namespace.max_concurrency
     if namespace.request_rate != float("inf"):
         configured["Request rate configured (RPS):"] = namespace.request_rate
-    print(report.table(result, percentiles, metrics=shown, load=configured))
-    failures = [answer.error for answer in answers if answer.error]
-    for text in sorted(set(failures))[:3]:
-        print(f"failed {failures.count(text)} times: {text}", file=sys.stderr)
     details = {
         "input_lens": [a.prompt_len for a in answers], "output_lens": [a.output_len for a in answers],
         "ttfts": [a.ttft_s for a in answers], "itls": [a.itls_s for a in answers],
@@ -239,6 +235,11 @@ def _serve(namespace: argparse.Namespace) -> int:
         if not namespace.save_detailed:
             details = {name: value for name, value in details.items() if not isinstance(value, list)}
         _write(namespace.result_dir / _file_name(namespace, model), {**about, **result, **details})
+    # After the files: who reads the first lines alone, as `head` does, ends this command.
+    print(report.table(result, percentiles, metrics=shown, load=configured))
+    failures = [answer.error for answer in answers if answer.error]
+    for text in sorted(set(failures))[:3]:
+        print(f"failed {failures.count(text)} times: {text}", file=sys.stderr)
     return 1 if failures else ExitStatus.OK
 
 
@@ -249,9 +250,9 @@ def _throughput(namespace: argparse.Namespace) -> int:
     samples = _samples(namespace, vocab_size, getattr(namespace, "tokenizer", None) or namespace.model)
     _check_lengths(llm, samples)
     result = offline.throughput(llm, samples, not namespace.disable_tqdm)
+    _write(namespace.output_json, result)
     rates = (result[f"{what}_per_second"] for what in ("requests", "tokens", "output_tokens"))
     print("Throughput: {:.2f} requests/s, {:.2f} total tokens/s, {:.2f} output tokens/s".format(*rates))
-    _write(namespace.output_json, result)
     return ExitStatus.OK
 
 
@@ -268,10 +269,10 @@ def _latency(namespace: argparse.Namespace) -> int:
     samples = datasets.made_up("random", namespace.batch_size, shape, vocab_size, 0)
     _check_lengths(llm, samples)
     result = offline.latency(llm, samples, namespace.num_iters_warmup, namespace.num_iters, not namespace.disable_tqdm)
+    _write(namespace.output_json, result)
     print(f"Avg latency: {result['avg_latency']:.4f} seconds")
     for percent, seconds in result["percentiles"].items():
         print(f"{percent}% percentile latency: {seconds:.4f} seconds")
-    _write(namespace.output_json, result)
     return ExitStatus.OK
 
 
