@@ -316,6 +316,19 @@ def test_what_the_benchmark_cannot_do_is_refused(flags, words, capsys, monkeypat
         bench(flags)
 
 
+@pytest.mark.parametrize("kind", ["throughput", "latency"])
+def test_flags_of_vllms_offline_benchmarks_that_are_so_anyway_are_taken(kind):
+    command, _ = bench_cli.add_commands(ArgumentParser(prog="octavo bench"))[kind]
+    backend = ["--backend", "vllm"] if kind == "throughput" else []
+
+    given = command.parse_args([*backend, "--model", "m", "--disable-detokenize", "--output-len", "7"])
+
+    assert given.output_len == 7
+    if kind == "throughput":
+        with pytest.raises(UsageError, match="'hf'"):
+            command.parse_args(["--backend", "hf"])
+
+
 def bench(flags: list[str], *kind: str) -> int:
     parser = ArgumentParser(prog="octavo bench")
     return bench_cli.run(bench_cli.add_commands(parser), [*(kind or ("serve", "--model", "m")), *flags], parser)

@@ -99,7 +99,11 @@ def add_commands(parser: argparse.ArgumentParser) -> dict[str, tuple[ArgumentPar
     for name in ("throughput", "latency"):
         command, _ = made[name]
         command.add_argument("model_positional", metavar="MODEL", nargs="?", help="Hugging Face id or folder.")
+        command.add_argument(
+            "--disable-detokenize", action="store_true", help="Without effect: no text is made of answers here."
+        )
         if name == "throughput":
+            command.add_argument("--backend", choices=("vllm",), default="vllm", help="Without effect: this engine.")
             _dataset_arguments(command, num_prompts=1000)
         else:
             command.add_argument("--batch-size", type=int, default=8, help="Requests at once. Default: %(default)s.")
