@@ -128,9 +128,13 @@ def test_a_step_says_whether_prompts_are_scored(num_scored):
 
 
 @pytest.mark.parametrize(
-    ("max_seqs", "decodes"), [(8, set()), (9, {1}), (32, {24}), (63, {55}), (64, {56}), (1024, {56, 120, 248})]
-)
-def test_graphs_with_prompts_have_room_for_eight_of_them(max_seqs, decodes):
+    ("max_seqs", "decodes"),
+    [
+        (8, set()), (9, {1}), (32, {24}), (63, {55}), (64, {56}), (79, {56}), (100, {56, 92}), (128, {56, 120}),
+        (200, {56, 120, 192}), (256, {56, 120, 248}), (1024, {56, 120, 248}),
+    ],
+)  # fmt: skip
+def test_graphs_with_prompts_have_room_for_eight_of_them_and_for_most_decodes_beside(max_seqs, decodes):
     layouts = mixed_layouts(max_seqs, 600, USUAL)
 
     assert {layout.decodes for layout in layouts} == decodes

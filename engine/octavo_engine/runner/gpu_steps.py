@@ -407,10 +407,11 @@ class GpuSteps:
 
 
 def mixed_layouts(max_seqs: int, max_tokens: int, tiling: Tiling) -> list[Layout]:
-    """Of the graphs for steps with prompts: where there are fewer rows than the smallest has, one for as many."""
-    sizes = [decodes for decodes in MIXED_DECODES if decodes + MIXED_CHUNKS <= max_seqs]
-    if not sizes and max_seqs > MIXED_CHUNKS:
-        sizes = [max_seqs - MIXED_CHUNKS]
+    """Of the graphs for steps with prompts: up to as many decodes as there may be beside them, or a few less."""
+    most = min(max_seqs - MIXED_CHUNKS, MIXED_DECODES[-1])
+    sizes = [decodes for decodes in MIXED_DECODES if decodes <= most]
+    if most >= max(sizes, default=0) + (16 if sizes else 1):
+        sizes.append(most)
     layouts = [Layout.mixed(decodes, tokens, tiling) for decodes in sizes for tokens in MIXED_TOKENS]
     return [layout for layout in layouts if layout.tokens <= max_tokens]
 
