@@ -396,6 +396,7 @@ def test_sampling_is_the_draw_of_the_reference(vocab):
         # temperature, top_k, top_p, min_p
         (0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (1.0, 50, 1.0, 0.0), (0.7, 0, 0.9, 0.0), (1.3, 1, 1.0, 0.0),
         (1.0, 300, 0.5, 0.0), (1.0, 0, 0.01, 0.0), (1.0, 0, 1.0, 0.1), (1.0, 4999, 0.999, 0.001), (2.0, 5000, 1.0, 1.0),
+        (0.4, 0, 1.0, 0.3), (3.0, 0, 1.0, 0.6),
     ]  # fmt: skip
     n = len(settings)
     columns = list(zip(*settings, strict=True))

@@ -293,11 +293,14 @@ def kept(logits: Tensor, top_k: int, top_p: float, min_p: float) -> set[int]:
     [(1, 1.0, 0.0), (3, 1.0, 0.0), (99, 1.0, 0.0), (0, 0.5, 0.0), (0, 0.9, 0.0), (0, 1e-6, 0.0), (0, 1.0, 0.2),
      (0, 1.0, 1.0), (4, 0.8, 0.0), (-1, 0.9, 0.1), (3, 0.7, 0.3)],
 )  # fmt: skip
-@pytest.mark.parametrize("vocab", [1, 7, 50])
-def test_exactly_the_tokens_that_the_cuts_leave_can_come(top_k: int, top_p: float, min_p: float, vocab: int):
-    logits = noise(vocab, seed=vocab) * 1.5
+@pytest.mark.parametrize(("vocab", "temperature"), [(1, 1.0), (7, 0.5), (50, 2.0)])
+def test_exactly_the_tokens_that_the_cuts_leave_can_come(
+    top_k: int, top_p: float, min_p: float, vocab: int, temperature: float
+):
+    logits = noise(vocab, seed=vocab) * 1.5  # once divided by the temperature, as the cuts see them
     expected = kept(logits, top_k, top_p, min_p)
-    counts = drawn(logits.unsqueeze(0), top_k=top_k, top_p=top_p, min_p=min_p)
+    settings = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "temperature": temperature}
+    counts = drawn(logits.unsqueeze(0) * temperature, **settings)
     probs = logits.softmax(0)
     likely = {t for t in expected if float(probs[t]) / float(probs[list(expected)].sum()) > 0.01}
 
