@@ -137,6 +137,14 @@ def test_a_row_is_drawn_from_what_the_reference_changes(name: str):
         rows.history.append(follow)
 
 
+def test_repetition_makes_a_negative_logit_more_negative():
+    rows = Rows(Admission([11, 12], 2, settings({"repetition_penalty": 1.7}), (END,), 5), 2)
+    logits = torch.full((VOCAB,), -20.0, device=DEVICE, dtype=DTYPE)
+    logits[11], logits[4000] = -4.0, -5.0
+
+    assert rows.draw(logits) == rows.expected(logits) == 4000
+
+
 def test_a_row_that_changes_nothing_is_drawn_as_the_sampler_draws_it():
     logits = (torch.randn(6, VOCAB, device=DEVICE) * 2).to(DTYPE)
     state, scratch = sample.SamplingState.allocate(6, DEVICE), sample.SamplingScratch.allocate(6, VOCAB, DEVICE)
