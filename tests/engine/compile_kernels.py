@@ -15,7 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from octavo_engine.kernels.act_mul import ACTIVATIONS
 from octavo_engine.kernels.gpu import (
+    act_mul,
     adjusted,
     ask_ahead,
     decode_attention,
@@ -27,7 +29,6 @@ from octavo_engine.kernels.gpu import (
     prefill_attention_hopper,
     rope_kv,
     sample,
-    silu_mul,
     small_linear,
     state,
 )
@@ -63,7 +64,10 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
             {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_SIZE": 64, "AT_ONCE": 4,
              **UNSCALED}, 1,
         ),
-        ("silu_mul", silu_mul._silu_mul, [HALF, HALF], {"INNER": 14336, "BLOCK": 1024}, 4),
+        *(
+            (f"act_mul_{name}", act_mul._act_mul, [HALF, HALF], {"INNER": 14336, "BLOCK": 1024, "ACTIVATION": name}, 4)
+            for name in ACTIVATIONS
+        ),
         (
             "decode_attention", decode_attention._decode,
             [HALF, "i32", HALF, HALF, HALF, HALF, INT, "i32", INT, FLOAT, FLOAT, INT, HALF, "fp32", "fp32", "fp32"],
@@ -148,7 +152,7 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
     found.append((
         "one_token_linear", small_linear._one_token_linear, [HALF, HALF, FLOAT, "i32", HALF, "fp32"],
         {**nothing, "INPUTS": 4096, "OUTPUTS": 14336, "WIDTH": one.width, "DEPTH": one.depth, "STAGES": one.stages,
-         "GATED": True, "SHARES": 128}, one.warps,
+         "GATED": True, "ACTIVATION": "silu", "SHARES": 128}, one.warps,
     ))  # fmt: skip
     for outputs, add in ((4096, True), (28672, False)):
         width = invariant_linear.tile_width(outputs)
@@ -164,7 +168,7 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         shape = small_linear.choose_shape(columns, outputs, inputs, gated, shared_memory)
         common = {
             "INPUTS": inputs, "OUTPUTS": outputs, "WIDTH": shape.width, "COLUMNS": columns, "DEPTH": shape.depth,
-            "STAGES": shape.stages, "SPLITS": 2, "GATED": gated, "FULL": False,
+            "STAGES": shape.stages, "SPLITS": 2, "GATED": gated, "ACTIVATION": "gelu_tanh", "FULL": False,
         }  # fmt: skip
         if gated:
             types = [HALF, HALF, FLOAT, "i32", HALF, FLOAT, INT, "i32", "fp32"]

@@ -36,7 +36,7 @@ MODEL = DecoderConfig(
     architecture="Qwen3ForCausalLM", vocab_size=200, hidden_size=64, intermediate_size=96, num_layers=1, num_heads=4,
     num_kv_heads=2, head_dim=32, norm_eps=1e-6, rope=RopeConfig(10_000.0, "default", {}), max_position=256,
     tied_embeddings=False, qkv_bias=True, output_bias=False, mlp_bias=False, qk_norm=True, windows=(None,),
-    dtype="float16",
+    activation="silu", dtype="float16",
 )  # fmt: skip
 CPU = torch.device("cpu")
 

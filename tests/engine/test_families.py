@@ -35,6 +35,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with one head of keys": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "llama with as many heads of keys as of queries": ("Llama", {"num_key_value_heads": 4, "head_dim": 10}),
     "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama with gelu": ("Llama", {"hidden_act": "gelu"}),
+    "llama with gelu by tanh": ("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
     "llama with linear rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "llama with llama3 rope": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
     "llama with yarn": ("Llama", {"rope_parameters": YARN, "head_dim": 32}),

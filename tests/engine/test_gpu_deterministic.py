@@ -135,7 +135,7 @@ MODEL = DecoderConfig(
     architecture="Qwen3ForCausalLM", vocab_size=130, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=6,
     num_kv_heads=2, head_dim=32, norm_eps=1e-6, rope=RopeConfig(10_000.0, "default", {}), max_position=256,
     tied_embeddings=False, qkv_bias=True, output_bias=False, mlp_bias=False, qk_norm=True, windows=(None, 24),
-    dtype="bfloat16",
+    activation="silu", dtype="bfloat16",
 )  # fmt: skip
 BLOCK, ROWS, LENGTH = 16, 6, 64
 TILING = Tiling(tile_tokens(3), alike=True)

@@ -19,15 +19,15 @@ if not ON_GPU:
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from octavo_engine.kernels import silu_mul as reference_silu_mul
+from octavo_engine.kernels import act_mul as reference_act_mul
 from octavo_engine.kernels.gpu import (
+    act_mul,
     ask_ahead,
     early_launch,
     norm,
     prefill_attention_hopper,
     rope_kv,
     sample,
-    silu_mul,
     small_linear,
     state,
 )
@@ -171,13 +171,14 @@ def test_rope_rotates_in_place_and_writes_the_cache(heads, kv_heads, dim, block_
     assert_close(cache, expected_cache)
 
 
+@pytest.mark.parametrize("activation", reference_act_mul.ACTIVATIONS)
 @pytest.mark.parametrize("inner", [1500, 4096])
-def test_silu_mul_gates(inner):
+def test_act_mul_gates(inner, activation):
     gate_up, out = random(3, 2 * inner), random(3, inner)
 
-    silu_mul.silu_mul(gate_up, out)
+    act_mul.act_mul(gate_up, out, activation)
 
-    assert_close(out, reference_silu_mul.reference(gate_up))
+    assert_close(out, reference_act_mul.reference(gate_up.float(), activation))
 
 
 @pytest.mark.parametrize("blocks_per_part", [None, 1, 3])
@@ -529,10 +530,12 @@ def test_small_linear_fuses_what_surrounds_it(launch, tokens, outputs, inputs, s
     assert_close(out, small_linear.reference(x, weight, bias=bias, norm_shares=shares, eps=1e-5)[0])
 
     gate_up = random(2 * outputs, inputs) / 16
+    activation = list(reference_act_mul.ACTIVATIONS)[(tokens + outputs) % 3]
     small_linear.small_linear(
-        x, gate_up, out, shape=shape, norm_shares=shares, eps=1e-5, gated=True, partial=partial
+        x, gate_up, out, shape=shape, norm_shares=shares, eps=1e-5, gated=True, partial=partial, activation=activation
     )  # fmt: skip
-    assert_close(out, small_linear.reference(x, gate_up, norm_shares=shares, eps=1e-5, gated=True)[0])
+    gated = small_linear.reference(x, gate_up, norm_shares=shares, eps=1e-5, gated=True, activation=activation)[0]
+    assert_close(out, gated)
 
     residual, weight_of_norm = random(tokens, outputs), random(outputs)
     expected, total, squares = small_linear.reference(x, weight, residual=residual, next_norm=weight_of_norm)
@@ -624,7 +627,7 @@ def test_asking_ahead_changes_no_result(tokens, monkeypatch):
         normed, active = torch.empty_like(x), random(tokens, 256)
         product = torch.empty(min(tokens, 64), 512, dtype=DTYPE, device=DEVICE)
         norm.rms_norm(x, weight, normed, 1e-5, following)
-        silu_mul.silu_mul(gate_up, active, following)
+        act_mul.act_mul(gate_up, active, ahead=following)
         partial = small_linear.Partial.allocate(64, DEVICE)
         small_linear.small_linear(
             x[:64].contiguous(), following, product, shape=shape, partial=partial, ahead=following

@@ -289,13 +289,13 @@ def test_a_steady_step_makes_no_tensor(monkeypatch: pytest.MonkeyPatch):
 def rows_of_mlps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of how many tokens each launched MLP was, since the test began."""
     rows: list[int] = []
-    activate = gpu_decoder.silu_mul
+    activate = gpu_decoder.act_mul
 
-    def counted(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    def counted(gate_up: torch.Tensor, out: torch.Tensor, *others: object) -> None:
         rows.append(len(out))
-        activate(gate_up, out)
+        activate(gate_up, out, *others)
 
-    monkeypatch.setattr(gpu_decoder, "silu_mul", counted)
+    monkeypatch.setattr(gpu_decoder, "act_mul", counted)
     return rows
 
 

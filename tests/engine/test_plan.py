@@ -119,7 +119,7 @@ def test_rope_is_read_in_the_old_and_the_new_spelling(changes, theta: float, kin
         ({"architectures": ["MambaForCausalLM"]}, FailureCode.UNSUPPORTED_MODEL, "MambaForCausalLM"),
         ({"architectures": None}, FailureCode.UNSUPPORTED_MODEL, "architecture none"),
         ({"quantization_config": {"quant_method": "awq"}}, FailureCode.UNSUPPORTED_FEATURE, "awq"),
-        ({"hidden_act": "gelu"}, FailureCode.UNSUPPORTED_MODEL, "'gelu'"),
+        ({"hidden_act": "relu"}, FailureCode.UNSUPPORTED_MODEL, "'relu'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, FailureCode.UNSUPPORTED_MODEL, "'longrope'"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8}},

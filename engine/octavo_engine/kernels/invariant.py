@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo_engine.kernels import silu_mul
+from octavo_engine.kernels import act_mul
 from octavo_engine.kernels.kv_scales import UNSCALED, KvScales, restored
 from octavo_engine.kernels.paged_attention import Gather
 
@@ -36,9 +36,9 @@ class Invariant:
         padded[:n] = x
         return torch.cat([F.linear(block, weight, bias) for block in padded.split(rows)])[:n]
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def act_mul(self, gate_up: Tensor, activation: str) -> Tensor:
         # The end of what a thread computes is computed by other instructions, wherever in the batch it lies.
-        return torch.cat([silu_mul.reference(row) for row in gate_up.split(1)])
+        return torch.cat([act_mul.reference(row, activation) for row in gate_up.split(1)])
 
     def attention(
         self, query: Tensor, kv_cache: Tensor, gathers: Sequence[Gather], scale: float, window: int | None = None,

@@ -22,6 +22,10 @@ ROPE_PARAMETERS = {
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 """The numbers that each scaling of RoPE cannot do without."""
+ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+}  # fmt: skip
+"""By transformers' names; those of kernels/act_mul.py."""
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KV_DTYPE_BYTES = {**DTYPE_BYTES, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
@@ -55,6 +59,8 @@ class DecoderConfig:
     output_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    activation: str
+    """Of the MLP's gate: silu, gelu or gelu_tanh."""
     windows: tuple[int | None, ...]
     """Per layer: how many of the last tokens attention sees, None for all."""
     dtype: str
@@ -137,10 +143,11 @@ def parse_config(raw: Mapping[str, Any], origin: str = "config.json") -> Decoder
             FailureCode.MODEL_INVALID, f"{origin}: {heads} attention heads cannot share {kv_heads} key-value heads.",
             "download or copy the checkpoint again",
         )  # fmt: skip
-    if (activation := raw.get("hidden_act", "silu")) != "silu":
+    if (activation := raw.get("hidden_act") or "silu") not in ACTIVATIONS:
         raise _fatal(
-            FailureCode.UNSUPPORTED_MODEL, f"The activation {activation!r} is not supported.", "choose another model"
-        )
+            FailureCode.UNSUPPORTED_MODEL, f"The activation {activation!r} is not supported.",
+            "choose a model with one of " + ", ".join(ACTIVATIONS),
+        )  # fmt: skip
     qwen2 = architecture == "Qwen2ForCausalLM"
     attention_bias = bool(raw.get("attention_bias", qwen2))
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
@@ -161,6 +168,7 @@ def parse_config(raw: Mapping[str, Any], origin: str = "config.json") -> Decoder
         output_bias=attention_bias and not qwen2,  # Qwen2 has a bias on queries, keys and values alone
         mlp_bias=bool(raw.get("mlp_bias", False)),
         qk_norm=architecture == "Qwen3ForCausalLM",
+        activation=ACTIVATIONS[activation],
         windows=_windows(raw, architecture, layers),
         dtype=dtype if dtype in DTYPE_BYTES else "bfloat16",
     )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo_engine.kernels import paged_attention, rms_norm, rope_kv_write, silu_mul
+from octavo_engine.kernels import act_mul, paged_attention, rms_norm, rope_kv_write
 from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 from octavo_engine.kernels.paged_attention import Gather
 from octavo_engine.models.config import DecoderConfig
@@ -37,7 +37,7 @@ class Operations(Protocol):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor: ...
+    def act_mul(self, gate_up: Tensor, activation: str) -> Tensor: ...
 
     def attention(
         self, query: Tensor, kv_cache: Tensor, gathers: Sequence[Gather], scale: float, window: int | None = None,
@@ -49,7 +49,7 @@ class Fastest:
     """As torch does it best for the size of the batch. The other way is kernels/invariant.py."""
 
     linear = staticmethod(F.linear)
-    silu_mul = staticmethod(silu_mul.reference)
+    act_mul = staticmethod(act_mul.reference)
     attention = staticmethod(paged_attention.reference)
 
 
@@ -100,7 +100,7 @@ class Decoder:
             x = self._attention(x, weights, cos, sin, batch, kv_cache[layer], layer)
             x, residual = rms_norm.reference(x, weights["mlp_norm"], config.norm_eps, residual)
             x = linear(x, weights["gate_up"], weights.get("gate_up_bias"))  # [T, 2 * intermediate]
-            x = linear(self._operations.silu_mul(x), weights["down"], weights.get("down_bias"))
+            x = linear(self._operations.act_mul(x, config.activation), weights["down"], weights.get("down_bias"))
         assert residual is not None
         return x, residual
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from octavo_engine.kernels.gpu import prefill_attention_hopper
+from octavo_engine.kernels.gpu.act_mul import act_mul
 from octavo_engine.kernels.gpu.cublas import Products
 from octavo_engine.kernels.gpu.decode_attention import Scratch, decode_attention
 from octavo_engine.kernels.gpu.invariant_attention import invariant_attention, tile_tokens
@@ -24,7 +25,6 @@ from octavo_engine.kernels.gpu.norm import embed_rms_norm, rms_norm
 from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, parts_wanted, prefill_attention
 from octavo_engine.kernels.gpu.prefill_attention import Scratch as TileScratch
 from octavo_engine.kernels.gpu.rope_kv import rope_kv
-from octavo_engine.kernels.gpu.silu_mul import silu_mul
 from octavo_engine.kernels.gpu.small_linear import (
     Partial,
     Shape,
@@ -172,7 +172,7 @@ class GpuDecoder:
         self._add(attended, weights["output"], weights.get("output_bias"), residual)
         rms_norm(residual, weights["mlp_norm"], normed, self.config.norm_eps, weights["gate_up"])
         self._linear(normed, weights["gate_up"], weights.get("gate_up_bias"), gate_up)
-        silu_mul(gate_up, active, weights["down"])
+        act_mul(gate_up, active, self.config.activation, weights["down"])
         self._add(active, weights["down"], weights.get("down_bias"), residual)
 
     def logits_of(self, first: int, end: int) -> Tensor:
@@ -220,7 +220,7 @@ class GpuDecoder:
             )  # fmt: skip
             small_linear(
                 normed, weights["gate_up"], active, shape=gate_shape, norm_shares=after_out, eps=config.norm_eps,
-                gated=True, partial=self._partial, ahead=weights["down"],
+                gated=True, activation=config.activation, partial=self._partial, ahead=weights["down"],
             )  # fmt: skip
             last = index + 1 == config.num_layers
             following = self._tensors["final_norm"] if last else self._layers[index + 1]["attention_norm"]

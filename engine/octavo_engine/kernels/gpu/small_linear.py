@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo_engine.kernels import act_mul
+from octavo_engine.kernels.gpu.act_mul import activated
 from octavo_engine.kernels.gpu.ask_ahead import ask, ask_ahead
 from octavo_engine.kernels.gpu.early_launch import begin, early_launch
 
@@ -120,12 +122,12 @@ def small_linear(
     x: Tensor, weight: Tensor, out: Tensor, *, shape: Shape, bias: Tensor | None = None,
     norm_shares: Tensor | None = None, eps: float = 0.0, gated: bool = False, residual: Tensor | None = None,
     next_norm: Tensor | None = None, shares: Tensor | None = None, partial: Partial | None = None,
-    ahead: Tensor | None = None,
+    ahead: Tensor | None = None, activation: str = "silu",
 ) -> None:  # fmt: skip
     """out = x · weightᵀ + bias, with:
 
     norm_shares: [n, tokens] float32, x is normed by the root of their total over its width;
-    gated: weight is gate over up, and out their silu(gate) * up; bias must be None then;
+    gated: weight is gate over up, and out activation(gate) * up; bias must be None then;
     residual: [tokens, outputs], the sum goes there, and out becomes sum * next_norm, shares [n, tokens] its squares;
     partial: for a shape with splits;
     ahead: the matrix that is read next.
@@ -134,7 +136,7 @@ def small_linear(
     tokens, inputs = x.shape
     outputs = out.shape[1]
     if tokens == 1:
-        _one_token(x, weight, out, shape, bias, norm_shares, eps, gated, residual, next_norm, shares)
+        _one_token(x, weight, out, shape, bias, norm_shares, eps, gated, residual, next_norm, shares, activation)
         return
     columns = _columns(tokens)
     if shape.splits == 1:
@@ -147,7 +149,7 @@ def small_linear(
         x, weight, bias, norm_shares, 0 if norm_shares is None else norm_shares.shape[0], residual, next_norm, shares,
         out, partial.sums if partial else None, partial.finished if partial else None, tokens, eps, INPUTS=inputs,
         OUTPUTS=outputs, WIDTH=shape.width, COLUMNS=columns, DEPTH=shape.depth, STAGES=shape.stages,
-        SPLITS=shape.splits, GATED=gated,
+        SPLITS=shape.splits, GATED=gated, ACTIVATION=activation,
         SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]),
         FULL=tokens % columns == 0, num_warps=shape.warps, **ask_ahead(ahead, tokens),
     )  # fmt: skip
@@ -155,14 +157,15 @@ def small_linear(
 
 def _one_token(
     x: Tensor, weight: Tensor, out: Tensor, shape: Shape, bias: Tensor | None, norm_shares: Tensor | None, eps: float,
-    gated: bool, residual: Tensor | None, next_norm: Tensor | None, shares: Tensor | None,
+    gated: bool, residual: Tensor | None, next_norm: Tensor | None, shares: Tensor | None, activation: str,
 ) -> None:  # fmt: skip
     inputs, outputs = x.shape[1], out.shape[1]
     _one_token_linear[(triton.cdiv(outputs, shape.width),)](
         x, weight, bias, norm_shares, 0 if norm_shares is None else norm_shares.shape[0], residual, next_norm, shares,
         out, eps, INPUTS=inputs, OUTPUTS=outputs, WIDTH=shape.width, DEPTH=shape.depth, STAGES=shape.stages,
-        GATED=gated, SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]),
-        num_warps=shape.warps, **early_launch(1),
+        GATED=gated, ACTIVATION=activation,
+        SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]), num_warps=shape.warps,
+        **early_launch(1),
     )  # fmt: skip
 
 
@@ -170,7 +173,7 @@ def _one_token(
 def _one_token_linear(
     x, weight, bias, norm_shares, num_norm_shares, residual, next_norm, shares, out, eps,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, SHARES: tl.constexpr, EARLY: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, SHARES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The same for a single token, without matrix units: weights go from memory to registers, many at a time."""
     program = tl.program_id(0)
@@ -206,7 +209,7 @@ def _one_token_linear(
         up_sums *= scale
     _finish(
         sums, up_sums, output, is_output, output, is_output, bias, residual, next_norm, shares, program, None, None,
-        None, out, GATED,
+        None, out, GATED, ACTIVATION,
     )  # fmt: skip
 
 
@@ -215,8 +218,8 @@ def _small_linear(
     x, weight, bias, norm_shares, num_norm_shares, residual, next_norm, shares, out, partial, finished, tokens, eps,
     ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr, SHARES: tl.constexpr, FULL: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, SHARES: tl.constexpr,
+    FULL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     output = program * WIDTH + tl.arange(0, WIDTH)
@@ -281,14 +284,14 @@ def _small_linear(
         to = token.to(tl.int64)[None, :] * OUTPUTS + output[:, None]
         _finish(
             sums, up_sums, output, is_output, to, mask, bias, residual, next_norm, shares, program, tokens, token,
-            is_token, out, GATED,
+            is_token, out, GATED, ACTIVATION,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
     sums, up_sums, output, is_output, to, mask, bias, residual, next_norm, shares, program, tokens, token, is_token,
-    out, GATED: tl.constexpr,
+    out, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """What comes after the product: bias, activation, residual and what the next norm needs.
 
@@ -298,7 +301,7 @@ def _finish(
         sums += _of_output(bias, output, is_output, token)
     kind = out.dtype.element_ty
     if GATED:
-        sums = (sums / (1.0 + tl.exp(-sums))) * up_sums
+        sums = activated(sums, ACTIVATION) * up_sums
     if residual is not None:
         sums = sums.to(kind).to(tl.float32) + tl.load(residual + to, mask=mask, other=0.0).to(tl.float32)
         kept = sums.to(kind)
@@ -322,7 +325,7 @@ def _of_output(values, output, is_output, token):
 
 def reference(
     x: Tensor, weight: Tensor, *, bias: Tensor | None = None, norm_shares: Tensor | None = None, eps: float = 0.0,
-    gated: bool = False, residual: Tensor | None = None, next_norm: Tensor | None = None,
+    gated: bool = False, residual: Tensor | None = None, next_norm: Tensor | None = None, activation: str = "silu",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(out, residual, squares of the residual's rows) in float32; the last two None without a residual."""
     y = F.linear(x.float(), weight.float())
@@ -331,8 +334,7 @@ def reference(
     if bias is not None:
         y += bias.float()
     if gated:
-        gate, up = y.chunk(2, -1)
-        y = F.silu(gate) * up
+        y = act_mul.reference(y, activation)
     if residual is None:
         return y, None, None
     assert next_norm is not None
