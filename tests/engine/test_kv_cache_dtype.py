@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +11,8 @@ from safetensors.torch import save_file
 
 import models
 from octavo_engine import LLM, SamplingParams
-from octavo_engine.config import ConfigError
 from octavo_engine.kernels.kv_scales import KvScales, restored, stored
 from octavo_engine.loader.weights import kv_scales
-from octavo_engine.runner.device import check_block_size, check_kv_dtype
 from octavo_engine.status import FailureCode, FatalError
 
 TEXT = (
@@ -117,29 +114,3 @@ def test_what_is_stored_comes_back_up_to_the_types_precision(kind: torch.dtype):
     inside = x.abs() / 0.01 < torch.finfo(kind).max
     assert bool(((back - x).abs() <= step * x.abs() + 0.01 * 2**-9)[inside].all())
     assert bool((back.abs()[~inside] <= 0.01 * torch.finfo(kind).max).all())
-
-
-def test_a_gpu_without_e4m3_is_told_what_to_take(monkeypatch: pytest.MonkeyPatch):
-    device = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-
-    with pytest.raises(ConfigError, match=r"expected fp8_e5m2 on NVIDIA A100: e4m3 needs compute capability 8\.9"):
-        check_kv_dtype("fp8_e4m3", device)
-    check_kv_dtype("fp8_e5m2", device)
-    check_kv_dtype("bfloat16", device)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    check_kv_dtype("fp8_e4m3", device)
-
-
-def test_a_block_that_a_gpu_has_no_room_for_is_refused(monkeypatch: pytest.MonkeyPatch):
-    device, memory = torch.device("cuda", 0), SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
-
-    with pytest.raises(ConfigError, match=r"--block-size: got 128, expected at most 64 for heads of 256 on NVIDIA L4"):
-        check_block_size(128, 256, device)
-    check_block_size(128, 128, device)
-    check_block_size(64, 256, device)
-    memory.shared_memory_per_block_optin = 163 * 1024
-    check_block_size(128, 256, device)

@@ -13,20 +13,25 @@ TORCH_DTYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }  # fmt: skip
+LEAST_CAPABILITY = (8, 0)
+"""With bfloat16 and copies to shared memory that go on beside the computation, which all kernels are written for."""
 E4M3_CAPABILITY = (8, 9)
 """From here on a GPU converts that type itself; before, Triton does not compile it."""
 
 
+AMD_SHARED_BYTES = 64 * 1024
 LARGE_BLOCK_BYTES = 113 * 1024
 """Shared memory of prefill attention with blocks of 128 keys of 256 numbers, as compiled for an A100."""
 
 
 def choose_device(config: EngineConfig) -> torch.device:
-    """Raises FatalError(DEVICE_UNAVAILABLE) when a GPU is asked for and there is none."""
+    """Raises FatalError(DEVICE_UNAVAILABLE) when a GPU is asked for and there is none, or where it is too old."""
     if config.device == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda", 0)
+        device = torch.device("cuda", 0)
+        _check_capability(device)
+        return device
     if config.device == "auto":
         return torch.device("cpu")
     raise FatalError(
@@ -34,6 +39,20 @@ def choose_device(config: EngineConfig) -> torch.device:
             FailureCode.DEVICE_UNAVAILABLE,
             "No GPU can be used by this process (--device cuda).",
             "check nvidia-smi and the driver; in a container, ask for a GPU (nvidia.com/gpu); or use --device cpu",
+        )
+    )
+
+
+def _check_capability(device: torch.device) -> None:
+    """Also with --device auto: who has a GPU would wait long for a processor's answers, and not know why."""
+    if torch.version.hip or (capability := torch.cuda.get_device_capability(device)) >= LEAST_CAPABILITY:
+        return
+    raise FatalError(
+        Failure(
+            FailureCode.DEVICE_UNAVAILABLE,
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; the kernels "
+            f"need {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}.",
+            "use a GPU of NVIDIA's Ampere generation or later (A10, A100, L4, L40S, H100, ...); or use --device cpu",
         )
     )
 
@@ -54,8 +73,9 @@ def check_block_size(block_size: int, head_dim: int, device: torch.device) -> No
     """Raises ConfigError where a block of keys and one of values do not fit beside a tile of queries."""
     if device.type == "cpu" or block_size * head_dim <= 128 * 128:
         return
+    # AMD's torch does not tell; gfx942 has as much.
     properties = torch.cuda.get_device_properties(device)
-    have = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
+    have = getattr(properties, "shared_memory_per_block_optin", AMD_SHARED_BYTES)
     if have < LARGE_BLOCK_BYTES:
         raise ConfigError(
             "--block-size", block_size,
