@@ -26,6 +26,9 @@ from cluster import Cluster
 from waiting import wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+STREAM_S = 300
+"""At most: two processors with another test run beside this one gave each of six streams 1.5 tokens a second."""
+CURL = f"curl -sSN --max-time {STREAM_S} -H 'Content-Type: application/json'"
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = "smollm2"
@@ -222,7 +225,7 @@ def test_a_change_of_the_context_rolls_without_a_failed_request(installed):
     # Asked from the node while the pod is replaced: short questions one after the other, and a long answer that is
     # being written when its pod is told to go.
     address = installed.kubectl("get", "service", SERVER, "-o", "jsonpath={.spec.clusterIP}:{.spec.ports[0].port}")
-    curl = f"curl -sSN --max-time 120 http://{address}/v1/chat/completions -H 'Content-Type: application/json'"
+    curl = f"{CURL} http://{address}/v1/chat/completions"
     short = shlex.quote(json.dumps({**QUESTION, "max_tokens": 4}))
     long = shlex.quote(json.dumps({**QUESTION, "max_tokens": 300, "ignore_eos": True, "stream": True}))
     stop, codes, stream = (installed.state / name for name in ("stop-asking", "codes", "stream"))
@@ -243,7 +246,7 @@ def test_a_change_of_the_context_rolls_without_a_failed_request(installed):
     finally:
         stop.touch()
     # Its pod goes on with it after the new one has taken over.
-    wait_for(lambda: "[DONE]" in stream.read_text(), "the long answer to end", 60)
+    wait_for(lambda: "[DONE]" in stream.read_text(), "the long answer to end", 180)
     answers = codes.read_text().split()
     events = [line for line in stream.read_text().splitlines() if line]
 
@@ -254,6 +257,7 @@ def test_a_change_of_the_context_rolls_without_a_failed_request(installed):
     assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.timeout(1200)
 def test_no_stream_is_cut_when_the_server_shrinks_and_when_its_node_is_drained(installed):
     installed.kubectl("scale", "llm", SERVER, "--replicas=2")
     wait_for(lambda: ready_with(installed, 2), "two replicas", 120)
@@ -268,8 +272,8 @@ def test_no_stream_is_cut_when_the_server_shrinks_and_when_its_node_is_drained(i
         streams.begun()
         # The engine's pod is evicted as any drain does it. On the only node there is its successor waits until the
         # node takes pods again, so clients are told to come back meanwhile; who is being answered is answered.
-        drain = ["kubectl", "drain", "node1", f"--pod-selector=octavo.dev/server={SERVER}", "--timeout=120s"]
-        installed.run([*drain, "--force", "--delete-emptydir-data"], timeout_s=180)
+        drain = ["kubectl", "drain", "node1", f"--pod-selector=octavo.dev/server={SERVER}"]
+        installed.run([*drain, f"--timeout={STREAM_S}s", "--force", "--delete-emptydir-data"], timeout_s=STREAM_S + 60)
         streams.wait()
     installed.kubectl("uncordon", "node1")
     wait_for(lambda: ready_with(installed, 1), "the successor", 120)
@@ -292,9 +296,10 @@ class Streams:
     def __enter__(self) -> Streams:
         path = "jsonpath={.spec.clusterIP}:{.spec.ports[0].port}"
         address = self._cluster.kubectl("get", "service", SERVER, "-o", path)
-        asked = {**QUESTION, "max_tokens": 200, "ignore_eos": True, "stream": True}
+        # They have to end within the 120 s that a pod is given to drain: of 200 tokens 185 were there by then.
+        asked = {**QUESTION, "max_tokens": 120, "ignore_eos": True, "stream": True}
         body = shlex.quote(json.dumps(asked))
-        curl = f"curl -sSN --max-time 120 http://{address}/v1/chat/completions -H 'Content-Type: application/json'"
+        curl = f"{CURL} http://{address}/v1/chat/completions"
         for file in self._files:
             self._cluster.start_program(file.name, ["bash", "-c", f"{curl} -d {body} > {file} 2>&1; touch {file}.end"])
         return self
@@ -303,7 +308,7 @@ class Streams:
         wait_for(lambda: all(f.exists() and f.read_text().count("data: {") > 3 for f in self._files), "streams", 60)
 
     def wait(self) -> None:
-        wait_for(lambda: all(Path(f"{file}.end").exists() for file in self._files), "the streams' ends", 120)
+        wait_for(lambda: all(Path(f"{file}.end").exists() for file in self._files), "the streams' ends", STREAM_S)
 
     def __exit__(self, *error: object) -> None:
         self.wait()
