@@ -152,9 +152,10 @@ def main() -> None:
     parts = arguments.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: got {', '.join(sorted(unknown))}, expected some of {', '.join(PARTS)}")
-    output = arguments.output or result_file(HERE / "results", device_name(), time.strftime("%Y-%m-%d"))
-    for found in () if arguments.read else measure(parts):
-        output.write_text(json.dumps(found, indent=1) + "\n")
+    if not arguments.read:
+        output = arguments.output or result_file(HERE / "results", device_name(), time.strftime("%Y-%m-%d"))
+        for found in measure(parts):
+            output.write_text(json.dumps(found, indent=1) + "\n")
     table = list(promises(found))
     print(*table, sep="\n")
     print(f"{sum(promise.holds for promise in table)} of {len(table)} hold")

@@ -45,7 +45,6 @@ CHANGED = {
 }  # fmt: skip
 CHUNKS = sample.arrangement(128256)
 PICK = {"VOCAB": 128256, "SLICES": 8, "SLICES_BLOCK": 8, **CHUNKS}
-NOTHING_AHEAD = {"ahead": None, "ahead_row_bytes": 0, "ahead_lines_log2": 0, "ahead_lines": 0, "AHEAD": 0}
 HEADS = {"KV_HEADS": 8, "GROUP": 4}
 SHARED_MEMORY = {"80": 163 * 1024, "89": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}
 
@@ -203,7 +202,7 @@ def attention_of(
             [HALF, "i32", HALF, HALF, HALF, HALF, INT, "i32", INT, FLOAT, FLOAT, INT, HALF, HALF, HALF, "fp32", "fp32",
              "fp32"],
             {**HEADS, **UNSCALED, **half, "ROWS": 16, "WINDOW": window, "SOFTCAP": softcap, "STAGES": 2,
-             "WORDS": decode_attention.PART_WORDS, "PREFETCH": True}, 2 if block_size <= 64 else 4,
+             "WORDS": decode_attention.PART_WORDS, "PREFETCH": 1}, 2 if block_size <= 64 else 4,
         ),
         (
             f"prefill_attention_{name}", prefill_attention._prefill,
@@ -226,7 +225,7 @@ def main() -> None:
     found += [with_cache_of(eight_bits, *of) for of in found if "value_scale" in of[3]]
     for name, kernel, types, values, warps in found:
         for early in (False, True) if "EARLY" in kernel.arg_names and can_launch_early else (False,):
-            shared = compile_one(kernel, types, {**values, **NOTHING_AHEAD, "EARLY": early}, warps, target)
+            shared = compile_one(kernel, types, {**values, **ask_ahead.NOTHING, "EARLY": early}, warps, target)
             print(f"{name}-early" if early else name, kernel.fn.__name__, shared, flush=True)
         if "AHEAD" in kernel.arg_names and can_launch_early:
             known = {**values, "EARLY": False, "AHEAD": ask_ahead.SHARE}

@@ -576,7 +576,7 @@ def asking(monkeypatch):
     monkeypatch.setattr(ask_ahead, "ASKED_BYTES", 8 * 2**20)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     if not ON_GPU:
-        target = type("Target", (), {"backend": "cuda"})
+        target = type("Target", (), {"backend": "cuda", "arch": 80})
         active = type("Driver", (), {"get_current_target": staticmethod(lambda: target)})
         monkeypatch.setattr(triton.runtime.driver, "_active", active)
 
@@ -614,24 +614,41 @@ def test_nothing_is_asked_ahead_by_one_token_nor_by_many_nor_where_nothing_follo
     assert ask_ahead.ask_ahead(weight, 8)["AHEAD"] == 0
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="lines are asked for by an instruction of the device")
-@pytest.mark.parametrize("tokens", [2, 17, 64, 200])
-def test_asking_ahead_changes_no_result(tokens, monkeypatch):
-    x, weight = random(tokens, 256), random(256)
-    gate_up, following = random(tokens, 2 * 256), random(512, 256)
-    shape = small_linear.choose_shape(min(tokens, 64), 512, 256)
-    results = []
-    for size in (0, 2**20):
-        monkeypatch.setattr(ask_ahead, "ASKED_BYTES", size)
-        normed, active = torch.empty_like(x), random(tokens, 256)
-        product = torch.empty(min(tokens, 64), 512, dtype=DTYPE, device=DEVICE)
-        norm.rms_norm(x, weight, normed, 1e-5, following)
-        act_mul.act_mul(gate_up, active, ahead=following)
-        partial = small_linear.Partial.allocate(64, DEVICE)
-        small_linear.small_linear(
-            x[:64].contiguous(), following, product, shape=shape, partial=partial, ahead=following
-        )  # fmt: skip
-        results.append((normed, active, product))
+@triton.jit
+def mark(pointers, wanted):
+    tl.store(pointers.to(tl.pointer_type(tl.int8)), 1, mask=wanted)
 
-    assert all(torch.equal(before, after) for before, after in zip(*results, strict=True))
+
+@pytest.mark.parametrize("tokens", [2, 17, 64, 200])
+def test_asking_ahead_changes_no_result_and_asks_for_the_first_lines_of_every_row(asking, tokens, monkeypatch):
+    few, dim, size = min(tokens, 5), 64, 16
+    x, weight, gate_up, matrix = random(tokens, 256), random(256), random(tokens, 2 * 256), random(512, 256)
+    qkv, turns, cache = random(few, 4 * dim), random(4 * size, dim // 2), random(2, 4 * few, 1, size, dim)
+    tables = torch.arange(4 * few, device=DEVICE).int().view(few, 4)
+    parts = ints(plan_parts(range(few), [60] * few, size, 1) + [0] * PART_WORDS).view(-1, PART_WORDS)
+    shape, partial = small_linear.choose_shape(min(tokens, 64), 512, 256), small_linear.Partial.allocate(64, DEVICE)
+    scratch = Scratch.allocate(few, 2, 1, dim, DEVICE)
+
+    def outputs() -> tuple[list[Tensor], list[Tensor]]:
+        """What the four kernels yield, and the matrix that each of them has asked for, with a row behind its end."""
+        out = [random(*shape) for shape in ((tokens, 256), (tokens, 256), (min(tokens, 64), 512), (few, 2 * dim))]
+        aheads = [torch.zeros(301, 256, dtype=DTYPE, device=DEVICE) for _ in out]
+        norm.rms_norm(x, weight, out[0], 1e-5, aheads[0][:300])
+        act_mul.act_mul(gate_up, out[1], ahead=aheads[1][:300])
+        small_linear.small_linear(x[:64], matrix, out[2], shape=shape, partial=partial, ahead=aheads[2][:300])
+        decode_attention(qkv, turns, turns, cache, tables, parts, scratch, out[3], dim**-0.5, ahead=aheads[3][:300])
+        return out, aheads
+
+    monkeypatch.setattr(ask_ahead, "ASKED_BYTES", 0)
+    outputs()  # the decodes' keys are in the cache from here on
+    before, _ = outputs()
+    monkeypatch.setattr(ask_ahead, "ASKED_BYTES", 2**17)  # 1,024 lines: two of the four of each row
+    if not ON_GPU:
+        monkeypatch.setattr(ask_ahead, "prefetch", mark)  # what a device brings into its cache is not to be seen
+    after, aheads = outputs()
+
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    expected = torch.zeros(301, 512, dtype=torch.int8)
+    if not ON_GPU:
+        expected[:300, [0, 128]] = 1
+    assert all(torch.equal(ahead.cpu().view(torch.int8), expected) for ahead in aheads)

@@ -20,6 +20,7 @@ E4M3_CAPABILITY = (8, 9)
 
 
 AMD_SHARED_BYTES = 64 * 1024
+"""Shared memory of a gfx942's program, which AMD's torch does not tell."""
 LARGE_BLOCK_BYTES = 113 * 1024
 """Shared memory of prefill attention with blocks of 128 keys of 256 numbers, as compiled for an A100."""
 
@@ -73,7 +74,6 @@ def check_block_size(block_size: int, head_dim: int, device: torch.device) -> No
     """Raises ConfigError where a block of keys and one of values do not fit beside a tile of queries."""
     if device.type == "cpu" or block_size * head_dim <= 128 * 128:
         return
-    # AMD's torch does not tell; gfx942 has as much.
     properties = torch.cuda.get_device_properties(device)
     have = getattr(properties, "shared_memory_per_block_optin", AMD_SHARED_BYTES)
     if have < LARGE_BLOCK_BYTES:

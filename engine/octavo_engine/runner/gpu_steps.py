@@ -60,6 +60,10 @@ best algorithms: elsewhere cuBLAS's own choice takes 5 % longer, at 448 tokens 3
 0.2 ms of 4.2."""
 
 
+LEAST_MORE_DECODES = 16
+"""That a size between those of MIXED_DECODES must add to be worth its graphs, one for each of MIXED_TOKENS."""
+
+
 @dataclass(frozen=True)
 class Launched:
     """A step under way. host: pinned, filled when done is reached; its ids lie at `places`.
@@ -410,7 +414,7 @@ def mixed_layouts(max_seqs: int, max_tokens: int, tiling: Tiling) -> list[Layout
     """Of the graphs for steps with prompts: up to as many decodes as there may be beside them, or a few less."""
     most = min(max_seqs - MIXED_CHUNKS, MIXED_DECODES[-1])
     sizes = [decodes for decodes in MIXED_DECODES if decodes <= most]
-    if most >= max(sizes, default=0) + (16 if sizes else 1):
+    if most > 0 and (not sizes or most - sizes[-1] >= LEAST_MORE_DECODES):
         sizes.append(most)
     layouts = [Layout.mixed(decodes, tokens, tiling) for decodes in sizes for tokens in MIXED_TOKENS]
     return [layout for layout in layouts if layout.tokens <= max_tokens]

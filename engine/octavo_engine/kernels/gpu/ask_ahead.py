@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_engine.kernels.gpu.early_launch import LINE
+from octavo_engine.kernels.gpu.early_launch import LINE, prefetch
 
 ASKED_BYTES = 0
 """Of a matrix; 0 asks for nothing. Not measured yet: `benchmarks/gpu.py --ask-ahead MB` tries others."""
@@ -23,15 +23,16 @@ MAX_TOKENS = 256
 """Of a step whose kernels ask ahead, at most: with more, matrix units are what it waits for."""
 SHARE = 512
 """Lines that one program asks for at most, so that 128 programs ask for eight megabytes."""
+NOTHING: dict[str, Any] = {"ahead": None, "ahead_row_bytes": 0, "ahead_lines_log2": 0, "ahead_lines": 0, "AHEAD": 0}
+"""The arguments of a launch that asks for nothing."""
 
 
 def ask_ahead(weight: Tensor | None, tokens: int) -> dict[str, Any]:
     """What a launch in a step of so many tokens adds to its arguments. weight: [outputs, inputs], read next."""
-    nothing = {"ahead": None, "ahead_row_bytes": 0, "ahead_lines_log2": 0, "ahead_lines": 0, "AHEAD": 0}
     if weight is None or not ASKED_BYTES or not 1 < tokens <= MAX_TOKENS or triton.knobs.runtime.interpret:
-        return nothing
+        return NOTHING
     if triton.runtime.driver.active.get_current_target().backend != "cuda":
-        return nothing
+        return NOTHING
     outputs, row_bytes = weight.shape[0], weight.shape[1] * weight.element_size()
     lines = ASKED_BYTES // LINE.value
     of_row_log2 = max(min(lines // outputs, row_bytes // LINE.value), 1).bit_length() - 1
@@ -46,8 +47,4 @@ def ask(ahead, row_bytes, of_row_log2, lines, program, AHEAD: tl.constexpr):
     """Ask for this program's share of `lines` lines, 2 ** of_row_log2 of each of the first rows."""
     line = program * AHEAD + tl.arange(0, AHEAD)
     row, column = line >> of_row_log2, line & ((1 << of_row_log2) - 1)
-    at = ahead.to(tl.int64) + row.to(tl.int64) * row_bytes + column * LINE
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l,r", [at, (line < lines).to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    prefetch(ahead.to(tl.int64) + row.to(tl.int64) * row_bytes + column * LINE, line < lines)

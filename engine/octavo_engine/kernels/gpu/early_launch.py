@@ -61,8 +61,14 @@ def begin():
 
 
 @triton.jit
-def prefetch(pointers):
-    """Bring the lines of memory at `pointers` into the second-level cache, without waiting for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // $0", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+def prefetch(pointers, wanted=None):
+    """Bring the lines of memory at `pointers`, or the wanted of them, into the second-level cache, and do not wait."""
+    if wanted is None:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+            "=r,l,r", [pointers.to(tl.int64), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
