@@ -101,7 +101,7 @@ class Server:
         wait_until(lambda: self.get("/livez")[0] == 200, timeout_s)
         return self
 
-    def wait_idle(self, timeout_s: float = 5.0) -> None:
+    def wait_idle(self, timeout_s: float = 60.0) -> None:
         """The engine has nothing running and nothing waiting."""
 
         def idle() -> bool:

@@ -11,14 +11,14 @@ import aiohttp
 import pytest
 
 TEXT = "/v1/completions"
-SLOW = {"temperature": 1, "ignore_eos": True, "max_tokens": 900}
+SLOW = {"temperature": 1, "ignore_eos": True, "max_tokens": 450}
 
 
 @pytest.fixture(scope="module")
 def tight(start_real: Any) -> Any:
-    """Four rows, prompts in chunks of 16 tokens, and 1,024 tokens of cache."""
-    flags = ("--max-num-seqs=4", "--max-num-batched-tokens=16", "--max-model-len=1024", "--block-size=16")
-    return start_real(*flags, "--num-gpu-blocks-override=64", ready=False).wait_ready(60)
+    """Four rows, prompts in chunks of 16 tokens, and 512 tokens of cache."""
+    flags = ("--max-num-seqs=4", "--max-num-batched-tokens=16", "--max-model-len=512", "--block-size=16")
+    return start_real(*flags, "--num-gpu-blocks-override=32", ready=False).wait_ready(60)
 
 
 @pytest.fixture
@@ -63,9 +63,9 @@ def has_preempted(server: Any, since: float) -> bool:
 
 STATES: dict[str, tuple[int, dict[str, Any], Callable[[Any, float], bool], Callable[[Any], float]]] = {
     "queued": (6, {"prompt": "Once upon a time", **SLOW}, queued, generated),
-    "prefilling": (1, {"prompt": [5] * 950, **SLOW, "max_tokens": 60}, prefilling, generated),
+    "prefilling": (1, {"prompt": [5] * 450, **SLOW, "max_tokens": 60}, prefilling, generated),
     "decoding": (3, {"prompt": "Once upon a time", **SLOW}, decoding, generated),
-    "preempted": (4, {"prompt": [5] * 900, **SLOW, "max_tokens": 120}, has_preempted, preempted),
+    "preempted": (4, {"prompt": [5] * 420, **SLOW, "max_tokens": 60}, has_preempted, preempted),
 }
 
 
@@ -92,7 +92,7 @@ async def test_hanging_up_ends_a_request_wherever_it_is(tight, many, state, stre
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await asyncio.to_thread(tight.wait_idle, 60.0)
+    await asyncio.to_thread(tight.wait_idle)
 
     assert aborted(tight) - ends == clients * n
     assert load(tight)["kv_usage"] == 0
@@ -104,21 +104,21 @@ async def test_hanging_up_ends_a_request_wherever_it_is(tight, many, state, stre
 
 async def test_hanging_up_while_the_body_is_sent_or_the_prompt_is_encoded_leaves_nothing(tight, many) -> None:
     for delay in (0.0, 0.001, 0.005, 0.02, 0.05):
-        body = {"prompt": "a long text that is cut " * 40_000, "truncate_prompt_tokens": 500, **SLOW}
+        body = {"prompt": "a long text that is cut " * 40_000, "truncate_prompt_tokens": 50, **SLOW}
         task = asyncio.create_task(many.post(tight.url + TEXT, json=body))
         await asyncio.sleep(delay)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     await asyncio.sleep(0.3)
 
-    await asyncio.to_thread(tight.wait_idle, 5.0)
+    await asyncio.to_thread(tight.wait_idle)
 
 
 async def test_when_to_come_again_is_the_schedulers_own_prediction(start, many) -> None:
     server = start("--max-num-seqs=1", "--max-num-queued-reqs=1", script={"step_s": 0.02, "predicted_queue_s": 7.2})
     body = {"prompt": "x" * 50, "max_tokens": 400, "ignore_eos": True}
     tasks = [asyncio.create_task(many.post(server.url + TEXT, json=body)) for _ in range(2)]
-    for _ in range(200):
+    for _ in range(2000):
         if load(server)["waiting"] == 1:
             break
         await asyncio.sleep(0.01)

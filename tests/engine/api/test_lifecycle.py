@@ -561,7 +561,7 @@ async def test_an_engine_dies_with_its_api_process(start) -> None:
     server.signal(signal.SIGKILL)
     server.wait_exit()
 
-    for _ in range(100):
+    for _ in range(600):
         if is_gone(engine):
             return
         await asyncio.sleep(0.05)

@@ -365,7 +365,7 @@ def test_the_engine_is_watched_while_it_works(page, start) -> None:
 @pytest.mark.browser
 def test_loading_shows_its_progress_and_becomes_ready_by_itself(page, start) -> None:
     server = start(script={"load_s": 4}, ready=False).wait_bound()
-    for _ in range(50):
+    for _ in range(300):
         try:
             page.goto(server.url)
             break

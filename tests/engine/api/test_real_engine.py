@@ -109,8 +109,8 @@ async def wait_running(server: Real, count: int) -> None:
 
 
 async def wait_idle(server: Real) -> None:
-    """Within five seconds nothing runs, nothing waits and no block is held."""
-    for _ in range(100):
+    """Soon nothing runs, nothing waits and no block is held. A step of many prompts takes a busy machine seconds."""
+    for _ in range(1200):
         load = server.statusz()["load"]
         if load["running"] == load["waiting"] == 0 and load["kv_usage"] == 0:
             return
@@ -161,7 +161,7 @@ async def test_a_killed_api_process_takes_the_engine_with_it(real: Real, http: a
 
     results = await asyncio.gather(*streams, return_exceptions=True)
     assert all(isinstance(result, aiohttp.ClientError) for result in results)
-    for _ in range(100):
+    for _ in range(600):
         if is_gone(engine):
             return
         await asyncio.sleep(0.05)
