@@ -1,9 +1,10 @@
-"""Waiting for what comes by itself, in tests of clusters."""
+"""Waiting for what comes by itself."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -16,3 +17,11 @@ def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 120, ev
             return found
         time.sleep(every_s)
     raise AssertionError(f"not within {timeout_s:g} s: {what}")
+
+
+def is_gone(pid: int) -> bool:
+    """Ended; where nobody reaps orphans, a zombie is left of it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True

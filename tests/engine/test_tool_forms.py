@@ -41,8 +41,7 @@ Answers = list[tuple[str, str | None]]
 
 @pytest.fixture(scope="module")
 def answers() -> dict[tuple[str, str], Answers]:
-    """Each format's under each of its grammars, and why each ended. All are written at once, which a CPU does in the
-    time of a few: one by one they would take four minutes."""
+    """Each format's under each of its grammars, and why each ended. All are written at once, which takes a minute."""
     llm = LLM(str(models.smollm2()), kv_cache_memory_bytes=256 * 2**20, max_num_seqs=128)
     special_id, wanted, sampling = llm.get_tokenizer().special_id, [], []
     for parser, form in FORMS.items():

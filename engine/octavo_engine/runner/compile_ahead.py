@@ -175,6 +175,7 @@ def _build_launchers(kernels: list[Any]) -> None:
     functions and does nothing. (An empty one would be dropped by a linker that keeps only what is needed.)
     """
     from triton.backends.nvidia import driver as nvidia
+    from triton.backends.nvidia.driver import include_dirs, libraries, library_dirs
 
     helper = Path(nvidia.dirname, "driver.c").read_text()
     functions = set(re.findall(r"\bcu[A-Z]\w+", helper + inspect.getsource(nvidia.make_launcher)))
@@ -192,7 +193,7 @@ def _build_launchers(kernels: list[Any]) -> None:
             nvidia.libcuda_dirs.cache_clear()
             build.compile_module_from_src(
                 src=helper, name="cuda_utils",
-                library_dirs=nvidia.library_dirs(), include_dirs=nvidia.include_dirs, libraries=nvidia.libraries,
+                library_dirs=library_dirs(), include_dirs=include_dirs, libraries=libraries,
             )  # fmt: skip
             for kernel in kernels:
                 nvidia.CudaLauncher(kernel.src, kernel.metadata)

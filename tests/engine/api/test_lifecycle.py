@@ -22,6 +22,7 @@ import aiohttp
 import pytest
 
 from octavo_engine.status import ExitStatus, Failure, FailureCode, Stage, Statusz
+from waiting import is_gone, wait_for
 
 ENDLESS = {"ignore_eos": True, "max_tokens": 450}
 
@@ -561,11 +562,7 @@ async def test_an_engine_dies_with_its_api_process(start) -> None:
     server.signal(signal.SIGKILL)
     server.wait_exit()
 
-    for _ in range(600):
-        if is_gone(engine):
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError("the engine is still there")
+    await asyncio.to_thread(wait_for, lambda: is_gone(engine), "the engine to end with its API process", 30)
 
 
 # ---- a process in trouble
@@ -608,10 +605,3 @@ def test_the_management_port_answers_while_the_event_loop_is_blocked(server) -> 
 
 def environment_of(pid: int) -> bytes:
     return Path(f"/proc/{pid}/environ").read_bytes()
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True

@@ -24,6 +24,7 @@ import pytest
 
 import models
 from octavo_engine.status import ExitStatus, Failure, FailureCode
+from waiting import is_gone, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -77,14 +78,6 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
-
-
-def is_gone(pid: int) -> bool:
-    """Ended; where nobody reaps orphans, a zombie is left of it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 @pytest.fixture
@@ -161,11 +154,7 @@ async def test_a_killed_api_process_takes_the_engine_with_it(real: Real, http: a
 
     results = await asyncio.gather(*streams, return_exceptions=True)
     assert all(isinstance(result, aiohttp.ClientError) for result in results)
-    for _ in range(600):
-        if is_gone(engine):
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError("the engine outlived the API process")
+    await asyncio.to_thread(wait_for, lambda: is_gone(engine), "the engine to end with its API process", 30)
 
 
 async def test_sigterm_lets_twenty_streams_finish_and_ends_with_status_0(
