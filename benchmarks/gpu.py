@@ -28,7 +28,7 @@ from octavo_engine.core.engine import Engine, Runner
 from octavo_engine.core.messages import Submit
 from octavo_engine.core.scheduler import Scheduler
 from octavo_engine.core.step import Sampled, StepPlan
-from octavo_engine.kernels.gpu import ask_ahead, early_launch
+from octavo_engine.kernels.gpu import early_launch
 from octavo_engine.models import gpu_decoder
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.sampling_params import SamplingParams
@@ -59,22 +59,14 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--trace", action="store_true", help="where the time of workloads goes, by kind of step")
     parser.add_argument(
-        "--early-launch", type=int, default=early_launch.TOKENS,
-        help="tokens up to which a step's kernels are launched before the one in front has ended",
+        "--early-launch", type=int, default=early_launch.PRODUCT_TOKENS,
+        help="tokens up to which a step's products are launched before the kernel in front has ended",
     )  # fmt: skip
-    parser.add_argument(
-        "--asks-early", default=f"{early_launch.ASKING_TOKENS},{early_launch.ASKED_BLOCKS}", metavar="TOKENS,BLOCKS",
-        help="tokens up to which attention asks for keys before it waits for the product in front, and how many blocks",
-    )  # fmt: skip
-    parser.add_argument("--ask-ahead", type=float, metavar="MB", help="of the next matrix, asked for by small steps")
     parser.add_argument("--fused-up-to", type=int, help="tokens up to which a step takes the fused road")
     parser.add_argument("--deterministic", action="store_true", help="measure what the mode costs")
     parser.add_argument("--kv-cache-dtype", default="auto", help="auto, fp8_e4m3 or fp8_e5m2")
     arguments = parser.parse_args()
-    early_launch.TOKENS = arguments.early_launch
-    early_launch.ASKING_TOKENS, early_launch.ASKED_BLOCKS = map(int, arguments.asks_early.split(","))
-    if arguments.ask_ahead is not None:
-        ask_ahead.ASKED_BYTES = int(arguments.ask_ahead * 2**20)
+    early_launch.PRODUCT_TOKENS = arguments.early_launch
     if arguments.fused_up_to:
         gpu_decoder.FUSED_TOKENS = arguments.fused_up_to
     only = [name for name in arguments.only.split(",") if name] or ["attention", "decode", *WORKLOADS]

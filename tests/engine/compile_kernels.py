@@ -19,7 +19,6 @@ from octavo_engine.kernels.act_mul import ACTIVATIONS
 from octavo_engine.kernels.gpu import (
     act_mul,
     adjusted,
-    ask_ahead,
     decode_attention,
     invariant_attention,
     invariant_linear,
@@ -72,7 +71,7 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
             [HALF, "i32", HALF, HALF, HALF, HALF, INT, "i32", INT, FLOAT, FLOAT, INT, HALF, "fp32", "fp32", "fp32"],
             {**HEADS, "query_norm": None, "key_norm": None, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_SIZE": 64, "ROWS": 16,
              "WINDOW": 0, "SOFTCAP": False, "STAGES": 2, "WORDS": decode_attention.PART_WORDS,
-             "PREFETCH": 1, **UNSCALED}, 2,
+             **UNSCALED}, 2,
         ),
         (
             "prefill_attention", prefill_attention._prefill,
@@ -143,7 +142,7 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
             [HALF, "i32", HALF, HALF, HALF, HALF, INT, "i32", INT, FLOAT, FLOAT, INT, HALF, "fp32", "fp32", "fp32"],
             {**HEADS, **UNSCALED, "query_norm": None, "key_norm": None, "HALF": 128, "HALF_BLOCK": 128,
              "BLOCK_SIZE": 128, "ROWS": 16, "WINDOW": 0, "SOFTCAP": False, "STAGES": 2,
-             "WORDS": decode_attention.PART_WORDS, "PREFETCH": 1}, 4,
+             "WORDS": decode_attention.PART_WORDS}, 4,
         ))  # fmt: skip
     found += attention_of(80, 16, 100, softcap=True)
     one = small_linear.choose_shape(1, 14336, 4096, gated=True)
@@ -168,6 +167,7 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         common = {
             "INPUTS": inputs, "OUTPUTS": outputs, "WIDTH": shape.width, "COLUMNS": columns, "DEPTH": shape.depth,
             "STAGES": shape.stages, "SPLITS": 2, "GATED": gated, "ACTIVATION": "gelu_tanh", "FULL": False,
+            "LINES": 4,
         }  # fmt: skip
         if gated:
             types = [HALF, HALF, FLOAT, "i32", HALF, FLOAT, INT, "i32", "fp32"]
@@ -202,7 +202,7 @@ def attention_of(
             [HALF, "i32", HALF, HALF, HALF, HALF, INT, "i32", INT, FLOAT, FLOAT, INT, HALF, HALF, HALF, "fp32", "fp32",
              "fp32"],
             {**HEADS, **UNSCALED, **half, "ROWS": 16, "WINDOW": window, "SOFTCAP": softcap, "STAGES": 2,
-             "WORDS": decode_attention.PART_WORDS, "PREFETCH": 1}, 2 if block_size <= 64 else 4,
+             "WORDS": decode_attention.PART_WORDS}, 2 if block_size <= 64 else 4,
         ),
         (
             f"prefill_attention_{name}", prefill_attention._prefill,
@@ -215,6 +215,10 @@ def attention_of(
     ]  # fmt: skip
 
 
+WAYS = (("", False, False), ("-early", True, False), ("-early-late", True, True), ("-late", False, True))
+"""Name, whether it is launched before the kernel in front has ended, and whether it lets the next one start late."""
+
+
 def main() -> None:
     backend, arch, warp_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, warp_size)
@@ -224,14 +228,9 @@ def main() -> None:
     found = kernels(SHARED_MEMORY[arch])
     found += [with_cache_of(eight_bits, *of) for of in found if "value_scale" in of[3]]
     for name, kernel, types, values, warps in found:
-        for early in (False, True) if "EARLY" in kernel.arg_names and can_launch_early else (False,):
-            shared = compile_one(kernel, types, {**values, **ask_ahead.NOTHING, "EARLY": early}, warps, target)
-            print(f"{name}-early" if early else name, kernel.fn.__name__, shared, flush=True)
-        if "AHEAD" in kernel.arg_names and can_launch_early:
-            known = {**values, "EARLY": False, "AHEAD": ask_ahead.SHARE}
-            at = [n for n in kernel.arg_names if n not in known].index("ahead")
-            shared = compile_one(kernel, [*types[:at], HALF, "i32", "i32", "i32", *types[at:]], known, warps, target)
-            print(f"{name}-ahead", kernel.fn.__name__, shared, flush=True)
+        for way, early, late in WAYS if "EARLY" in kernel.arg_names and can_launch_early else WAYS[:1]:
+            shared = compile_one(kernel, types, {**values, "EARLY": early, "LATE": late}, warps, target)
+            print(name + way, kernel.fn.__name__, shared, flush=True)
     for name, shared in compile_for_hopper(target) if arch == "90" else ():
         print(name, "_prefill_hopper", shared, flush=True)
 
@@ -246,7 +245,7 @@ def compile_for_hopper(target: GPUTarget) -> Iterator[tuple[str, int]]:
         values = {
             **HEADS, "DIM": dim, "BLOCK_SIZE": block_size, "KEYS": prefill_attention_hopper.KEYS, "WINDOW": window,
             "STAGES": prefill_attention_hopper.STAGES, "REGISTERS": prefill_attention_hopper.REGISTERS,
-            "WORDS": TILE_WORDS, "EARLY": False,
+            "WORDS": TILE_WORDS, "EARLY": False, "LATE": False,
         }  # fmt: skip
         yield f"prefill_hopper_{dim}_{block_size}_{window}", compile_one(kernel, types, values, 4, target)
 

@@ -22,7 +22,6 @@ tl = triton.language
 from octavo_engine.kernels import act_mul as reference_act_mul
 from octavo_engine.kernels.gpu import (
     act_mul,
-    ask_ahead,
     early_launch,
     norm,
     prefill_attention_hopper,
@@ -78,26 +77,50 @@ def seed():
 
 
 @triton.jit
-def nothing(pointers=None):
+def no_wait(EARLY: tl.constexpr, LATE: tl.constexpr):
     tl.static_assert(True)
 
 
-@pytest.fixture(params=["late", "early", "asking early"])
+@triton.jit
+def no_release(LATE: tl.constexpr):
+    tl.static_assert(True)
+
+
+@triton.jit
+def no_prefetch(pointers):
+    tl.static_assert(True)
+
+
+WAYS = {
+    # Of products, and of attention.
+    "in turn": ({"EARLY": False, "LATE": False}, {"EARLY": False, "LATE": False}),
+    "products early": ({"EARLY": True, "LATE": True}, {"EARLY": False, "LATE": True}),
+    "all early": ({"EARLY": True, "LATE": False}, {"EARLY": True, "LATE": False}),
+}
+
+
+@pytest.fixture(params=list(WAYS))
 def launch(request, monkeypatch):
     """Kernels as they are launched after the one in front, and before it has ended: one must find the other's results.
 
-    early: attention alone, as of 2 to 64 decodes. asking early: all, as of one, asking for what they read before they
-    wait. The interpreter knows no launches: there it is tried that what such a kernel does early is the same work.
+    products early: as of 2 to 64 tokens. all early: as of one. The interpreter knows no launches: there it is tried
+    that what such a kernel does early is the same work.
     """
-    kind = request.param
-    monkeypatch.setattr(early_launch, "TOKENS", 10**6 * (kind == "asking early"))
-    monkeypatch.setattr(decode_module, "ATTENTION_TOKENS", 10**6 * (kind != "late"))
-    early = {"late": (), "early": (decode_module,), "asking early": (small_linear, decode_module)}
-    for module in () if ON_GPU else early[kind]:
-        monkeypatch.setattr(module, "early_launch", lambda tokens, most=None: {"EARLY": True})
-        monkeypatch.setattr(module, "begin", nothing)
+    way = request.param
+    monkeypatch.setattr(early_launch, "TOKENS", 10**6 * (way == "all early"))
+    monkeypatch.setattr(early_launch, "PRODUCT_TOKENS", 10**6 * (way != "in turn"))
     if not ON_GPU:
-        monkeypatch.setattr(decode_module, "prefetch", nothing)
+        interpret_launches(monkeypatch, way)
+
+
+def interpret_launches(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    for_product, for_other = WAYS[way]
+    for module in (small_linear, decode_module):
+        monkeypatch.setattr(
+            module, "early_launch", lambda tokens, product=False: for_product if product else for_other
+        )  # fmt: skip
+        for name, instead in (("wait", no_wait), ("release", no_release), ("prefetch", no_prefetch)):
+            monkeypatch.setattr(module, name, instead)
 
 
 def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,7 +538,7 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5, (chi_square, freedom)  # about p = 0.001
 
 
-@pytest.mark.parametrize("launch", ["late", "asking early"], indirect=True)
+@pytest.mark.parametrize("launch", list(WAYS), indirect=True)
 @pytest.mark.parametrize(
     ("tokens", "outputs", "inputs", "splits"),
     [(1, 96, 128, 1), (1, 130, 192, 1), (5, 130, 192, 1), (5, 130, 192, 3), (33, 64, 256, 4), (64, 4096, 128, 2)],
@@ -572,85 +595,40 @@ def test_updates_reach_the_rows_they_name():
     assert int(where.seed[2]) == ((-3 << 32) | (2**32 - 5))
 
 
-@pytest.fixture
-def asking(monkeypatch):
-    """Kernels ask for eight megabytes of the next matrix, as far as the device can."""
-    monkeypatch.setattr(ask_ahead, "ASKED_BYTES", 8 * 2**20)
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    if not ON_GPU:
-        target = type("Target", (), {"backend": "cuda", "arch": 80})
-        active = type("Driver", (), {"get_current_target": staticmethod(lambda: target)})
-        monkeypatch.setattr(triton.runtime.driver, "_active", active)
-
-
 @pytest.mark.parametrize(
-    ("outputs", "inputs", "of_row_log2", "lines"),
+    ("rows", "row_bytes", "lines"),
     [
-        (4096, 4096, 4, 65536),
-        (6144, 4096, 3, 49152),
-        (28672, 4096, 1, 57344),
-        (128256, 4096, 0, 65536),
-        (960, 576, 3, 7680),
-        (16, 32, 0, 16),
+        (4096, 8192, 8),
+        (6144, 8192, 4),
+        (28672, 8192, 1),
+        (128256, 8192, 0),
+        (8192, 14336, 4),
+        (960, 1152, 8),
+        (16, 64, 0),
     ],
-)  # fmt: skip
-def test_what_is_asked_ahead_of_a_matrix_is_the_start_of_its_rows_and_no_more_than_was_said(
-    asking, outputs, inputs, of_row_log2, lines
-):
-    weight = torch.empty(outputs, inputs, dtype=torch.bfloat16, device="meta")
-    asked = ask_ahead.ask_ahead(weight, 8)
-
-    assert (asked["ahead_lines_log2"], asked["ahead_lines"]) == (of_row_log2, lines)
-    assert 128 * lines <= 8 * 2**20
-    assert lines <= outputs << of_row_log2
-    assert 128 << of_row_log2 <= max(2 * inputs, 128)
-    assert lines <= 128 * ask_ahead.SHARE
-
-
-def test_nothing_is_asked_ahead_by_one_token_nor_by_many_nor_where_nothing_follows(asking, monkeypatch):
-    weight = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
-
-    assert [ask_ahead.ask_ahead(weight, n)["AHEAD"] > 0 for n in (1, 2, 256, 257)] == [False, True, True, False]
-    assert ask_ahead.ask_ahead(None, 8)["AHEAD"] == 0
-    monkeypatch.setattr(ask_ahead, "ASKED_BYTES", 0)
-    assert ask_ahead.ask_ahead(weight, 8)["AHEAD"] == 0
+)
+def test_a_product_asks_for_the_start_of_its_rows_and_for_no_more_than_was_said(rows, row_bytes, lines):
+    assert early_launch.asked_lines(rows, row_bytes) == lines
+    assert 128 * rows * lines <= early_launch.ASKED_BYTES
+    assert 128 * lines <= row_bytes
 
 
 @triton.jit
-def mark(pointers, wanted):
-    tl.store(pointers.to(tl.pointer_type(tl.int8)), 1, mask=wanted)
+def mark(pointers):
+    tl.store(pointers.to(tl.pointer_type(tl.int8)), 1)
 
 
-@pytest.mark.parametrize("tokens", [2, 17, 64, 200])
-def test_asking_ahead_changes_no_result_and_asks_for_the_first_lines_of_every_row(asking, tokens, monkeypatch):
-    few, dim, size = min(tokens, 5), 64, 16
-    x, weight, gate_up, matrix = random(tokens, 256), random(256), random(tokens, 2 * 256), random(512, 256)
-    qkv, turns, cache = random(few, 4 * dim), random(4 * size, dim // 2), random(2, 4 * few, 1, size, dim)
-    tables = torch.arange(4 * few, device=DEVICE).int().view(few, 4)
-    parts = ints(plan_parts(range(few), [60] * few, size, 1) + [0] * PART_WORDS).view(-1, PART_WORDS)
-    shape, partial = small_linear.choose_shape(min(tokens, 64), 512, 256), small_linear.Partial.allocate(64, DEVICE)
-    scratch = Scratch.allocate(few, 2, 1, dim, DEVICE)
+@pytest.mark.skipif(ON_GPU, reason="what a device brings into its cache is not to be seen")
+@pytest.mark.parametrize(("outputs", "gated", "splits"), [(70, False, 1), (64, False, 2), (70, True, 1)])
+def test_a_product_launched_early_asks_for_the_first_lines_of_each_of_its_rows(outputs, gated, splits, monkeypatch):
+    interpret_launches(monkeypatch, "products early")
+    monkeypatch.setattr(small_linear, "prefetch", mark)
+    monkeypatch.setattr(early_launch, "ASKED_BYTES", (2 if gated else 1) * splits * outputs * 128 * 2)
+    rows = torch.zeros((2 if gated else 1) * outputs + 1, 256, dtype=DTYPE)
+    shape, partial = small_linear.Shape(32, 64, 3, 4, splits), small_linear.Partial.allocate(2, DEVICE)
+    x, out = random(2, 256), random(2, outputs)
+    small_linear.small_linear(x, rows[:-1], out, shape=shape, gated=gated, partial=partial)
 
-    def outputs() -> tuple[list[Tensor], list[Tensor]]:
-        """What the four kernels yield, and the matrix that each of them has asked for, with a row behind its end."""
-        out = [random(*shape) for shape in ((tokens, 256), (tokens, 256), (min(tokens, 64), 512), (few, 2 * dim))]
-        aheads = [torch.zeros(301, 256, dtype=DTYPE, device=DEVICE) for _ in out]
-        norm.rms_norm(x, weight, out[0], 1e-5, aheads[0][:300])
-        act_mul.act_mul(gate_up, out[1], ahead=aheads[1][:300])
-        small_linear.small_linear(x[:64], matrix, out[2], shape=shape, partial=partial, ahead=aheads[2][:300])
-        decode_attention(qkv, turns, turns, cache, tables, parts, scratch, out[3], dim**-0.5, ahead=aheads[3][:300])
-        return out, aheads
-
-    monkeypatch.setattr(ask_ahead, "ASKED_BYTES", 0)
-    outputs()  # the decodes' keys are in the cache from here on
-    before, _ = outputs()
-    monkeypatch.setattr(ask_ahead, "ASKED_BYTES", 2**17)  # 1,024 lines: two of the four of each row
-    if not ON_GPU:
-        monkeypatch.setattr(ask_ahead, "prefetch", mark)  # what a device brings into its cache is not to be seen
-    after, aheads = outputs()
-
-    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
-    expected = torch.zeros(301, 512, dtype=torch.int8)
-    if not ON_GPU:
-        expected[:300, [0, 128]] = 1
-    assert all(torch.equal(ahead.cpu().view(torch.int8), expected) for ahead in aheads)
+    expected = torch.zeros(rows.shape[0], 512, dtype=torch.int8)
+    expected[:-1, [0, 128] if splits == 1 else [0, 128, 256, 384]] = 1
+    assert torch.equal(rows.view(torch.int8), expected)

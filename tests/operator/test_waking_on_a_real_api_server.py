@@ -99,7 +99,8 @@ class Asleep:
 
     def ask(self, *more, path="/v1/chat/completions", body=None, at=None):
         """curl on the node, by the address of the Service or of one activator. Ends with a line of the status."""
-        address = self.address if at is None else f"{at}:{self.stage.status()['activatorPort']}"
+        port = self.stage.get("endpointslices", "qwen")["ports"][0]["port"] if at else 80
+        address = f"{at or self.address}:{port}"
         command = ["curl", "-sSN", "--max-time", "90", "-w", "\n%{http_code}", f"http://{address}{path}"]
         command += ["-d", json.dumps(body)] if body is not None else []
         command = self.cluster.inside([*command, *more])

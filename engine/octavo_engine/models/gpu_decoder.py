@@ -149,7 +149,7 @@ class GpuDecoder:
         )  # fmt: skip
         for index, weights in enumerate(self._layers):
             if index:
-                rms_norm(residual, weights["attention_norm"], normed, config.norm_eps, weights["qkv"])
+                rms_norm(residual, weights["attention_norm"], normed, config.norm_eps)
             self._linear(normed, weights["qkv"], weights.get("qkv_bias"), qkv)
             self._attend(index, weights, step, qkv, attended)
             if ends is not None and not step.scored and index + 1 == config.num_layers:
@@ -160,7 +160,7 @@ class GpuDecoder:
         if ends is not None and step.scored:
             residual = _rows(residual, ends, self._end_residual)
         normed = self._normed[: residual.shape[0]]
-        rms_norm(residual, self._tensors["final_norm"], normed, config.norm_eps, self._head)
+        rms_norm(residual, self._tensors["final_norm"], normed, config.norm_eps)
         logits = self.logits[: residual.shape[0]]
         self._linear(normed, self._head, None, logits)
         return logits
@@ -170,9 +170,9 @@ class GpuDecoder:
         count = attended.shape[0]
         normed, gate_up, active = self._normed[:count], self._gate_up[:count], self._active[:count]
         self._add(attended, weights["output"], weights.get("output_bias"), residual)
-        rms_norm(residual, weights["mlp_norm"], normed, self.config.norm_eps, weights["gate_up"])
+        rms_norm(residual, weights["mlp_norm"], normed, self.config.norm_eps)
         self._linear(normed, weights["gate_up"], weights.get("gate_up_bias"), gate_up)
-        act_mul(gate_up, active, self.config.activation, weights["down"])
+        act_mul(gate_up, active, self.config.activation)
         self._add(active, weights["down"], weights.get("down_bias"), residual)
 
     def logits_of(self, first: int, end: int) -> Tensor:
@@ -216,18 +216,16 @@ class GpuDecoder:
             small_linear(
                 attended, weights["output"], normed, shape=out_shape, bias=weights.get("output_bias"),
                 residual=residual, next_norm=weights["mlp_norm"], shares=after_out, partial=self._partial,
-                ahead=weights["gate_up"],
             )  # fmt: skip
             small_linear(
                 normed, weights["gate_up"], active, shape=gate_shape, norm_shares=after_out, eps=config.norm_eps,
-                gated=True, activation=config.activation, partial=self._partial, ahead=weights["down"],
+                gated=True, activation=config.activation, partial=self._partial,
             )  # fmt: skip
             last = index + 1 == config.num_layers
             following = self._tensors["final_norm"] if last else self._layers[index + 1]["attention_norm"]
-            ahead = self._head if last else self._layers[index + 1]["qkv"]
             small_linear(
                 active, weights["down"], normed, shape=down_shape, bias=weights.get("down_bias"), residual=residual,
-                next_norm=following, shares=after_down, partial=self._partial, ahead=ahead,
+                next_norm=following, shares=after_down, partial=self._partial,
             )  # fmt: skip
             before = after_down
         logits = self.logits[:count]
@@ -260,7 +258,7 @@ class GpuDecoder:
             decode_attention(
                 qkv, self._cos, self._sin, cache, self._block_tables, step.parts[window], self._scratch,
                 attended[:many], self._scale, query_norm=norms[0], key_norm=norms[1], eps=config.norm_eps,
-                window=window, scales=scales, ahead=weights["output"],
+                window=window, scales=scales,
             )  # fmt: skip
         if step.tiles is not None:
             rope_kv(

@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 from octavo_engine.kernels.gpu import prebuilt
 from octavo_engine.kernels.gpu.adjusted import Adjustments, mask_words, sample_adjusted
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
-from octavo_engine.kernels.gpu.early_launch import ATTENTION_TOKENS, TOKENS
+from octavo_engine.kernels.gpu.early_launch import PRODUCT_TOKENS, TOKENS
 from octavo_engine.kernels.gpu.logprobs import MOST, TOLD_WORDS, LogprobScratch, logprobs
 from octavo_engine.kernels.gpu.prefill_attention import TILE_WORDS
 from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
@@ -49,7 +49,7 @@ ARCHITECTURES = {
 }
 """Name as NVIDIA gives it: what Triton compiles for, and the bytes of shared memory that a program may have."""
 META = torch.device("meta")
-UNLIKE_DECODES = (TOKENS, ATTENTION_TOKENS, ATTENTION_TOKENS + 1)
+UNLIKE_DECODES = (TOKENS, PRODUCT_TOKENS, PRODUCT_TOKENS + 1)
 """Of each way in which a step's kernels are launched early, or not, one number: each is a kernel of its own."""
 
 

@@ -6,19 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_engine.kernels.gpu.ask_ahead import ask, ask_ahead
-
 BLOCK = 1024
 
 
-def act_mul(gate_up: Tensor, out: Tensor, activation: str = "silu", ahead: Tensor | None = None) -> None:
-    """gate_up: [num_tokens, 2 * inner], gate first; out: [num_tokens, inner]. Reference: kernels/act_mul.py.
-
-    ahead: the matrix that is read next.
-    """
+def act_mul(gate_up: Tensor, out: Tensor, activation: str = "silu") -> None:
+    """gate_up: [num_tokens, 2 * inner], gate first; out: [num_tokens, inner]. Reference: kernels/act_mul.py."""
     tokens, inner = out.shape
     _act_mul[(tokens, triton.cdiv(inner, BLOCK))](
-        gate_up, out, INNER=inner, BLOCK=BLOCK, ACTIVATION=activation, num_warps=4, **ask_ahead(ahead, tokens)
+        gate_up, out, INNER=inner, BLOCK=BLOCK, ACTIVATION=activation, num_warps=4
     )
 
 
@@ -33,14 +28,8 @@ def activated(x, ACTIVATION: tl.constexpr):
     return x / (1.0 + tl.exp(-x))
 
 
-@triton.jit(do_not_specialize=["ahead_row_bytes", "ahead_lines_log2", "ahead_lines"])
-def _act_mul(
-    gate_up, out, ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines, INNER: tl.constexpr, BLOCK: tl.constexpr,
-    ACTIVATION: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    if AHEAD:
-        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        ask(ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines, program, AHEAD)
+@triton.jit
+def _act_mul(gate_up, out, INNER: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < INNER

@@ -21,20 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_engine.kernels.gpu import rope_kv
-from octavo_engine.kernels.gpu.ask_ahead import ask, ask_ahead
-from octavo_engine.kernels.gpu.early_launch import (
-    ATTENTION_TOKENS,
-    LINE,
-    begin,
-    blocks_asked_early,
-    early_launch,
-    prefetch,
-)
+from octavo_engine.kernels.gpu.early_launch import LINE, early_launch, prefetch, release, wait
 from octavo_engine.kernels.kv_scales import UNSCALED, KvScales
 
 PROGRAMS_WANTED = 264
-"""Parts times KV heads that fill the chip: two for each of the 132 multiprocessors of an H100 or H200. Twice as many
-are no faster in a step, though alone 8 sequences of 1,120 tokens gain 0.1 us of 17.5."""
+"""Parts times KV heads that fill the chip: two for each of the 132 multiprocessors of an H100 or H200."""
+PROGRAMS_GAINING = 400
+"""So many are faster where each has PART_KEYS keys: three or four programs hide each other's softmax. On an H200 24
+sequences of 1,120 tokens take 34.7 us for 38.7, 32 of 4,096 132 for 148; 8 of 1,120, cut finer, 18.0 for 17.2."""
+PART_KEYS = 768
+GAINING_FROM = 64
+"""Sequences times KV heads: fewer have more parts to combine than they gain, 35.5 us for 30.6 at one of 16,384."""
 EVENING_OUT = 4
 """Sequences longer than their mean may be cut into so many times more parts: at 500 sequences of 260 tokens and one
 of 16,000, 297 us became 214 (197 is the time to read them)."""
@@ -53,7 +50,14 @@ A record without blocks is no work."""
 def max_parts(num_sequences: int, kv_heads: int) -> int:
     """Upper bound of the parts that `plan_parts` makes, so that grids and buffers can be fixed."""
     room = max(PROGRAMS_WANTED // kv_heads, 1)
-    return num_sequences + (room if num_sequences <= room else EVENING_OUT * room)
+    cuts = _cuts(num_sequences, kv_heads)
+    return num_sequences + (EVENING_OUT * room if cuts == 1 else max(room, num_sequences * cuts))
+
+
+def _cuts(num_sequences: int, kv_heads: int) -> int:
+    """Parts that a sequence of mean length is cut into at most, where they are long enough: as many for each."""
+    programs = PROGRAMS_GAINING if num_sequences * kv_heads >= GAINING_FROM else PROGRAMS_WANTED
+    return max((programs // kv_heads + num_sequences // 2) // max(num_sequences, 1), 1)
 
 
 def plan_parts(
@@ -69,12 +73,16 @@ def plan_parts(
     lasts = [position // block_size + 1 for position in positions]
     firsts = [0] * len(lasts) if window is None else [max(p + 1 - window, 0) // block_size for p in positions]
     if blocks_per_part is None:
-        # As many parts as fill the chip. Where the sequences alone do that, cutting one of mean length gains nothing
-        # and costs 5 %, but a long one holds up all others.
-        room = max(PROGRAMS_WANTED // kv_heads, 1)
-        total = sum(lasts) - sum(firsts)
-        even = max(-(-total // (EVENING_OUT * room)), -(-total // max(len(rows), 1)))
-        blocks_per_part = max(min(-(-total // room), even), MIN_BLOCKS_PER_PART)
+        room, many = max(PROGRAMS_WANTED // kv_heads, 1), max(len(rows), 1)
+        total, cuts = sum(lasts) - sum(firsts), _cuts(len(rows), kv_heads)
+        if cuts == 1:
+            # The sequences alone fill the chip: cutting one of mean length gains nothing and costs 5 %, but a long one
+            # holds up all others.
+            wanted = max(-(-total // (EVENING_OUT * room)), -(-total // many))
+        else:
+            long_enough = -(-total * block_size // (many * PART_KEYS))
+            wanted = min(-(-total // room), -(-total // (many * min(cuts, long_enough))))
+        blocks_per_part = max(wanted, MIN_BLOCKS_PER_PART)
     words: list[int] = []
     sizes = [last - first for first, last in zip(firsts, lasts, strict=True)]
     for token in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
@@ -92,7 +100,7 @@ def decode_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, block_tables: Tensor, parts: Tensor, scratch: Scratch,
     out: Tensor, scale: float, *, query_norm: Tensor | None = None,
     key_norm: Tensor | None = None, eps: float = 0.0, window: int | None = None, softcap: float = 0.0,
-    scales: KvScales = UNSCALED, num_stages: int = 2, num_warps: int = 2, ahead: Tensor | None = None,
+    scales: KvScales = UNSCALED, num_stages: int | None = None, num_warps: int | None = None,
 ) -> None:  # fmt: skip
     """Write each token's key and value, then softmax(q·k * scale) · v over it and the keys before it.
 
@@ -101,22 +109,28 @@ def decode_attention(
     kv_cache: [2, num_blocks, kv_heads, block_size, head_dim]. out: [num_sequences, heads * head_dim].
     query_norm, key_norm: [head_dim] weights of RMSNorm over each head before rotation, or None.
     window: keys a query sees, itself included. softcap: 0 is off. scales: for a cache of eight bits.
-    ahead: the matrix that is read next.
     """
     _, _, kv_heads, block_size, dim = kv_cache.shape
     tokens, group = out.shape[0], out.shape[1] // dim // kv_heads
     of_keys, of_values = rope_kv.of_cache(kv_cache, scales)
+    usual = _stages_and_warps(tokens * kv_heads, block_size)
     # The heads of a part are neighbours in the grid as they are in memory, and every long part starts early.
     _decode[(kv_heads, parts.shape[0])](
         qkv, qkv.stride(0), cos, sin, kv_cache[0], kv_cache[1], block_tables, block_tables.stride(0), parts,
         scratch.partial, scratch.lse, scratch.finished, out, query_norm, key_norm, eps,
         scale * LOG2_E * (of_keys or 1.0), softcap, of_keys, of_values, KV_HEADS=kv_heads, GROUP=group,
         HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), BLOCK_SIZE=block_size,
-        ROWS=max(16, triton.next_power_of_2(group)), WINDOW=window or 0, SOFTCAP=softcap > 0, STAGES=num_stages,
-        WORDS=PART_WORDS, PREFETCH=blocks_asked_early(tokens),
-        num_warps=num_warps if block_size <= 64 else 4, **early_launch(tokens, ATTENTION_TOKENS),
-        **ask_ahead(ahead, tokens),
+        ROWS=max(16, triton.next_power_of_2(group)), WINDOW=window or 0, SOFTCAP=softcap > 0,
+        STAGES=num_stages or usual[0], WORDS=PART_WORDS, num_warps=num_warps or usual[1], **early_launch(tokens),
     )  # fmt: skip
+
+
+def _stages_and_warps(sequences_by_heads: int, block_size: int) -> tuple[int, int]:
+    if block_size > 64:
+        return 2, 4
+    # 512 programs, three to a multiprocessor, are a round and a third; two at a time, as wide, they are two rounds: 64
+    # sequences of 1,120 tokens take 74.9 us for 77.3 on an H200, where 48 and 128 lose 1 %.
+    return (3, 4) if 420 < sequences_by_heads <= 640 else (2, 2)
 
 
 @dataclass(frozen=True)
@@ -152,17 +166,13 @@ def _rotated(at, inside, column, cos, sin, norm, eps, HALF: tl.constexpr):
     return (low * cos - high * sin).to(kind), (high * cos + low * sin).to(kind)
 
 
-@triton.jit(
-    do_not_specialize=["stride_table", "ahead_row_bytes", "ahead_lines_log2", "ahead_lines"],
-    do_not_specialize_on_alignment=["parts"],
-)
+@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["parts"])
 def _decode(
     qkv, stride_token, cos, sin, keys, values, block_tables, stride_table, parts, partial, partial_lse, finished, out,
-    query_norm, key_norm, eps, scale, softcap, key_scale, value_scale, ahead, ahead_row_bytes, ahead_lines_log2,
-    ahead_lines,
+    query_norm, key_norm, eps, scale, softcap, key_scale, value_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
-    WORDS: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
+    WORDS: tl.constexpr, EARLY: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     part = tl.program_id(1)
@@ -177,21 +187,16 @@ def _decode(
     count = tl.load(record + 6)
     # The record and the tables were written before the step, and the first blocks' keys and values too, but for the
     # newest, which a prefetch may miss.
-    if EARLY and PREFETCH:
+    if EARLY:
         SIZE: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
         LINES: tl.constexpr = BLOCK_SIZE * DIM * SIZE // LINE
         line = tl.arange(0, triton.next_power_of_2(LINES)) % LINES * (LINE // SIZE)
-        for ahead_of in tl.static_range(PREFETCH):
-            asked = tl.load(table + first + ahead_of, mask=ahead_of < num_blocks, other=0).to(tl.int64)
-            at_asked = (asked * KV_HEADS + kv_head) * (BLOCK_SIZE * DIM)
-            prefetch(keys + at_asked + line)
-            prefetch(values + at_asked + line)
-    if EARLY:
-        begin()
-    number = part * KV_HEADS + kv_head
+        asked = tl.load(table + first, mask=num_blocks > 0, other=0).to(tl.int64)
+        at_asked = (asked * KV_HEADS + kv_head) * (BLOCK_SIZE * DIM)
+        prefetch(keys + at_asked + line)
+        prefetch(values + at_asked + line)
+    wait(EARLY, LATE)
     if num_blocks == 0:
-        if AHEAD:
-            ask(ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines, number, AHEAD)
         return
     length = position + 1
     end = first + num_blocks
@@ -263,8 +268,7 @@ def _decode(
         weights = weights.to(v_low.dtype)
         sums_low = tl.dot(weights, v_low, sums_low * shrink[:, None])
         sums_high = tl.dot(weights, v_high, sums_high * shrink[:, None])
-    if AHEAD:
-        ask(ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines, number, AHEAD)
+    release(LATE)
     result_low = sums_low / total[:, None]
     result_high = sums_high / total[:, None]
     if value_scale is not None:

@@ -11,20 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_engine.kernels import rms_norm as plain
-from octavo_engine.kernels.gpu.ask_ahead import ask, ask_ahead
-from octavo_engine.kernels.gpu.early_launch import begin, early_launch
+from octavo_engine.kernels.gpu.early_launch import early_launch, release, wait
 
 
-def rms_norm(x: Tensor, weight: Tensor, out: Tensor, eps: float, ahead: Tensor | None = None) -> None:
-    """out = norm(x) * weight. x, out: [num_tokens, hidden] of one dtype; weight [hidden].
-
-    ahead: the matrix that is read next.
-    """
+def rms_norm(x: Tensor, weight: Tensor, out: Tensor, eps: float) -> None:
+    """out = norm(x) * weight. x, out: [num_tokens, hidden] of one dtype; weight [hidden]."""
     tokens, hidden = x.shape
     _rms_norm[(tokens,)](
-        x, weight, out, eps, HIDDEN=hidden, BLOCK=triton.next_power_of_2(hidden), num_warps=_warps(hidden),
-        **ask_ahead(ahead, tokens),
-    )  # fmt: skip
+        x, weight, out, eps, HIDDEN=hidden, BLOCK=triton.next_power_of_2(hidden), num_warps=_warps(hidden)
+    )
 
 
 def embed_rms_norm(
@@ -61,13 +56,8 @@ def _normed(v, w, eps, HIDDEN: tl.constexpr):
     return (v * scale).to(w.dtype).to(tl.float32) * w.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["ahead_row_bytes", "ahead_lines_log2", "ahead_lines"])
-def _rms_norm(
-    x, weight, out, eps, ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines, HIDDEN: tl.constexpr,
-    BLOCK: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    if AHEAD:
-        ask(ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines, tl.program_id(0), AHEAD)
+@triton.jit
+def _rms_norm(x, weight, out, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
@@ -81,10 +71,9 @@ def _rms_norm(
 @triton.jit(do_not_specialize=["stride_row"], do_not_specialize_on_alignment=["ids", "rows", "positions"])
 def _embed_rms_norm(
     ids, rows, positions, token_ids, stride_row, embedding, weight, residual, out, shares, eps,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        begin()
+    wait(EARLY, LATE)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
@@ -94,6 +83,7 @@ def _embed_rms_norm(
     tl.store(slot, index.to(tl.int32))
     w = tl.load(weight + column, mask=inside, other=0.0)
     v = tl.load(embedding + index * HIDDEN + column, mask=inside, other=0.0)
+    release(LATE)
     tl.store(residual + token * HIDDEN + column, v, mask=inside)
     wide = v.to(tl.float32)
     if shares is not None:

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from octavo_engine.kernels import act_mul
 from octavo_engine.kernels.gpu.act_mul import activated
-from octavo_engine.kernels.gpu.ask_ahead import ask, ask_ahead
-from octavo_engine.kernels.gpu.early_launch import begin, early_launch
+from octavo_engine.kernels.gpu.early_launch import LINE, asked_lines, early_launch, prefetch, release, wait
 
 MAX_TOKENS = 128
 """Tokens that a program holds at most."""
@@ -79,17 +78,25 @@ def choose_shape(
         else:
             shape = Shape(8, 2048, 1, 4) if outputs * inputs < 2**25 else Shape(4, 2048, 1, 8)
     elif gated:
-        shape = Shape(64, 128, 5, 4) if tokens <= 32 else Shape(64, 64, 4, 4)
+        # Few stages leave room for a second program, or for the kernel behind.
+        if tokens <= 16:
+            shape = Shape(64, 128, 3, 4)
+        elif tokens <= 32:
+            shape = Shape(128, 128, 3, 4) if outputs >= 96 * 128 else Shape(64, 128, 5, 4)
+        else:
+            shape = Shape(64, 64, 3, 4)
     elif outputs > 32768:
         shape = Shape(128, 128, 3, 4) if tokens <= 16 else Shape(128, 128, 2, 8)
     elif tokens <= 16:
         shape = Shape(16, 256, 6, 2) if narrow else Shape(32, 256, 4, 2)
     elif tokens <= 32 and narrow:
         shape = Shape(32, 256, 6, 2)
+    elif outputs <= 8192 and not narrow:
+        shape = Shape(16, 256, 3, 2) if tokens <= 32 else Shape(32, 128, 4, 2, splits=2)
     else:
         # With 32 rows and no split the products of 64 tokens took 5.5 ms a step on an H200 (floor 3.5): the tokens came
         # from the cache twice as often as the weights from memory.
-        shape = Shape(64, 128, 6 if narrow else 3, 4, splits=2)
+        shape = Shape(64, 128, 4 if narrow else 3, 4, splits=2)
     depth, stages, splits = shape.depth, shape.stages, shape.splits
     if inputs % (splits * 32) or outputs * splits > MAX_SPLIT_OUTPUTS:
         splits = 1
@@ -122,15 +129,14 @@ def small_linear(
     x: Tensor, weight: Tensor, out: Tensor, *, shape: Shape, bias: Tensor | None = None,
     norm_shares: Tensor | None = None, eps: float = 0.0, gated: bool = False, residual: Tensor | None = None,
     next_norm: Tensor | None = None, shares: Tensor | None = None, partial: Partial | None = None,
-    ahead: Tensor | None = None, activation: str = "silu",
+    activation: str = "silu",
 ) -> None:  # fmt: skip
     """out = x · weightᵀ + bias, with:
 
     norm_shares: [n, tokens] float32, x is normed by the root of their total over its width;
     gated: weight is gate over up, and out activation(gate) * up; bias must be None then;
     residual: [tokens, outputs], the sum goes there, and out becomes sum * next_norm, shares [n, tokens] its squares;
-    partial: for a shape with splits;
-    ahead: the matrix that is read next.
+    partial: for a shape with splits.
     x: [tokens, inputs], weight: [outputs, inputs] (twice the outputs when gated), out: [tokens, outputs].
     """
     tokens, inputs = x.shape
@@ -151,7 +157,9 @@ def small_linear(
         OUTPUTS=outputs, WIDTH=shape.width, COLUMNS=columns, DEPTH=shape.depth, STAGES=shape.stages,
         SPLITS=shape.splits, GATED=gated, ACTIVATION=activation,
         SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]),
-        FULL=tokens % columns == 0, num_warps=shape.warps, **ask_ahead(ahead, tokens),
+        FULL=tokens % columns == 0,
+        LINES=asked_lines(weight.shape[0] * shape.splits, inputs // shape.splits * weight.element_size()),
+        num_warps=shape.warps, **early_launch(tokens, product=True),
     )  # fmt: skip
 
 
@@ -165,7 +173,7 @@ def _one_token(
         out, eps, INPUTS=inputs, OUTPUTS=outputs, WIDTH=shape.width, DEPTH=shape.depth, STAGES=shape.stages,
         GATED=gated, ACTIVATION=activation,
         SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]), num_warps=shape.warps,
-        **early_launch(1),
+        **early_launch(1, product=True),
     )  # fmt: skip
 
 
@@ -174,6 +182,7 @@ def _one_token_linear(
     x, weight, bias, norm_shares, num_norm_shares, residual, next_norm, shares, out, eps,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, SHARES: tl.constexpr, EARLY: tl.constexpr,
+    LATE: tl.constexpr,
 ):  # fmt: skip
     """The same for a single token, without matrix units: weights go from memory to registers, many at a time."""
     program = tl.program_id(0)
@@ -185,7 +194,7 @@ def _one_token_linear(
         first = tl.load(weight + at_weight, eviction_policy="evict_first")
         if GATED:
             first_up = tl.load(weight + OUTPUTS * INPUTS + at_weight, eviction_policy="evict_first")
-        begin()
+        wait(EARLY, LATE)
     if norm_shares is not None:
         share = tl.arange(0, SHARES)
         squares = tl.load(norm_shares + share, mask=share < num_norm_shares, other=0.0)
@@ -213,13 +222,12 @@ def _one_token_linear(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens", "num_norm_shares", "ahead_row_bytes", "ahead_lines_log2", "ahead_lines"])
+@triton.jit(do_not_specialize=["tokens", "num_norm_shares"])
 def _small_linear(
     x, weight, bias, norm_shares, num_norm_shares, residual, next_norm, shares, out, partial, finished, tokens, eps,
-    ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, SHARES: tl.constexpr,
-    FULL: tl.constexpr, AHEAD: tl.constexpr,
+    FULL: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     output = program * WIDTH + tl.arange(0, WIDTH)
@@ -236,6 +244,14 @@ def _small_linear(
     split = tl.program_id(2)
     at_weight += split * EACH
     at_x += split * EACH
+    if EARLY and LINES:
+        SIZE: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+        line = tl.arange(0, LINES) * (LINE // SIZE)
+        asked = tl.where(is_output, output, 0).to(tl.int64)[:, None] * INPUTS + split * EACH + line[None, :]
+        prefetch(weight + asked)
+        if GATED:
+            prefetch(weight + OUTPUTS * INPUTS + asked)
+    wait(EARLY, LATE)
     if norm_shares is not None:
         # Asked for before the weights and used after them: its latency hides behind theirs.
         share = tl.arange(0, SHARES)
@@ -252,9 +268,7 @@ def _small_linear(
         if GATED:
             u = tl.load(weight + OUTPUTS * INPUTS + at_weight + start, eviction_policy="evict_first")
             up_sums = tl.dot(u, v, up_sums)
-    if AHEAD:
-        number = (split * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + program
-        ask(ahead, ahead_row_bytes, ahead_lines_log2, ahead_lines, number, AHEAD)
+    release(LATE)
     mask = is_output[:, None] & is_token[None, :]
     is_last = True
     if SPLITS > 1:
