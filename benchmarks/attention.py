@@ -30,7 +30,7 @@ from octavo_engine.kernels.gpu.prefill_attention import (
     prefill_attention,
 )
 from octavo_engine.kernels.gpu.prefill_attention import Scratch as TileScratch
-from octavo_engine.kernels.gpu.prefill_attention_hopper import takes
+from octavo_engine.kernels.gpu.prefill_attention_hopper import KEYS, takes
 from octavo_engine.kernels.kv_scales import stored
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -160,7 +160,7 @@ def _short_prompts() -> dict[str, float]:
 
 def _chunk(tokens: int) -> dict[str, float]:
     """A chunk in the middle of a prompt of 16,000 tokens: microseconds and TFLOP/s with its keys split over programs,
-    with the same tiles whole, and with wide ones, of which a step with more prompt tokens is made.
+    with the same tiles whole, and likewise with wide ones.
     """
     torch.cuda.empty_cache()
     columns = -(-(BEHIND + tokens) // BLOCK_SIZE)
@@ -172,11 +172,12 @@ def _chunk(tokens: int) -> dict[str, float]:
     scratch = TileScratch.allocate(HEADS, DIM, torch.device("cuda"))
     ways = {"split": (False, parts_wanted(HEADS)), "whole": (False, 0)}
     if takes(caches[0], torch.bfloat16):
-        ways["wide"] = (True, 0)
+        ways |= {"wide_split": (True, parts_wanted(HEADS, wide=True)), "wide": (True, 0)}
     runs: dict[str, Callable[[], object]] = {}
     for name, (wide, room) in ways.items():
         loads = [CacheLoads.of(cache, wide) for cache in caches]
-        words = plan_tiles([Chunk(0, 0, BEHIND, tokens)], loads[0].tile_rows, BLOCK_SIZE, room)
+        step = KEYS // BLOCK_SIZE if wide else 1
+        words = plan_tiles([Chunk(0, 0, BEHIND, tokens)], loads[0].tile_rows, BLOCK_SIZE, room, step)
         tiles = torch.tensor(words, device="cuda").int().view(-1, TILE_WORDS)
 
         def run(loads: list[CacheLoads] = loads, tiles: torch.Tensor = tiles) -> None:

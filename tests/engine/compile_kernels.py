@@ -241,10 +241,11 @@ def compile_for_hopper(target: GPUTarget) -> Iterator[tuple[str, int]]:
     for dim, block_size, window in ((128, 64, 0), (128, 16, 100), (64, 128, 100), (64, 64, 0)):
         loads = prefill_attention_hopper.descriptors(torch.empty(2, 1, 8, block_size, dim, dtype=torch.bfloat16))[0]
         tile = f"tensordesc<bf16{loads.block_shape},{loads.layout!r}>"
-        types = [HALF, "i32", tile, tile, INT, "i32", INT, HALF, "i32", "fp32"]
+        types = [HALF, "i32", tile, tile, INT, "i32", INT, HALF, "i32", FLOAT, FLOAT, INT, "fp32"]
         values = {
-            **HEADS, "DIM": dim, "BLOCK_SIZE": block_size, "KEYS": prefill_attention_hopper.KEYS, "WINDOW": window,
-            "STAGES": prefill_attention_hopper.STAGES, "REGISTERS": prefill_attention_hopper.REGISTERS,
+            **HEADS, "SPLIT": not window, "DIM": dim, "BLOCK_SIZE": block_size,
+            "KEYS": prefill_attention_hopper.KEYS, "WINDOW": window, "STAGES": prefill_attention_hopper.STAGES,
+            "REGISTERS": prefill_attention_hopper.REGISTERS,
             "WORDS": TILE_WORDS, "EARLY": False, "LATE": False,
         }  # fmt: skip
         yield f"prefill_hopper_{dim}_{block_size}_{window}", compile_one(kernel, types, values, 4, target)

@@ -18,7 +18,7 @@ from octavo_engine.core.messages import Submit
 from octavo_engine.core.scheduler import Scheduler, SchedulerConfig
 from octavo_engine.core.step import Sampled, StepItem, StepPlan
 from octavo_engine.runner.gpu_steps import GRAPH_SIZES, MIXED_DECODES, MIXED_TOKENS
-from octavo_engine.runner.layout import MIXED_CHUNKS, NARROW_TOKENS
+from octavo_engine.runner.layout import MIXED_CHUNKS
 from octavo_engine.sampling_params import SamplingParams
 
 HOST_S, HOST_PER_REQUEST_S = 0.0004, 2.5e-6
@@ -30,7 +30,9 @@ LAYERS, HEADS, WIDTH = 32, 32, 4096
 HEAD_SHARE = 0.07
 """Of the products' weights are the head's, which has only the tokens that yield logits."""
 TILE = 128
-"""Tokens of a tile of attention that is not split."""
+"""Tokens of a tile of attention."""
+SPLIT_TOKENS = 256
+"""Prompt tokens of a step whose tiles are split: two tiles times 32 heads leave half of the chip without work."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Costs:
         return _at(self.products, tokens) * (1.0 if tokens in self.products else self.unmeasured)
 
     def _attention(self, chunks: Sequence[StepItem], padded: int) -> float:
-        if self.attention_flops and padded <= NARROW_TOKENS:
+        if self.attention_flops and padded <= SPLIT_TOKENS:
             pairs = sum(item.count * (item.start + item.count / 2) for item in chunks)
             return 4 * WIDTH * LAYERS * pairs / self.attention_flops
         # A tile's heads are programs of equal length side by side: so many tiles at once, the next where one has ended.

@@ -126,7 +126,7 @@ def test_decodes_read_what_the_scales_say(heads, kv_heads, dim, block_size, wind
 def test_prompts_read_what_the_scales_say(monkeypatch, heads, kv_heads, dim, block_size, window, softcap, kind):
     cache = cache_of(kind, 30, kv_heads, block_size, dim)
     tables = torch.randint(0, 30, (2, 24), dtype=torch.int32, device=DEVICE)
-    chunks = [Chunk(0, 0, 33, 5), Chunk(5, 1, 30, 70)]
+    chunks = [Chunk(0, 0, 33, 5), Chunk(5, 1, 40, 70)]
     qkv, loads = random(75, (heads + 2 * kv_heads) * dim), CacheLoads.of(cache)
     expected = reference_prefill(qkv, cache, tables, chunks, heads, dim**-0.5, window, softcap, SCALES)
 

@@ -94,6 +94,7 @@ def no_prefetch(pointers):
 WAYS = {
     # Of products, and of attention.
     "in turn": ({"EARLY": False, "LATE": False}, {"EARLY": False, "LATE": False}),
+    "attention early": ({"EARLY": False, "LATE": False}, {"EARLY": True, "LATE": True}),
     "products early": ({"EARLY": True, "LATE": True}, {"EARLY": False, "LATE": True}),
     "all early": ({"EARLY": True, "LATE": False}, {"EARLY": True, "LATE": False}),
 }
@@ -103,12 +104,14 @@ WAYS = {
 def launch(request, monkeypatch):
     """Kernels as they are launched after the one in front, and before it has ended: one must find the other's results.
 
-    products early: as of 2 to 64 tokens. all early: as of one. The interpreter knows no launches: there it is tried
-    that what such a kernel does early is the same work.
+    all early: as of one token. products early: as of 2 to 16. attention early: as of 17 to 64. The interpreter knows no
+    launches: there it is tried that what such a kernel does early is the same work.
     """
     way = request.param
-    monkeypatch.setattr(early_launch, "TOKENS", 10**6 * (way == "all early"))
-    monkeypatch.setattr(early_launch, "PRODUCT_TOKENS", 10**6 * (way != "in turn"))
+    many = 10**6
+    monkeypatch.setattr(early_launch, "TOKENS", many * (way == "all early"))
+    monkeypatch.setattr(early_launch, "PRODUCT_TOKENS", many * (way in ("products early", "all early")))
+    monkeypatch.setattr(early_launch, "ATTENTION_TOKENS", many * (way != "in turn"))
     if not ON_GPU:
         interpret_launches(monkeypatch, way)
 
@@ -117,7 +120,7 @@ def interpret_launches(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     for_product, for_other = WAYS[way]
     for module in (small_linear, decode_module):
         monkeypatch.setattr(
-            module, "early_launch", lambda tokens, product=False: for_product if product else for_other
+            module, "early_launch", lambda tokens, kind: for_product if kind == "product" else for_other
         )  # fmt: skip
         for name, instead in (("wait", no_wait), ("release", no_release), ("prefetch", no_prefetch)):
             monkeypatch.setattr(module, name, instead)
@@ -279,7 +282,7 @@ def test_a_few_tiles_with_many_keys_are_split_and_combined(monkeypatch, heads, k
     monkeypatch.setattr(prefill_module, "LEAST_KEYS", block_size)
     cache = random(2, 30, kv_heads, block_size, dim)
     tables = torch.randperm(30, device=DEVICE).int().view(3, 10)
-    # One whose first rows see nothing of its last part, one of a single part, and one that ends with a block.
+    # One that ends within a block, one of a single part, and one that ends with a block.
     chunks = [Chunk(0, 0, 8 * block_size - 4, 9), Chunk(9, 1, 0, 5), Chunk(14, 2, 9 * block_size - 20, 20)]
     qkv = random(34, (heads + 2 * kv_heads) * dim)
     room = 8
@@ -338,15 +341,17 @@ def test_parts_of_tiles_cover_their_keys_once_and_never_outnumber_their_bound():
     for _ in range(300):
         count = rng.randrange(1, 9)
         chunks = [Chunk(1000 * i, i, rng.randrange(20_000), rng.randrange(1, 300)) for i in range(count)]
-        room = rng.choice((0, 4, 8, 33))
-        words = plan_tiles(chunks, 64, 64, room)
+        room, step = rng.choice((0, 4, 8, 33)), rng.choice((1, 2, 8))
+        words = plan_tiles(chunks, 64, 64, room, step)
         records = [words[at : at + TILE_WORDS] for at in range(0, len(words), TILE_WORDS)]
 
         assert len(records) <= max_tiles(sum(chunk.count for chunk in chunks), count, 64, room)
         covered: dict[int, list[int]] = {}
         for index, (token, rows, row, position, first, blocks, begin, parts) in enumerate(records):
             assert begin <= index < begin + parts
-            assert parts == 1 or begin + parts <= 2 * room
+            assert parts == 1 or begin + parts <= len(records) <= room
+            assert first % step == 0
+            assert parts == 1 or first * 64 <= records[index][3], "the tile's first token sees keys of each part"
             covered.setdefault(token, []).extend(range(first, first + blocks))
             assert covered[token][-1] < -(-(position + rows) // 64)
             assert row == token // 1000
@@ -357,28 +362,33 @@ def test_parts_of_tiles_cover_their_keys_once_and_never_outnumber_their_bound():
 
 
 @pytest.mark.skipif(not ON_GPU, reason="thousands of keys are too many for the interpreter")
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "block_size"), [(32, 8, 128, 64), (14, 2, 64, 16), (4, 4, 80, 64)]
+    ("heads", "kv_heads", "dim", "block_size"), [(32, 8, 128, 64), (14, 2, 64, 16), (4, 4, 80, 64), (8, 8, 128, 128)]
 )
-def test_chunks_of_long_prompts_are_the_same_bits_each_time(heads, kv_heads, dim, block_size):
+def test_chunks_of_long_prompts_are_the_same_bits_each_time(heads, kv_heads, dim, block_size, wide):
     longest = 16_384
     columns = longest // block_size
-    chunks = [Chunk(0, 0, 16_001, 200), Chunk(200, 1, 9_000, 33), Chunk(233, 2, 0, 20)]
+    chunks = [Chunk(0, 0, 16_001, 120), Chunk(120, 1, 9_000, 33), *([] if wide else [Chunk(153, 2, 0, 20)])]
+    count = sum(chunk.count for chunk in chunks)
     tables = torch.randperm(3 * columns, device=DEVICE).int().view(3, columns)
     # Two layers over one scratch, again and again, as a graph's are.
     caches = [random(2, 3 * columns, kv_heads, block_size, dim) for _ in range(2)]
-    qkv = random(253, (heads + 2 * kv_heads) * dim)
-    words = plan_tiles(chunks, prefill_module.TILE_ROWS, block_size, prefill_module.parts_wanted(heads))
+    if wide and not prefill_attention_hopper.takes(caches[0], DTYPE):
+        pytest.skip("no Hopper is here, or it does not take such heads")
+    loads = [CacheLoads.of(cache, wide) for cache in caches]
+    qkv = random(count, (heads + 2 * kv_heads) * dim)
+    step = max(prefill_attention_hopper.KEYS // block_size, 1) if wide else 1
+    words = plan_tiles(chunks, loads[0].tile_rows, block_size, prefill_module.parts_wanted(heads, wide), step)
     assert max(words[7::TILE_WORDS]) > 1
     tiles = ints([*words, *[0] * 16]).view(-1, TILE_WORDS)
     scratch = prefill_module.Scratch.allocate(heads, dim, DEVICE)
     scratch.partial.fill_(float("nan"))
-    outs = torch.full((20, 2, 253, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE)
+    outs = torch.full((20, 2, count, heads * dim), float("nan"), device=DEVICE, dtype=DTYPE)
 
     for turn, layer in itertools.product(range(20), range(2)):
         prefill_attention(
-            qkv, CacheLoads.of(caches[layer]), tables, tiles, outs[turn, layer], kv_heads, block_size, dim**-0.5,
-            scratch=scratch,
+            qkv, loads[layer], tables, tiles, outs[turn, layer], kv_heads, block_size, dim**-0.5, scratch=scratch
         )  # fmt: skip
 
     for layer in range(2):

@@ -94,9 +94,9 @@ def test_a_single_token_that_is_not_a_prompts_last_yields_nothing():
     assert read(list(words), layout, [None], USUAL)["ends"] == [(0, 5), (2, 8), (3, 8)]
 
 
-def test_many_prompt_tokens_have_wide_tiles_and_few_are_split():
-    tiling = Tiling(64, wide=128, room=8)
-    items = {count: [StepItem(0, 16_000, count, [], True)] for count in (2, 264, 265)}
+def test_many_prompt_tokens_have_wide_tiles_and_few_tiles_are_split():
+    tiling = Tiling(64, wide=128, room=8, wide_room=4, wide_step=2)
+    items = {count: [StepItem(0, 16_000, count, [], True)] for count in (2, 72, 73, 256, 264)}
     admissions = {0: Admission([7] * 16_300, 16_300, SamplingParams(), (), 0)}
     tiles = {}
     for count, of_step in items.items():
@@ -107,8 +107,11 @@ def test_many_prompt_tokens_have_wide_tiles_and_few_are_split():
 
     assert [tile[1] for tile in tiles[2]] == [2] * 8 + [0]
     assert {tile[7] for tile in tiles[2][:8]} == {8}
-    assert [tile[7] for tile in tiles[264] if tile[1]] == [2] * 10
-    assert [tile[1] for tile in tiles[265]] == [9, 128, 128]
+    assert [(tile[1], tile[7]) for tile in tiles[72] if tile[1]] == [(8, 4)] * 4 + [(64, 4)] * 4
+    assert [(tile[1], tile[7]) for tile in tiles[73] if tile[1]] == [(73, 4)] * 4
+    assert [(tile[1], tile[7]) for tile in tiles[256] if tile[1]] == [(128, 2)] * 4
+    assert [(tile[1], tile[7]) for tile in tiles[264] if tile[1]] == [(8, 1), (128, 1), (128, 1)]
+    assert all(tile[4] % 2 == 0 for count in (73, 256) for tile in tiles[count])
 
 
 def test_an_id_that_is_on_the_device_only_is_left_to_it():

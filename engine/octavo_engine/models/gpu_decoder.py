@@ -130,6 +130,15 @@ class GpuDecoder:
         """Parts of tiles that fill the chip; 0 where none is split."""
         return parts_wanted(self.config.num_heads) if self._tile_scratch else 0
 
+    @property
+    def wide_tile_room(self) -> int:
+        return parts_wanted(self.config.num_heads, wide=True) if self._tile_scratch else 0
+
+    @property
+    def wide_tile_step(self) -> int:
+        """Blocks of keys that a wide tile reads at a time."""
+        return max(prefill_attention_hopper.KEYS // self._kv_cache.shape[4], 1)
+
     def forward(self, step: DeviceStep) -> Tensor:
         """Logits of the tokens that yield some, [m, vocab], in a buffer that the next call overwrites.
 

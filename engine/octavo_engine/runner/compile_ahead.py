@@ -28,8 +28,8 @@ from triton.runtime.jit import JITFunction
 
 from octavo_engine.kernels.gpu import prebuilt
 from octavo_engine.kernels.gpu.adjusted import Adjustments, mask_words, sample_adjusted
-from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
-from octavo_engine.kernels.gpu.early_launch import PRODUCT_TOKENS, TOKENS
+from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts, stages_and_warps
+from octavo_engine.kernels.gpu.early_launch import early_launch
 from octavo_engine.kernels.gpu.logprobs import MOST, TOLD_WORDS, LogprobScratch, logprobs
 from octavo_engine.kernels.gpu.prefill_attention import TILE_WORDS
 from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
@@ -49,8 +49,6 @@ ARCHITECTURES = {
 }
 """Name as NVIDIA gives it: what Triton compiles for, and the bytes of shared memory that a program may have."""
 META = torch.device("meta")
-UNLIKE_DECODES = (TOKENS, PRODUCT_TOKENS, PRODUCT_TOKENS + 1)
-"""Of each way in which a step's kernels are launched early, or not, one number: each is a kernel of its own."""
 
 
 def compile_kernels(
@@ -69,9 +67,11 @@ def compile_kernels(
 class Absent:
     """A model without memory, whose steps are launched as an engine's are."""
 
+    MAX_SEQS = 256
+
     def __init__(self, model: DecoderConfig, block_size: int, dtype: torch.dtype) -> None:
         self.model, self.block_size, self.dtype = model, block_size, dtype
-        self.max_seqs, self.max_tokens, self.columns = 256, 512, 64
+        self.max_seqs, self.max_tokens, self.columns = self.MAX_SEQS, 512, 64
         length = self.columns * block_size
         self.half = torch.empty((length, model.head_dim // 2), dtype=dtype, device=META)
         self.token_ids, self.block_tables = ints(self.max_seqs, length), ints(self.max_seqs, self.columns)
@@ -114,21 +114,22 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype, e4m3:
     set_blocks(ints(1, 3), absent.block_tables)
     set_sampling(ints(1, SAMPLING_WORDS), absent.state)
     usual = absent.decoder(dtype)
+    unlike = unlike_decodes(model.num_kv_heads, block_size)
     for size in GRAPH_SIZES:
         absent.step(usual, size, 0)
         if size > FUSED_TOKENS:
             break
     absent.step(usual, 0, 16)
-    for decodes in UNLIKE_DECODES:
+    for decodes in unlike:
         absent.step(usual, decodes, 16)
     if usual.wide_tile_tokens:
         absent.step(usual, 1, 16, wide=True)
     deterministic = absent.decoder(dtype, deterministic=True)
-    for decodes in UNLIKE_DECODES:
+    for decodes in unlike:
         absent.step(deterministic, decodes, 0)
     for kind in (torch.float8_e4m3fn, torch.float8_e5m2) if e4m3 else (torch.float8_e5m2,):
         small = absent.decoder(kind)
-        for decodes in UNLIKE_DECODES:
+        for decodes in unlike:
             absent.step(small, decodes, 16)
         absent.step(absent.decoder(kind, deterministic=True), 16, 0)
     vocab, max_seqs = model.vocab_size, absent.max_seqs
@@ -137,6 +138,15 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype, e4m3:
         Adjustments.allocate(max_seqs, vocab, META), absent.scratch, absent.token_ids, ints(max_seqs),
     )  # fmt: skip
     logprobs(usual.logits, ints(1), ints(max_seqs), MOST, LogprobScratch.allocate(1, vocab, META), ints(1, TOLD_WORDS))
+
+
+def unlike_decodes(kv_heads: int, block_size: int) -> list[int]:
+    """Of each way in which decodes are launched one number: each is a kernel of its own."""
+    found: dict[object, int] = {}
+    for size in GRAPH_SIZES:
+        early = tuple(tuple(early_launch(size, kind).items()) for kind in ("", "product", "attention"))
+        found.setdefault((early, stages_and_warps(size * kv_heads, block_size)), size)
+    return [size for size in found.values() if size <= Absent.MAX_SEQS]
 
 
 @contextmanager

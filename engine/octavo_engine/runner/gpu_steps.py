@@ -96,8 +96,9 @@ class GpuSteps:
         self._max_seqs, self._max_tokens = max_seqs, max_tokens
         self._kv_heads = decoder.config.num_kv_heads
         self._tiling = tiling = Tiling(
-            decoder.tile_tokens, decoder.wide_tile_tokens, decoder.tile_room, alike=decoder.deterministic
-        )
+            decoder.tile_tokens, decoder.wide_tile_tokens, decoder.tile_room, decoder.wide_tile_room,
+            decoder.wide_tile_step, decoder.deterministic,
+        )  # fmt: skip
         self._windows = sorted(set(decoder.config.windows), key=lambda w: (w is not None, w))
         self._state = SamplingState.allocate(max_seqs + 1, self._device)
         self._scratch = SamplingScratch.allocate(max_seqs, decoder.config.vocab_size, self._device)

@@ -17,23 +17,24 @@ MIXED_CHUNKS = 8
 """Prompts that a graph with prompts may hold."""
 
 
-NARROW_TOKENS = 264
-"""Prompt tokens up to which a step has narrow tiles where there are wide ones: two wide tiles times 32 heads leave half
-of the chip without work."""
+NARROW_TOKENS = 72
+"""Prompt tokens up to which a step has narrow tiles where there are wide ones, which would be half empty."""
 
 
 @dataclass(frozen=True)
 class Tiling:
     """How attention is cut.
 
-    tokens: of a tile. wide: of a tile where there are many prompt tokens, None: the same. room: parts that fill the
-    chip, for tiles that are not wide; 0: none is split. alike: decodes are tiles too, instead of parts
-    (--deterministic).
+    tokens: of a tile. wide: of a tile where there are many prompt tokens, None: the same. room, wide_room: parts that
+    fill the chip; 0: none is split. wide_step: blocks that wide tiles read at a time. alike: decodes are tiles too,
+    instead of parts (--deterministic).
     """
 
     tokens: int = TILE_ROWS
     wide: int | None = None
     room: int = 0
+    wide_room: int = 0
+    wide_step: int = 1
     alike: bool = False
 
     def is_wide(self, prompt_tokens: int) -> bool:
@@ -41,7 +42,12 @@ class Tiling:
 
     def of(self, prompt_tokens: int) -> tuple[int, int]:
         """(tokens of a tile, room) of a step."""
-        return (self.wide, 0) if self.wide and self.is_wide(prompt_tokens) else (self.tokens, self.room)
+        wide = self.wide and self.is_wide(prompt_tokens)
+        return (self.wide, self.wide_room) if self.wide and wide else (self.tokens, self.room)
+
+    def step(self, prompt_tokens: int) -> int:
+        """Blocks of a part are a multiple of this."""
+        return self.wide_step if self.is_wide(prompt_tokens) else 1
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,8 @@ def pack(
         parts = plan_parts(rows[: layout.decodes], positions[: layout.decodes], block_size, kv_heads, window)
         _extend(words, parts, PART_WORDS * max_parts(layout.decodes, kv_heads), 0)
     tile_rows, room = tiling.of(layout.prompt_tokens)
-    _extend(words, plan_tiles(chunks, tile_rows, block_size, room), TILE_WORDS * layout.tiles, 0)
+    tiles = plan_tiles(chunks, tile_rows, block_size, room, tiling.step(layout.prompt_tokens))
+    _extend(words, tiles, TILE_WORDS * layout.tiles, 0)
     if layout.ends is not None:
         _extend(words, ends, layout.ends, last)
     return words

@@ -10,9 +10,8 @@ complete, which had itself waited for the one before.
 When a kernel lets the next one start decides what it is worth. In a step of one token each does at once: 160 kernels of
 10 to 60 us, 4.15 -> 4.07 ms of the 8B shape on an H200. With more tokens a program holds so much of a multiprocessor
 that those which wait take the room of those which run: let start at once, steps of 8 tokens are 4 % slower and of 32
-5 %. There a program lets the next kernel start when it has read all of its own: a layer of 8 sequences 133.8 -> 131.6
-us, of 32 164.2 -> 162.3, of 64 204.5 -> 202.7, by products alone. With attention launched early as well 131.0, 164.0
-and 210.6: its programs, two or three to a multiprocessor, land where there is room and not where it is even.
+5 %. There a program lets the next kernel start when it has read all of its own: 4.552 -> 4.517 ms at 8, and nothing at
+32 and 64, where attention alone is launched so that it starts as soon as the product in front is done: 1 % of a layer.
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 TOKENS = 1
 """Of a step in which every kernel is launched early, at most."""
-PRODUCT_TOKENS = 64
+PRODUCT_TOKENS = 16
 """Of a step in which products are. `benchmarks/gpu.py --early-launch N` tries others."""
+ATTENTION_TOKENS = 64
+"""Of a step in which decodes' attention is, beyond."""
 ASKED_BYTES = 4 << 20
 """Of a matrix, asked for before a product waits: a microsecond's worth. Of nothing, 4 and 16 MB a layer of 8 sequences
 takes 131.3, 129.3 and 130.6 us, one of 32 163.6, 163.9 and 167.8."""
@@ -35,18 +36,21 @@ LINE = tl.constexpr(128)
 """Bytes that one prefetch brings into the second-level cache."""
 
 
-def early_launch(tokens: int, product: bool = False) -> dict[str, Any]:
+def early_launch(tokens: int, kind: str = "") -> dict[str, Any]:
     """What a launch for so many tokens adds to its arguments: Triton's option for it, and for the kernel whether it is
     EARLY and whether it lets the next one start LATE, when it has read all of its own.
+
+    kind: "product" or "attention", or nothing.
     """
-    if tokens > PRODUCT_TOKENS or triton.knobs.runtime.interpret:
+    if tokens > ATTENTION_TOKENS or triton.knobs.runtime.interpret:
         return {"EARLY": False, "LATE": False}
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda" or target.arch < 90:
         return {"EARLY": False, "LATE": False}
-    if tokens > TOKENS and not product:
-        return {"EARLY": False, "LATE": True}
-    return {"EARLY": True, "LATE": tokens > TOKENS, "launch_pdl": True}
+    early_kind = "product" if tokens <= PRODUCT_TOKENS else "attention"
+    early = tokens <= TOKENS or kind == early_kind
+    late = TOKENS < tokens <= PRODUCT_TOKENS or (early and tokens > TOKENS)
+    return {"EARLY": early, "LATE": late, **({"launch_pdl": True} if early else {})}
 
 
 def asked_lines(rows: int, row_bytes: int) -> int:

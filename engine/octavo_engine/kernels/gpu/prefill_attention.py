@@ -50,10 +50,13 @@ class Chunk:
     count: int
 
 
-def plan_tiles(chunks: Sequence[Chunk], rows: int = TILE_ROWS, block_size: int = 64, room: int = 0) -> list[int]:
+def plan_tiles(
+    chunks: Sequence[Chunk], rows: int = TILE_ROWS, block_size: int = 64, room: int = 0, step: int = 1
+) -> list[int]:
     """TILE_WORDS for each tile or part of one, tiles with most keys first.
 
-    room: parts of tiles that fill the chip (`parts_wanted`); fewer tiles are split into about as many. 0: none is.
+    room: parts of tiles that fill the chip (`parts_wanted`); tiles of which two would fit are split, into no more parts
+    than that. 0: none is. step: blocks that the kernel reads at a time.
     """
     tiles = [
         (c.token + at, min(rows, c.count - at), c.row, c.position + at)
@@ -62,19 +65,27 @@ def plan_tiles(chunks: Sequence[Chunk], rows: int = TILE_ROWS, block_size: int =
     ]
     tiles.sort(key=lambda tile: -tile[3])
     blocks = [-(-(position + count) // block_size) for _, count, _, position in tiles]
-    most = max(-(-sum(blocks) // room), LEAST_KEYS // block_size, 1) if len(tiles) < room else max(blocks, default=1)
+    most = max(blocks, default=1)
+    if 0 < 2 * len(tiles) <= room:
+        most = max(-(-sum(blocks) // room), LEAST_KEYS // block_size, 1)
+        while sum(-(-of_tile // most) for of_tile in blocks) > room:
+            most += 1
     words: list[int] = []
     for tile, of_tile in zip(tiles, blocks, strict=True):
         each = -(-of_tile // -(-of_tile // most))
+        each = -(-each // step) * step
         begin, count = len(words) // TILE_WORDS, -(-of_tile // each)
+        # Each part has keys that the tile's first token sees, so that no row of a part is without any.
+        if (count - 1) * each * block_size > tile[3]:
+            each, count = of_tile, 1
         for first in range(0, of_tile, each):
             words += (*tile, first, min(each, of_tile - first), begin, count)
     return words
 
 
-def parts_wanted(heads: int) -> int:
+def parts_wanted(heads: int, wide: bool = False) -> int:
     """Parts of tiles that fill the chip."""
-    return PROGRAMS_WANTED // heads
+    return (hopper.PROGRAMS if wide else PROGRAMS_WANTED) // heads
 
 
 def max_tiles(num_tokens: int, num_chunks: int, rows: int = TILE_ROWS, room: int = 0) -> int:
@@ -92,7 +103,7 @@ class Scratch:
 
     @classmethod
     def allocate(cls, heads: int, dim: int, device: torch.device) -> Scratch:
-        parts = 2 * parts_wanted(heads)  # of fewer tiles than are wanted, each with one more than its share at most
+        parts = max(parts_wanted(heads), 1)  # a wide one's are half as many, of two halves each
         return cls(
             torch.empty(parts, heads, TILE_ROWS, triton.next_power_of_2(dim), dtype=torch.float32, device=device),
             torch.empty(parts, heads, TILE_ROWS, dtype=torch.float32, device=device),
@@ -145,13 +156,14 @@ def prefill_attention(
     out: [num_tokens, heads * head_dim].
     tiles: [n, TILE_WORDS] int32 from `plan_tiles`, zeros are no work. block_tables: [num_rows, max_blocks] int32.
     Tiles have `loads.tile_rows`. softcap: not with wide ones. scales: for a cache of eight bits.
-    scratch: for tiles that are split, which wide ones and those of a sliding window are not.
+    scratch: for tiles that are split, which those of a sliding window are not.
     """
     if loads.wide:
         assert not softcap
         hopper.prefill_attention(
-            qkv, loads.keys, loads.values, block_tables, tiles, out, kv_heads, block_size, scale, window
-        )
+            qkv, loads.keys, loads.values, block_tables, tiles, out, kv_heads, block_size, scale, window,
+            (scratch.partial, scratch.lse, scratch.finished) if scratch else None,
+        )  # fmt: skip
         return
     dim = loads.keys.shape[1]
     heads = out.shape[1] // dim
@@ -264,9 +276,8 @@ def _prefill(
         heads = tl.num_programs(0)
         slot = tl.program_id(1) * heads + head
         at = row[:, None] * DIM_BLOCK + column[None, :]
-        some = total > 0  # the first rows of a tile may see none of its last part
-        tl.store(partial + slot * (TILE * DIM_BLOCK) + at, sums / tl.where(some, total, 1.0)[:, None])
-        tl.store(partial_lse + slot * TILE + row, tl.where(some, best + tl.log2(total), float("-inf")))
+        tl.store(partial + slot * (TILE * DIM_BLOCK) + at, sums / total[:, None])
+        tl.store(partial_lse + slot * TILE + row, best + tl.log2(total))
         tl.debug_barrier()  # every thread's part is written before the count says so
         begin = tl.load(tile + 6)
         counter = finished + begin * heads + head
@@ -280,7 +291,7 @@ def _prefill(
                 # From the second-level cache: the first-level one of this processor may hold an older layer's.
                 lse = tl.load(partial_lse + of * TILE + row, cache_modifier=".cg")
                 part = tl.load(partial + of * (TILE * DIM_BLOCK) + at, cache_modifier=".cg")
-                new_best = tl.maximum(best, lse)  # of the first part finite: every row sees the first key
+                new_best = tl.maximum(best, lse)
                 shrink = tl.exp2(best - new_best)
                 weight = tl.exp2(lse - new_best)
                 sums = sums * shrink[:, None] + part * weight[:, None]

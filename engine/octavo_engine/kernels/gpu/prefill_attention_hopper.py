@@ -3,12 +3,15 @@
 One warp brings keys and values into shared memory. Two warp groups of 64 rows each share them: while one is in its
 softmax, the other has the matrix unit, and within a group the product of some keys' weights with their values runs
 beside the next keys' softmax. (Shah et al., "FlashAttention-3", 2024.) On an H200 it reaches 1.08 and 1.05 times
-cuDNN's rate at 8,192 and 16,384 tokens, with blocks of 64, where the portable kernel reaches 0.7 and 0.6.
+cuDNN's rate at 8,192 and 16,384 tokens, with blocks of 64, where the portable kernel reaches 0.7 and 0.6. Where a tile
+is split, each group writes down its half of a part, and the one that ends last combines that half.
 
 Called by prefill_attention.py, whose reference is this one's too. The interpreter knows no Gluon: its tests want a GPU.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -34,6 +37,8 @@ STAGES = 2
 """As fast as three or more."""
 DIMS = (64, 128)
 """Head sizes; 256 would not fit into the registers."""
+PROGRAMS = 132
+"""On the chip at a time: one for each multiprocessor, as its threads take all of its registers."""
 REGISTERS = 240
 """Of a thread that computes: with 128 keys and a head of 128 all but eleven words fit."""
 
@@ -64,14 +69,16 @@ def descriptors(kv_cache: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
 
 def prefill_attention(
     qkv: Tensor, keys: TensorDescriptor, values: TensorDescriptor, block_tables: Tensor, tiles: Tensor, out: Tensor,
-    kv_heads: int, block_size: int, scale: float, window: int | None,
+    kv_heads: int, block_size: int, scale: float, window: int | None, scratch: Sequence[Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """As prefill_attention.py has it; tiles of ROWS rows, [n, words] of which the first four are read."""
+    """As prefill_attention.py has it; tiles of ROWS rows. scratch: partial, lse and finished, for split tiles."""
     dim = keys.shape[1]
     heads = out.shape[1] // dim
+    assert window is None or scratch is None
     _prefill_hopper[(heads, tiles.shape[0])](
         qkv, qkv.stride(0), keys, values, block_tables, block_tables.stride(0), tiles, out, out.stride(0),
-        scale * LOG2_E, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, BLOCK_SIZE=block_size, KEYS=KEYS,
+        *(scratch or (out, out, out)), scale * LOG2_E, SPLIT=scratch is not None,
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, BLOCK_SIZE=block_size, KEYS=KEYS,
         WINDOW=window or 0, STAGES=STAGES, REGISTERS=REGISTERS, WORDS=tiles.shape[1],
         num_warps=4,
     )  # fmt: skip
@@ -79,9 +86,10 @@ def prefill_attention(
 
 @gluon.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["tiles"])
 def _prefill_hopper(
-    qkv, stride_token, keys, values, block_tables, stride_table, tiles, out, stride_out, scale,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr,
-    WINDOW: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, WORDS: gl.constexpr,
+    qkv, stride_token, keys, values, block_tables, stride_table, tiles, out, stride_out, partial, partial_lse, finished,
+    scale,
+    SPLIT: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr,
+    KEYS: gl.constexpr, WINDOW: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, WORDS: gl.constexpr,
 ):  # fmt: skip
     head = gl.program_id(0)
     tile = tiles + gl.program_id(1) * WORDS
@@ -95,6 +103,10 @@ def _prefill_hopper(
     full = 0 if WINDOW > 0 else (start + 1) // KEYS
     end = (start + num_rows + KEYS - 1) // KEYS
     last_block = (start + num_rows - 1) // BLOCK_SIZE
+    if SPLIT:
+        first = gl.load(tile + 4) * BLOCK_SIZE // KEYS
+        end = gl.minimum((gl.load(tile + 4) + gl.load(tile + 5)) * BLOCK_SIZE + KEYS - 1, end * KEYS) // KEYS
+        full = gl.maximum(gl.minimum(full, end), first)
     if num_rows > 0:  # else padding
         k_held = gl.allocate_shared_memory(keys.dtype, [STAGES, KEYS, DIM], keys.layout)
         v_held = gl.allocate_shared_memory(values.dtype, [STAGES, KEYS, DIM], values.layout)
@@ -113,15 +125,17 @@ def _prefill_hopper(
                 (
                     _compute,
                     (
-                        qkv, stride_token, k_held, v_held, k_full, k_empty, v_full, v_empty, out, stride_out, token,
-                        num_rows, start, head, first, full, end, scale, 0, DIM, KEYS, WINDOW, STAGES,
+                        qkv, stride_token, k_held, v_held, k_full, k_empty, v_full, v_empty, out, stride_out, tile,
+                        partial, partial_lse, finished, token, num_rows, start, head, first, full, end, scale, 0,
+                        DIM, KEYS, WINDOW, STAGES, SPLIT,
                     ),
                 ),
                 (
                     _compute,
                     (
-                        qkv, stride_token, k_held, v_held, k_full, k_empty, v_full, v_empty, out, stride_out, token,
-                        num_rows, start, head, first, full, end, scale, 64, DIM, KEYS, WINDOW, STAGES,
+                        qkv, stride_token, k_held, v_held, k_full, k_empty, v_full, v_empty, out, stride_out, tile,
+                        partial, partial_lse, finished, token, num_rows, start, head, first, full, end, scale, 64,
+                        DIM, KEYS, WINDOW, STAGES, SPLIT,
                     ),
                 ),
                 (
@@ -179,9 +193,10 @@ def _safe(best, WINDOW: gl.constexpr):
 
 @gluon.jit
 def _compute(
-    qkv, stride_token, k_held, v_held, k_full, k_empty, v_full, v_empty, out, stride_out, token, num_rows, start, head,
-    first, full, end, scale,
+    qkv, stride_token, k_held, v_held, k_full, k_empty, v_full, v_empty, out, stride_out, tile, partial, partial_lse,
+    finished, token, num_rows, start, head, first, full, end, scale,
     OFFSET: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr, STAGES: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):  # fmt: skip
     """64 rows of the tile, from OFFSET on."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -238,6 +253,40 @@ def _compute(
     mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
     sums_under_way = warpgroup_mma(held, v_held.index(last % STAGES), sums, is_async=True)
     sums = warpgroup_mma_wait(0, deps=(sums_under_way,))
-    sums = sums / gl.convert_layout(total, ROW_OF_SUMS)[:, None]
-    to = (token + row)[:, None] * stride_out + head * DIM + column[None, :]
-    gl.store(out + to, gl.convert_layout(sums.to(kind), GLOBAL), mask=inside)
+    total = gl.convert_layout(total, ROW_OF_SUMS)
+    sums = sums / total[:, None]
+    is_last = True
+    if SPLIT:
+        count = gl.load(tile + 7)
+        if count > 1:
+            half_of_heads = (head * 2 + OFFSET // 64).to(gl.int32)
+            halves = gl.num_programs(0) * 2
+            part_row = gl.arange(0, 64, layout=ROW_OF_SUMS)
+            at_part = part_row[:, None] * DIM + gl.arange(0, DIM, layout=gl.SliceLayout(0, SUMS))[None, :]
+            own = gl.program_id(1) * halves + half_of_heads
+            gl.store(partial + own * (64 * DIM) + at_part, sums)
+            gl.store(partial_lse + own * 64 + part_row, gl.convert_layout(best, ROW_OF_SUMS) + gl.log2(total))
+            gl.thread_barrier()  # every thread's part is written before the count says so
+            begin = gl.load(tile + 6)
+            counter = finished + begin * halves + half_of_heads
+            is_last = gl.atomic_add(counter, 1, sem="acq_rel") == count - 1
+            if is_last:
+                gl.store(counter, 0)
+                most = gl.full([64], float("-inf"), gl.float32, ROW_OF_SUMS)
+                total = gl.zeros([64], gl.float32, ROW_OF_SUMS)
+                sums = gl.zeros([64, DIM], gl.float32, SUMS)
+                for other in range(begin, begin + count):
+                    of = other * halves + half_of_heads
+                    # From the second-level cache: the first-level one of this processor may hold an older layer's.
+                    lse = gl.load(partial_lse + of * 64 + part_row, cache_modifier=".cg")
+                    part = gl.load(partial + of * (64 * DIM) + at_part, cache_modifier=".cg")
+                    new_most = gl.maximum(most, lse)
+                    shrink = gl.exp2(most - new_most)
+                    weight = gl.exp2(lse - new_most)
+                    sums = sums * shrink[:, None] + part * weight[:, None]
+                    total = total * shrink + weight
+                    most = new_most
+                sums = sums / total[:, None]
+    if is_last:
+        to = (token + row)[:, None] * stride_out + head * DIM + column[None, :]
+        gl.store(out + to, gl.convert_layout(sums.to(kind), GLOBAL), mask=inside)

@@ -159,7 +159,7 @@ def small_linear(
         SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]),
         FULL=tokens % columns == 0,
         LINES=asked_lines(weight.shape[0] * shape.splits, inputs // shape.splits * weight.element_size()),
-        num_warps=shape.warps, **early_launch(tokens, product=True),
+        num_warps=shape.warps, **early_launch(tokens, "product"),
     )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def _one_token(
         out, eps, INPUTS=inputs, OUTPUTS=outputs, WIDTH=shape.width, DEPTH=shape.depth, STAGES=shape.stages,
         GATED=gated, ACTIVATION=activation,
         SHARES=1 if norm_shares is None else triton.next_power_of_2(norm_shares.shape[0]), num_warps=shape.warps,
-        **early_launch(1, product=True),
+        **early_launch(1, "product"),
     )  # fmt: skip
 
 
