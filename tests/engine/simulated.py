@@ -29,6 +29,8 @@ WAKE_S = 0.00006
 LAYERS, HEADS, WIDTH = 32, 32, 4096
 HEAD_SHARE = 0.07
 """Of the products' weights are the head's, which has only the tokens that yield logits."""
+MANY = 1024
+"""Tokens of a step whose products take as long as there are tokens."""
 TILE = 128
 """Tokens of a tile of attention."""
 SPLIT_TOKENS = 256
@@ -104,9 +106,14 @@ def _next(sizes: Sequence[int], size: int) -> int:
 
 
 def _at(costs: Mapping[int, float], tokens: int) -> float:
-    """Of the next larger size, as a tile that is not full takes as long as a full one; beyond all in proportion."""
+    """Of the next larger size, as a tile that is not full takes as long as a full one; beyond MANY on the line between
+    the two sizes, as there are many tiles then; beyond all in proportion.
+    """
     sizes = list(costs)
     size = _next(sizes, tokens)
+    if MANY < tokens < size:
+        before = sizes[sizes.index(size) - 1]
+        return costs[before] + (costs[size] - costs[before]) * (tokens - before) / (size - before)
     return costs[size] * max(1.0, tokens / size)
 
 

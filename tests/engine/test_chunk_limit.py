@@ -138,6 +138,26 @@ def test_steps_that_hardly_differ_say_nothing_of_greater_ones():
     assert limit.tokens(256, 256 * 300) < 512
 
 
+def test_prompts_may_have_more_of_a_step_the_more_of_them_wait():
+    limit = ChunkLimit(2.0)
+    for _ in range(10):
+        observe(limit, 8, 0, 0.010)
+        observe(limit, 8, 1000, 0.020)
+    tokens = [limit.tokens(8, EACH * 8, waiting) for waiting in (0, 4, 8, 24, 1000)]
+
+    assert tokens == [CHUNK_UNIT * (1000 * share // CHUNK_UNIT) for share in (1, 1.5, 2, 4, 4)]
+
+
+@pytest.mark.parametrize("costs", [H200, COSTS["H100"]], ids=["H200", "H100"])
+def test_a_crowd_that_arrives_is_nearly_as_fast_as_one_that_is_there(costs):
+    arrivals = random.Random(0)
+    crowd = [(arrivals.uniform(0, 0.2), 128, 512) for _ in range(256)]
+
+    after = serve(costs, crowd, before=[(0.0, 512, 200)] * 32)
+    assert after.seconds < 1.02 * serve(costs, [(0.0, 128, 512)] * 256).seconds
+    assert after.gaps_s[-1] < 0.050
+
+
 def test_a_crowd_gets_its_first_tokens_as_soon_after_other_loads_as_on_a_fresh_engine():
     arrivals = random.Random(0)
     crowd = [(arrivals.uniform(0, 0.2), 128, 50) for _ in range(256)]

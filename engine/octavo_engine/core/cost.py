@@ -17,6 +17,8 @@ FIRST_CHUNK = 512
 CHUNK_UNIT = 64
 """Chunks are multiples of this, as the kernels' tiles are."""
 MAX_CHUNK = 1 << 20
+MOST_WAIT = 4.0
+"""As much more of a step as it would be else may prompts have that a crowd waits for."""
 DECODE_WORK = 400
 """What a decode adds to a step, in tokens of context that are read in that time. Llama-3.1-8B on an H200, 32 and 256
 decodes: 418."""
@@ -72,6 +74,10 @@ class ChunkLimit:
     seen beside prompts only, and when its decodes were held to be as quick as the most that were known, the rest of
     their time counted as the cost of the prompts, which then came two by two. 256 streams at once had 89 % of their
     throughput offline and the last a first token after 2 s (H200, measured).
+
+    Where as many wait for their first token as there are streams, twice as long is right for all of them together, and
+    so on. Simulated on an H200, 256 streams at once go from 96.9 to 99.5 % of their throughput offline and the last
+    begins after 0.81 instead of 1.05 s, for a gap of 28 ms; where prompts come one by one nothing changes.
     """
 
     def __init__(self, slowdown: float) -> None:
@@ -103,15 +109,17 @@ class ChunkLimit:
         # Costs rise along a prompt, and what is learned is two steps old: a rise is followed at once.
         self._per_token_s = max(per_token, (known + per_token) / 2)
 
-    def tokens(self, decodes: int, context: int) -> int | None:
-        """Prompt tokens for a step of so many decodes; None where nobody is held up."""
+    def tokens(self, decodes: int, context: int, waiting: int = 0) -> int | None:
+        """Prompt tokens for a step of so many decodes, while `waiting` requests have not begun; None where nobody is
+        held up.
+        """
         if not decodes:
             return None
-        quiet = self._quiet(decodes, context)
+        quiet, more = self._quiet(decodes, context), min(1.0 + waiting / decodes, MOST_WAIT)
         if quiet is None or self._per_token_s is None:
-            self._allowed = FIRST_CHUNK
+            self._allowed = int(FIRST_CHUNK * more) // CHUNK_UNIT * CHUNK_UNIT
         else:
-            allowed_s = (self._slowdown - 1.0) * quiet
+            allowed_s = (self._slowdown - 1.0) * quiet * more
             tokens = MAX_CHUNK if self._per_token_s * MAX_CHUNK <= allowed_s else int(allowed_s / self._per_token_s)
             self._allowed = max(tokens // CHUNK_UNIT * CHUNK_UNIT, CHUNK_UNIT)
         return self._allowed

@@ -166,7 +166,7 @@ class Engine:
 
     def _prompt_tokens(self, decodes: int, context: int) -> int | None:
         """How many prompt tokens a step of so many decodes may take, which have `context` tokens together."""
-        return None if self._limit is None else self._limit.tokens(decodes, context)
+        return None if self._limit is None else self._limit.tokens(decodes, context, len(self.scheduler.waiting))
 
     def _settle(self, constraints: Constraints) -> None:
         """Take in what became of grammars: requests that may begin, that are complete, and that cannot go on."""
