@@ -51,3 +51,24 @@ def test_a_folder_of_prebuilt_kernels_that_moved_leaves_nothing_to_compile(tmp_p
     launchers = list(moved.rglob("*.so"))
     assert all(b"libcuda.so.1" in file.read_bytes() for file in launchers), "not linked with the driver"
     assert {file.suffix for file in moved.rglob("*") if file.is_file()} >= {".cubin", ".json", ".so"}
+
+
+WHEREVER = """
+import sys, torch
+from pathlib import Path
+from octavo_engine.kernels.gpu.prefill_attention import CacheLoads, prefill_attention
+from octavo_engine.runner.compile_ahead import ARCHITECTURES, _absent_gpu
+
+described, queries = torch.zeros(64, dtype=torch.int32), torch.zeros(9, 4 * 64, dtype=torch.bfloat16)
+loads = CacheLoads.of(torch.zeros(2, 10, 1, 64, 64, dtype=torch.bfloat16), wide=True)
+with _absent_gpu(*ARCHITECTURES["sm_90"], Path(sys.argv[1])) as launched:
+    for at in range(4):
+        tiles, table = described[at : at + 16].view(2, 8), torch.zeros(1, 10, dtype=torch.int32)
+        prefill_attention(queries, loads, table, tiles, torch.zeros(9, 128, dtype=torch.bfloat16), 1, 64, 0.1, 100)
+    print(len(launched))
+"""
+
+
+@pytest.mark.slow
+def test_prompts_of_a_sliding_window_have_one_kernel_wherever_in_a_steps_words_their_tiles_are(tmp_path):
+    assert run("-c", WHEREVER, str(tmp_path)) == "1\n"
