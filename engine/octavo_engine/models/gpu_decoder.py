@@ -18,7 +18,7 @@ from torch import Tensor
 from octavo_engine.kernels.gpu import prefill_attention_hopper
 from octavo_engine.kernels.gpu.act_mul import act_mul
 from octavo_engine.kernels.gpu.cublas import Products
-from octavo_engine.kernels.gpu.decode_attention import Scratch, decode_attention
+from octavo_engine.kernels.gpu.decode_attention import Scratch, decode_attention, stages_and_warps
 from octavo_engine.kernels.gpu.invariant_attention import invariant_attention, tile_tokens
 from octavo_engine.kernels.gpu.invariant_linear import invariant_linear
 from octavo_engine.kernels.gpu.norm import embed_rms_norm, rms_norm
@@ -244,6 +244,12 @@ class GpuDecoder:
         )
         return logits
 
+    def attention_shape(self, decodes: int) -> tuple[int, int]:
+        """Stages and warps of the attention of so many decodes."""
+        _, _, _, kv_heads, block_size, dim = self._kv_cache.shape
+        block_bytes = 2 * block_size * dim * self._kv_cache.element_size()
+        return stages_and_warps(decodes * kv_heads, block_bytes, self._shared_memory)
+
     def _shape(self, tokens: int, outputs: int, inputs: int, gated: bool = False) -> Shape:
         return choose_shape(tokens, outputs, inputs, gated, self._shared_memory)
 
@@ -264,10 +270,11 @@ class GpuDecoder:
             )  # fmt: skip
             return
         if many:
+            stages, warps = self.attention_shape(many)
             decode_attention(
                 qkv, self._cos, self._sin, cache, self._block_tables, step.parts[window], self._scratch,
                 attended[:many], self._scale, query_norm=norms[0], key_norm=norms[1], eps=config.norm_eps,
-                window=window, scales=scales,
+                window=window, scales=scales, num_stages=stages, num_warps=warps,
             )  # fmt: skip
         if step.tiles is not None:
             rope_kv(

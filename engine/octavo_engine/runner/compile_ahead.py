@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from octavo_engine.kernels.gpu import prebuilt
 from octavo_engine.kernels.gpu.adjusted import Adjustments, mask_words, sample_adjusted
-from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts, stages_and_warps
+from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
 from octavo_engine.kernels.gpu.early_launch import early_launch
 from octavo_engine.kernels.gpu.logprobs import MOST, TOLD_WORDS, LogprobScratch, logprobs
 from octavo_engine.kernels.gpu.prefill_attention import TILE_WORDS
@@ -114,22 +114,21 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype, e4m3:
     set_blocks(ints(1, 3), absent.block_tables)
     set_sampling(ints(1, SAMPLING_WORDS), absent.state)
     usual = absent.decoder(dtype)
-    unlike = unlike_decodes(model.num_kv_heads, block_size)
     for size in GRAPH_SIZES:
         absent.step(usual, size, 0)
         if size > FUSED_TOKENS:
             break
     absent.step(usual, 0, 16)
-    for decodes in unlike:
+    for decodes in unlike_decodes(usual):
         absent.step(usual, decodes, 16)
     if usual.wide_tile_tokens:
         absent.step(usual, 1, 16, wide=True)
     deterministic = absent.decoder(dtype, deterministic=True)
-    for decodes in unlike:
+    for decodes in unlike_decodes(deterministic):
         absent.step(deterministic, decodes, 0)
     for kind in (torch.float8_e4m3fn, torch.float8_e5m2) if e4m3 else (torch.float8_e5m2,):
         small = absent.decoder(kind)
-        for decodes in unlike:
+        for decodes in unlike_decodes(small):
             absent.step(small, decodes, 16)
         absent.step(absent.decoder(kind, deterministic=True), 16, 0)
     vocab, max_seqs = model.vocab_size, absent.max_seqs
@@ -140,12 +139,12 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype, e4m3:
     logprobs(usual.logits, ints(1), ints(max_seqs), MOST, LogprobScratch.allocate(1, vocab, META), ints(1, TOLD_WORDS))
 
 
-def unlike_decodes(kv_heads: int, block_size: int) -> list[int]:
+def unlike_decodes(decoder: GpuDecoder) -> list[int]:
     """Of each way in which decodes are launched one number: each is a kernel of its own."""
     found: dict[object, int] = {}
     for size in GRAPH_SIZES:
         early = tuple(tuple(early_launch(size, kind).items()) for kind in ("", "product", "attention"))
-        found.setdefault((early, stages_and_warps(size * kv_heads, block_size)), size)
+        found.setdefault((early, decoder.attention_shape(size)), size)
     return [size for size in found.values() if size <= Absent.MAX_SEQS]
 
 

@@ -100,7 +100,7 @@ def decode_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, block_tables: Tensor, parts: Tensor, scratch: Scratch,
     out: Tensor, scale: float, *, query_norm: Tensor | None = None,
     key_norm: Tensor | None = None, eps: float = 0.0, window: int | None = None, softcap: float = 0.0,
-    scales: KvScales = UNSCALED, num_stages: int | None = None, num_warps: int | None = None,
+    scales: KvScales = UNSCALED, num_stages: int = 2, num_warps: int = 2,
 ) -> None:  # fmt: skip
     """Write each token's key and value, then softmax(q·k * scale) · v over it and the keys before it.
 
@@ -113,7 +113,6 @@ def decode_attention(
     _, _, kv_heads, block_size, dim = kv_cache.shape
     tokens, group = out.shape[0], out.shape[1] // dim // kv_heads
     of_keys, of_values = rope_kv.of_cache(kv_cache, scales)
-    usual = stages_and_warps(tokens * kv_heads, block_size)
     # The heads of a part are neighbours in the grid as they are in memory, and every long part starts early.
     _decode[(kv_heads, parts.shape[0])](
         qkv, qkv.stride(0), cos, sin, kv_cache[0], kv_cache[1], block_tables, block_tables.stride(0), parts,
@@ -121,17 +120,19 @@ def decode_attention(
         scale * LOG2_E * (of_keys or 1.0), softcap, of_keys, of_values, KV_HEADS=kv_heads, GROUP=group,
         HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), BLOCK_SIZE=block_size,
         ROWS=max(16, triton.next_power_of_2(group)), WINDOW=window or 0, SOFTCAP=softcap > 0,
-        STAGES=num_stages or usual[0], WORDS=PART_WORDS, num_warps=num_warps or usual[1],
+        STAGES=num_stages, WORDS=PART_WORDS, num_warps=num_warps if block_size <= 64 else 4,
         **early_launch(tokens, "attention"),
     )  # fmt: skip
 
 
-def stages_and_warps(sequences_by_heads: int, block_size: int) -> tuple[int, int]:
-    if block_size > 64:
-        return 2, 4
-    # 512 programs, three to a multiprocessor, are a round and a third; two at a time, as wide, they are two rounds: 64
-    # sequences of 1,120 tokens take 74.9 us for 77.3 on an H200, where 48 and 128 lose 1 %.
-    return (3, 4) if 420 < sequences_by_heads <= 640 else (2, 2)
+def stages_and_warps(sequences_by_heads: int, block_bytes: int, shared_memory: int) -> tuple[int, int]:
+    """The kernel's num_stages and num_warps. block_bytes: of keys and values of one head in a block.
+
+    512 programs, three to a multiprocessor, are a round and a third; two at a time, as wide, they are two rounds: 64
+    sequences of 1,120 tokens take 74.9 us for 77.3 on an H200, where 48 and 128 lose 1 %.
+    """
+    wide = 420 < sequences_by_heads <= 640 and 2 * 3 * block_bytes <= shared_memory
+    return (3, 4) if wide else (2, 2)
 
 
 @dataclass(frozen=True)
