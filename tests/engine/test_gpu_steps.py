@@ -361,7 +361,7 @@ def test_a_long_prompt_whose_keys_are_split_over_programs_yields_the_references_
 
     results = interpreted.generate(engine, [(of, sampling_of(max_tokens=2)) for of in prompts])
 
-    assert split == [layout.tiles] * 3
+    assert split == [layout.tiles] * 2
     assert not scratch.finished.any()
     for prompt, (tokens, _) in zip(prompts, results, strict=True):
         logits = interpreted.logits_of([*prompt, *tokens])[len(prompt) - 1 : -1]

@@ -74,12 +74,11 @@ def plan_tiles(
     for tile, of_tile in zip(tiles, blocks, strict=True):
         each = -(-of_tile // -(-of_tile // most))
         each = -(-each // step) * step
-        begin, count = len(words) // TILE_WORDS, -(-of_tile // each)
-        # Each part has keys that the tile's first token sees, so that no row of a part is without any.
-        if (count - 1) * each * block_size > tile[3]:
-            each, count = of_tile, 1
-        for first in range(0, of_tile, each):
-            words += (*tile, first, min(each, of_tile - first), begin, count)
+        # Each part begins with a key that the tile's first token sees, so that no row of it is without any.
+        begin, count = len(words) // TILE_WORDS, min(-(-of_tile // each), tile[3] // (each * block_size) + 1)
+        for part in range(count):
+            first = part * each
+            words += (*tile, first, each if part + 1 < count else of_tile - first, begin, count)
     return words
 
 
