@@ -240,6 +240,18 @@ def test_decode_attention_writes_and_sees_what_it_should(
     assert not scratch.finished.any()
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 16, 32, 64])
+def test_room_for_the_parts_of_many_sequences_is_room_for_those_of_fewer(kv_heads):
+    # A buffer is made for as many as there may be, and a graph is of some of them.
+    bounds = [max_parts(n, kv_heads) for n in range(1, 400)]
+    assert bounds == sorted(bounds)
+
+    for n in (1, 2, 7, 8, 16, 20, 21, 24, 32, 33, 34, 70, 200):
+        for length in (1, 300, 1120, 4096, 30_000):
+            words = plan_parts(list(range(n)), [length * (1 + i % 3) - 1 for i in range(n)], 64, kv_heads)
+            assert len(words) // PART_WORDS <= bounds[n - 1]
+
+
 def test_wide_programs_of_attention_are_for_where_two_of_them_fit_beside_each_other():
     block = 2 * 64 * 128 * 2
     ways = [decode_module.stages_and_warps(n * 8, block, 227 * 1024) for n in (1, 48, 53, 64, 80, 81, 256)]

@@ -48,16 +48,23 @@ A record without blocks is no work."""
 
 
 def max_parts(num_sequences: int, kv_heads: int) -> int:
-    """Upper bound of the parts that `plan_parts` makes, so that grids and buffers can be fixed."""
-    room = max(PROGRAMS_WANTED // kv_heads, 1)
-    cuts = _cuts(num_sequences, kv_heads)
-    return num_sequences + (EVENING_OUT * room if cuts == 1 else max(room, num_sequences * cuts))
+    """Upper bound of the parts that `plan_parts` makes of so many sequences or fewer, so that grids and buffers can be
+    fixed.
+    """
+    if _cuts(num_sequences, kv_heads) == 1:
+        return num_sequences + EVENING_OUT * max(PROGRAMS_WANTED // kv_heads, 1)
+    return num_sequences + _room(num_sequences, kv_heads) + num_sequences // 2
 
 
 def _cuts(num_sequences: int, kv_heads: int) -> int:
     """Parts that a sequence of mean length is cut into at most, where they are long enough: as many for each."""
+    return max((_room(num_sequences, kv_heads) + num_sequences // 2) // max(num_sequences, 1), 1)
+
+
+def _room(num_sequences: int, kv_heads: int) -> int:
+    """Parts that fill the chip and gain by it."""
     programs = PROGRAMS_GAINING if num_sequences * kv_heads >= GAINING_FROM else PROGRAMS_WANTED
-    return max((programs // kv_heads + num_sequences // 2) // max(num_sequences, 1), 1)
+    return max(programs // kv_heads, 1)
 
 
 def plan_parts(
