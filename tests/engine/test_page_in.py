@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import queue
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ from octavo_engine.core import process
 from octavo_engine.core.channel import Channel
 from octavo_engine.core.messages import Start
 from octavo_engine.loader import page_in
-from octavo_engine.loader.page_in import PageIn, is_cached
+from octavo_engine.loader.page_in import PageIn
 
 PIECE = 2**20
+PAGE = mmap.PAGESIZE
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +38,27 @@ def paged(folder: Path) -> None:
 
 
 def missing(file: Path) -> list[int]:
-    """Pages of the file that are not in the page cache."""
-    descriptor = os.open(file, os.O_RDONLY)
+    """Pages of the file that are not in the page cache, without a read, which would have the kernel read ahead."""
+    libc, size = ctypes.CDLL(None, use_errno=True), file.stat().st_size
+    libc.mmap.restype = ctypes.c_void_p
+    with file.open("r+b") as opened:
+        at = ctypes.c_void_p(libc.mmap(None, ctypes.c_size_t(size), 1, 1, opened.fileno(), ctypes.c_long(0)))
+    there = (ctypes.c_ubyte * -(-size // PAGE))()
     try:
-        return [at for at in range(0, file.stat().st_size, 4096) if not is_cached(descriptor, at)]
+        assert libc.mincore(at, ctypes.c_size_t(size), there) == 0, os.strerror(ctypes.get_errno())
     finally:
-        os.close(descriptor)
+        libc.munmap(at, ctypes.c_size_t(size))
+    return [PAGE * index for index, state in enumerate(there) if not state & 1]
+
+
+def drop(file: Path) -> None:
+    """Out of the page cache, whole: a page that another processor has just written may stay at the first time."""
+    with file.open("rb") as opened:
+        for _ in range(50):
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if PAGE * len(missing(file)) >= file.stat().st_size:
+                return
+            time.sleep(0.01)
 
 
 @pytest.fixture
@@ -50,7 +69,7 @@ def folder(tmp_path: Path) -> Path:
             file.write(os.urandom(1000) * (size // 1000) + b"x" * (size % 1000))
             file.flush()
             os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        drop(tmp_path / name)
     if not missing(tmp_path / "model-1.safetensors"):
         pytest.skip("this file system keeps its files in memory")
     return tmp_path
