@@ -78,7 +78,11 @@ def _bring(file: Path, offset: int, num_bytes: int, buffer: bytearray) -> None:
 
 
 def is_cached(descriptor: int, offset: int) -> bool:
-    """Whether this byte can be had without waiting; False where the file system does not say."""
+    """Whether this byte can be had without waiting; False where the file system does not say.
+
+    True as well where a very fast disk has read it meanwhile, once in forty times on a virtual one: the loader reads
+    the rest of such a piece itself. (mincore would know, but says yes to all of a file that is another user's.)
+    """
     try:
         return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
     except OSError:
