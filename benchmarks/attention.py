@@ -30,7 +30,7 @@ from octavo_engine.kernels.gpu.prefill_attention import (
     prefill_attention,
 )
 from octavo_engine.kernels.gpu.prefill_attention import Scratch as TileScratch
-from octavo_engine.kernels.gpu.prefill_attention_hopper import KEYS, takes
+from octavo_engine.kernels.gpu.prefill_attention_hopper import takes
 from octavo_engine.kernels.kv_scales import stored
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -176,8 +176,8 @@ def _chunk(tokens: int) -> dict[str, float]:
     runs: dict[str, Callable[[], object]] = {}
     for name, (wide, room) in ways.items():
         loads = [CacheLoads.of(cache, wide) for cache in caches]
-        step = KEYS // BLOCK_SIZE if wide else 1
-        words = plan_tiles([Chunk(0, 0, BEHIND, tokens)], loads[0].tile_rows, BLOCK_SIZE, room, step)
+        one = [Chunk(0, 0, BEHIND, tokens)]
+        words = plan_tiles(one, loads[0].tile_rows, BLOCK_SIZE, room, loads[0].tile_step)
         tiles = torch.tensor(words, device="cuda").int().view(-1, TILE_WORDS)
 
         def run(loads: list[CacheLoads] = loads, tiles: torch.Tensor = tiles) -> None:

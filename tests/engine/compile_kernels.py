@@ -246,7 +246,7 @@ def compile_for_hopper(target: GPUTarget) -> Iterator[tuple[str, int]]:
             **HEADS, "SPLIT": not window, "DIM": dim, "BLOCK_SIZE": block_size,
             "KEYS": prefill_attention_hopper.KEYS, "WINDOW": window, "STAGES": prefill_attention_hopper.STAGES,
             "REGISTERS": prefill_attention_hopper.REGISTERS,
-            "WORDS": TILE_WORDS, "EARLY": False, "LATE": False,
+            "WORDS": TILE_WORDS, "EARLY": False,
         }  # fmt: skip
         yield f"prefill_hopper_{dim}_{block_size}_{window}", compile_one(kernel, types, values, 4, target)
 

@@ -399,8 +399,8 @@ def test_chunks_of_long_prompts_are_the_same_bits_each_time(heads, kv_heads, dim
         pytest.skip("no Hopper is here, or it does not take such heads")
     loads = [CacheLoads.of(cache, wide) for cache in caches]
     qkv = random(count, (heads + 2 * kv_heads) * dim)
-    step = max(prefill_attention_hopper.KEYS // block_size, 1) if wide else 1
-    words = plan_tiles(chunks, loads[0].tile_rows, block_size, prefill_module.parts_wanted(heads, wide), step)
+    room = prefill_module.parts_wanted(heads, wide)
+    words = plan_tiles(chunks, loads[0].tile_rows, block_size, room, loads[0].tile_step)
     assert max(words[7::TILE_WORDS]) > 1
     tiles = ints([*words, *[0] * 16]).view(-1, TILE_WORDS)
     scratch = prefill_module.Scratch.allocate(heads, dim, DEVICE)

@@ -76,6 +76,7 @@ class GpuDecoder:
         self._tensors = tensors
         self._cos, self._sin = cos, sin
         self._kv_cache = kv_cache
+        self._block_bytes = 2 * kv_cache[0, 0, 0, 0].nbytes
         self._kv_scales = kv_scales or [UNSCALED] * config.num_layers
         self._token_ids, self._block_tables = token_ids, block_tables
         self._layers = [
@@ -137,7 +138,7 @@ class GpuDecoder:
     @property
     def wide_tile_step(self) -> int:
         """Blocks of keys that a wide tile reads at a time."""
-        return max(prefill_attention_hopper.KEYS // self._kv_cache.shape[4], 1)
+        return self._wide_loads[0].tile_step if self._wide_loads else 1
 
     def forward(self, step: DeviceStep) -> Tensor:
         """Logits of the tokens that yield some, [m, vocab], in a buffer that the next call overwrites.
@@ -246,9 +247,7 @@ class GpuDecoder:
 
     def attention_shape(self, decodes: int) -> tuple[int, int]:
         """Stages and warps of the attention of so many decodes."""
-        _, _, _, kv_heads, block_size, dim = self._kv_cache.shape
-        block_bytes = 2 * block_size * dim * self._kv_cache.element_size()
-        return stages_and_warps(decodes * kv_heads, block_bytes, self._shared_memory)
+        return stages_and_warps(decodes * self.config.num_kv_heads, self._block_bytes, self._shared_memory)
 
     def _shape(self, tokens: int, outputs: int, inputs: int, gated: bool = False) -> Shape:
         return choose_shape(tokens, outputs, inputs, gated, self._shared_memory)

@@ -42,8 +42,7 @@ class Tiling:
 
     def of(self, prompt_tokens: int) -> tuple[int, int]:
         """(tokens of a tile, room) of a step."""
-        wide = self.wide and self.is_wide(prompt_tokens)
-        return (self.wide, self.wide_room) if self.wide and wide else (self.tokens, self.room)
+        return (self.wide, self.wide_room) if self.wide and self.is_wide(prompt_tokens) else (self.tokens, self.room)
 
     def step(self, prompt_tokens: int) -> int:
         """Blocks of a part are a multiple of this."""

@@ -56,7 +56,7 @@ def plan_tiles(
     """TILE_WORDS for each tile or part of one, tiles with most keys first.
 
     room: parts of tiles that fill the chip (`parts_wanted`); tiles of which two would fit are split, into no more parts
-    than that. 0: none is. step: blocks that the kernel reads at a time.
+    than that. 0: none is. step: blocks that the kernel reads at a time (`CacheLoads.tile_step`).
     """
     tiles = [
         (c.token + at, min(rows, c.count - at), c.row, c.position + at)
@@ -137,6 +137,11 @@ class CacheLoads:
     @property
     def tile_rows(self) -> int:
         return hopper.ROWS if self.wide else TILE_ROWS
+
+    @property
+    def tile_step(self) -> int:
+        """Blocks of keys that the kernel reads at a time."""
+        return hopper.KEYS // int(self.keys.block_shape[0]) if self.wide else 1
 
 
 def stages_for(block_size: int, dim: int, wanted: int) -> int:
