@@ -161,7 +161,7 @@ def test_an_upgrade_brings_the_new_definition_and_restarts_no_engine(world, load
 
     assert "restart" not in json.loads(refused)["spec"]  # the definition before did not have it
     assert "restarts the pods once" in schema
-    wait_for(lambda: is_ready(world), "the server to be Ready still", 30)
+    wait_for(lambda: is_ready(world), "the server to be Ready still", 90)
     assert engines(world) == before
 
 
@@ -201,7 +201,7 @@ def test_a_namespace_goes_while_no_operator_is_there(world):
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "doomed", "labels": RESTRICTED}}
     world.kubectl("apply", "-f", "-", stdin=json.dumps(namespace))
     serve(world, "doomed", "lost")
-    wait_for(lambda: get(world, "pods", "-n", "doomed"), "its pod", 30)
+    wait_for(lambda: get(world, "pods", "-n", "doomed"), "its pod", 90)
     world.kubectl("scale", "deployment/octavo-operator", "-n", SYSTEM, "--replicas=0")
     selector = "app.kubernetes.io/name=octavo-operator"
     wait_for(lambda: not get(world, "pods", "-n", SYSTEM, "-l", selector), "the operators to be gone", 60)

@@ -18,6 +18,7 @@ pytest.importorskip("torch")
 import models
 from octavo_engine import AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams, StructuredOutputsParams
 from octavo_engine.async_llm import EngineDeadError
+from waiting import wait_for
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 LONG = SamplingParams(temperature=0.0, max_tokens=2000, ignore_eos=True)
@@ -31,11 +32,7 @@ def llm() -> Iterator[AsyncLLM]:
 
 
 async def idle(llm: AsyncLLM) -> None:
-    for _ in range(200):
-        if not llm._llm._engine.has_work:
-            return
-        await asyncio.sleep(0.02)
-    raise TimeoutError("the engine still works")
+    await asyncio.to_thread(wait_for, lambda: not llm._llm._engine.has_work, "the engine to have no work", every_s=0.02)
 
 
 async def outputs_of(
@@ -94,7 +91,7 @@ async def test_an_abort_ends_the_generator_with_what_there_is(llm) -> None:
     await asyncio.sleep(0.3)
 
     await llm.abort("mine")
-    last = (await asyncio.wait_for(task, 10))[-1]
+    last = (await asyncio.wait_for(task, 60))[-1]
 
     assert (last.finished, last.outputs[0].finish_reason) == (True, "abort")
     await idle(llm)
@@ -140,7 +137,7 @@ async def test_an_engine_that_is_shut_down_says_so_to_everybody() -> None:
     llm.shutdown()
 
     with pytest.raises(EngineDeadError, match="shut down"):
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, 60)
     with pytest.raises(EngineDeadError, match="shut down"):
         await outputs_of(llm, "x", GREEDY)
     with pytest.raises(EngineDeadError, match="shut down"):

@@ -140,5 +140,5 @@ def test_the_engine_process_begins_when_it_is_told_of_the_model(monkeypatch):
         with pytest.raises(SystemExit):
             process._read(Channel(theirs), inbox, begun.append)
 
-    assert inbox.get(timeout=1) == start
+    assert inbox.get(timeout=60) == start
     assert begun == [start]

@@ -152,11 +152,11 @@ HOSTILE = {
 
 @pytest.mark.parametrize("params", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_grammar_is_compiled_or_refused_in_bounded_time(params: dict[str, Any]) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with contextlib.suppress(StructuredOutputsError):
         check(grammar_of(StructuredOutputsParams(**params)))
 
-    assert time.monotonic() - began < 4.0
+    assert time.process_time() - began < 4.0
 
 
 def test_objects_are_closed_where_asked_and_only_where_properties_are_named() -> None:

@@ -33,7 +33,8 @@ def test_an_operator_killed_in_the_middle_of_it_is_followed_by_one_that_ends_it(
 
 
 def test_of_two_operators_one_works_and_the_other_takes_over_when_it_dies(stage, start):
-    first, second = start("one", 18091), start("two", 18092)
+    # Long enough a lease that a busy machine renews it in time.
+    first, second = (start(name, port, OCTAVO_LEASE_SECONDS="6") for name, port in (("one", 18091), ("two", 18092)))
     wait_for(lambda: "leading identity" in first.log() + second.log(), "one to lead")
     if "leading identity" in second.log():
         first, second = second, first
@@ -52,8 +53,8 @@ def test_of_two_operators_one_works_and_the_other_takes_over_when_it_dies(stage,
     assert waits
     assert still_waits
     assert looked == 0
-    print(f"takeover after a kill: {took_s:.1f} s with a lease of 3 s")
-    assert took_s < 8
+    print(f"takeover after a kill: {took_s:.1f} s with a lease of 6 s")
+    assert took_s < 20  # 4 s on a quiet machine
     assert stage.api.get(LEASE)["spec"]["holderIdentity"] == second.identity
 
 

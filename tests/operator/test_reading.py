@@ -142,12 +142,12 @@ async def test_engines_are_asked_at_once_and_slow_ones_do_not_hold_up_the_look(s
         return web.Response(body=json.dumps(engine(Stage.READY).to_dict()))
 
     await serve(answer)
-    slow = [pod(f"slow-{n}", running=True, ip="127.0.0.2") for n in range(5)]
+    slow = [pod(f"slow-{n}", running=True, ip="127.0.0.2") for n in range(20)]
     started = asyncio.get_running_loop().time()
     found = await ask(RUNNING, *slow)
 
     assert list(found) == ["p"]
-    assert asyncio.get_running_loop().time() - started < 1
+    assert asyncio.get_running_loop().time() - started < 3  # one after the other they would take six
 
 
 async def test_pods_that_do_not_run_are_not_asked(serve):

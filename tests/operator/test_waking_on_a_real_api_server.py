@@ -306,7 +306,7 @@ def test_a_server_with_a_policy_is_woken_and_its_port_is_kept_to_those_whom_it_l
     own = wait_for(lambda: stage.get("networkpolicies", "qwen"), "its own policy")
     stage.wait_condition("Wakeable", "True", "ByRequest")
     waiting = asleep.ask(body={"n": 1})
-    wait_for(lambda: replicas(stage) == 1, "the wake", 30)
+    wait_for(lambda: replicas(stage) == 1, "the wake")
     asleep.up()
     code, _ = ends(waiting)
     stage.api.request("DELETE", f"{POLICIES}/octavo-activator-ports")

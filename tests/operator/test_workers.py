@@ -53,7 +53,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(module, "FIRST_RETRY_S", 0.01)
 
 
-async def until(condition, timeout_s: float = 2.0):
+async def until(condition, timeout_s: float = 60.0):
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 -- what is waited for is inside the code under test
             await asyncio.sleep(0.001)

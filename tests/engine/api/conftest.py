@@ -130,7 +130,7 @@ class Server:
         """End it if it still runs; its log."""
         if self.process.poll() is None:
             self.process.kill()
-        _, log = self.process.communicate(timeout=10)
+        _, log = self.process.communicate(timeout=60)
         return log
 
 

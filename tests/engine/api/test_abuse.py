@@ -186,7 +186,7 @@ LINES = [
 
 def raw(server: Any, data: bytes) -> bytes:
     """What comes back on a connection of its own until it is closed, or nothing more does."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
         sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
         got = b""

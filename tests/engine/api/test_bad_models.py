@@ -262,7 +262,7 @@ def test_the_whole_model_would_have_been_served(folder: Path):
 )
 def test_octavo_plan_tells_what_fits_with_the_same_statuses(folder: Path, flags: list[str], status: int, words: str):
     command = [sys.executable, "-m", "octavo_engine.cli", "plan", str(folder), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
 
     assert done.returncode == status, done.stderr
     assert words in done.stdout + done.stderr

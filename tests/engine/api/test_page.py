@@ -35,7 +35,7 @@ ECHO = (
 
 def get(url: str) -> tuple[int, Any, str]:
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             return answer.status, answer.headers, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.headers, error.read().decode()
@@ -364,7 +364,7 @@ def test_the_engine_is_watched_while_it_works(page, start) -> None:
 
 @pytest.mark.browser
 def test_loading_shows_its_progress_and_becomes_ready_by_itself(page, start) -> None:
-    server = start(script={"load_s": 4}, ready=False).wait_bound()
+    server = start(script={"load_s": 8}, ready=False).wait_bound()
     for _ in range(300):
         try:
             page.goto(server.url)

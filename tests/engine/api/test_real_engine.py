@@ -39,7 +39,7 @@ class Real:
     certificate: Path
 
     def statusz(self) -> dict[str, Any]:
-        with urllib.request.urlopen(self.management_url + "/statusz", timeout=5) as answer:
+        with urllib.request.urlopen(self.management_url + "/statusz", timeout=60) as answer:
             document: dict[str, Any] = json.load(answer)
             return document
 

@@ -38,7 +38,7 @@ async def raw(server: Any, head: bytes, body: bytes = b"") -> tuple[int, str]:
         await writer.drain()
     answer = b""
     with contextlib.suppress(ConnectionError, TimeoutError):
-        answer = await asyncio.wait_for(_whole_answer(reader), 5)
+        answer = await asyncio.wait_for(_whole_answer(reader), 60)
     writer.close()
     match = re.match(rb"HTTP/1\.\d (\d+) ", answer)
     return int(match[1]) if match else 0, answer.decode("latin-1")
@@ -227,11 +227,12 @@ MANY: Any = [{"role": "user", "content": "x" * 10}] * 2000
     ],
 )
 def test_a_rendering_that_takes_too_long_is_ended(source: str) -> None:
-    begun = time.monotonic()
+    # Seconds of this thread: what bounds a rendering, and what a machine that does other things does not lengthen.
+    begun = time.thread_time()
     with pytest.raises(TemplateRefusedError):
         template(source).render(MANY)
 
-    assert time.monotonic() - begun < 2
+    assert time.thread_time() - begun < 2
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def post(server: Any, path: str = "/v1/completions", **body: Any) -> tuple[int, 
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(server.url + path, json.dumps({**ASK, **body}).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -64,7 +64,7 @@ def test_cached_tokens_are_told_when_asked_for_and_else_not(start) -> None:
 def test_the_description_of_the_api_can_be_left_out(start, server) -> None:
     def status(running: Any, path: str) -> int:
         try:
-            with urllib.request.urlopen(running.url + path, timeout=5) as answer:
+            with urllib.request.urlopen(running.url + path, timeout=60) as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             error.close()
@@ -262,7 +262,7 @@ def test_the_line_to_paste_works_on_a_unix_socket(model_folder: Path, tmp_path: 
 def octavo(*arguments: str, stdin: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "engine"), **environ}
     command = [sys.executable, "-m", "octavo_engine.cli", *arguments]
-    return subprocess.run(command, input=stdin, env=environment, capture_output=True, text=True, timeout=30)
+    return subprocess.run(command, input=stdin, env=environment, capture_output=True, text=True, timeout=60)
 
 
 def test_complete_answers_each_line_of_its_input(server) -> None:
