@@ -1,8 +1,10 @@
 """Find the fastest shapes of kernels/gpu/small_linear.py for a model's products, beside cuBLAS.
 
-    PYTHONPATH=engine python benchmarks/tune_small_linear.py [--tokens 1,8,16,32,64] [--output FILE]
+    PYTHONPATH=engine python benchmarks/tune_small_linear.py [--tokens 1,8,16,32,64,96,128] [--output FILE]
 
-Each candidate runs over several weight matrices in a CUDA graph, so that none of them is found in the L2 cache.
+Each candidate runs over several weight matrices in a CUDA graph, so that none of them is found in the L2 cache. cuBLAS
+does what its road does beside the product: gate and up are activated, and a branch's end is added to the residual and
+normed.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from pathlib import Path
 import torch
 import triton
 
-from octavo_engine.kernels.gpu.small_linear import Partial, Shape, num_shares, small_linear
+from octavo_engine.kernels.gpu.act_mul import act_mul
+from octavo_engine.kernels.gpu.cublas import Products
+from octavo_engine.kernels.gpu.norm import rms_norm
+from octavo_engine.kernels.gpu.small_linear import MAX_SPLIT_OUTPUTS, Partial, Shape, num_shares, small_linear
 
 # name: outputs, inputs, gated, ends a residual branch
 PRODUCTS = {
@@ -44,18 +49,23 @@ def candidates(tokens: int, outputs: int, inputs: int, gated: bool) -> list[Shap
                 found.append(Shape(width, depth, stages, warps))
         return found
     columns = max(16, triton.next_power_of_2(tokens))
-    for rows, depth, splits in itertools.product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8)):
+    # Many tokens want many rows: they are read once for each program, from a cache of some 6 TB/s that the weights pass
+    # through as well.
+    for rows, depth, splits in itertools.product((16, 32, 64, 128, 256), (32, 64, 128, 256), (1, 2, 4, 8)):
         width = rows // 2 if gated else rows
         tile = (rows + columns) * depth * 2
         programs = outputs // width * splits
         if width < 16 or rows < columns // 2 or rows > 8 * columns or not 8192 <= tile <= 65536:
             continue
-        if inputs % (splits * depth) or not 120 <= programs <= (2100 if splits == 1 else 600):
+        if inputs % (splits * depth) or (splits > 1 and outputs * rows // width * splits > MAX_SPLIT_OUTPUTS):
+            continue
+        if not 100 <= programs <= (2100 if splits == 1 else 600):
             continue
         # As many stages as fit where one, two or three programs share a multiprocessor.
         for stages in sorted({min(8, budget // tile, inputs // splits // depth) for budget in SHARES_OF_MEMORY}):
             if stages >= 2 and tile * stages >= 32_000:
-                many = (2, 4) if rows <= 32 else (4,) if rows == 64 else (4, 8)
+                # Of 255 registers a thread has, 32 to 128 hold its part of the sums.
+                many = (2, 4) if rows <= 32 else (4,) if rows == 64 else (4, 8) if rows * columns <= 8192 else (8,)
                 found += [Shape(width, depth, stages, warps, splits) for warps in many]
     return found
 
@@ -77,6 +87,7 @@ class Case:
         self.residual, self.norm = random(tokens, outputs), random(outputs)
         self.shares_in = torch.rand(128, tokens, device="cuda")
         self.partial = Partial.allocate(tokens, torch.device("cuda"))
+        self.products = Products(torch.device("cuda"))
         self.tokens = tokens
 
     def call(self, shape: Shape, weight: torch.Tensor) -> None:
@@ -93,7 +104,13 @@ class Case:
             )  # fmt: skip
 
     def cublas(self, weight: torch.Tensor) -> None:
-        torch.mm(self.x, weight.t(), out=self.wide)
+        if self.ends:
+            self.products.add(self.x, weight, self.residual)
+            rms_norm(self.residual, self.norm, self.out, 1e-5)
+            return
+        self.products.mm(self.x, weight, self.wide)
+        if self.gated:
+            act_mul(self.wide, self.out, "silu")
 
 
 def compile_all(job: tuple[str, int, list[Shape]]) -> None:
