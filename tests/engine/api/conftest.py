@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,8 @@ from typing import Any
 import aiohttp
 import pytest
 import tokenizers
+
+from ports import free_port
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -204,12 +205,6 @@ def start_real(smollm2_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
 async def http() -> Iterator[aiohttp.ClientSession]:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE_S)) as session:
         yield session
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:

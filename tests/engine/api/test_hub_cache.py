@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import pytest
 import models
 from hub import COMMIT, Hub, running_hub, set_faults
 from octavo_engine.status import FailureCode
+from ports import free_port
 
 HERE = Path(__file__).parent
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -39,12 +39,6 @@ def hub(tmp_path: Path, model_folder: Path) -> Iterator[Hub]:
     (folder / "org/gated/gated").touch()
     with running_hub(folder) as server:
         yield server
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class Server:

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import pytest
 
 import models
 from octavo_engine.status import ExitStatus, Failure, FailureCode
+from ports import free_port
 from waiting import is_gone, wait_for
 
 pytestmark = pytest.mark.slow
@@ -72,12 +72,6 @@ def real(tmp_path: Path) -> Iterator[Real]:
     finally:
         process.kill()
         process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @pytest.fixture
