@@ -35,7 +35,7 @@ def test_the_client_streams_an_answer_from_octavo_serve():
         answer = run("examples/client.py", "http://localhost:18400/v1")
     finally:
         server.terminate()
-        status = server.wait(30)
+        status = server.wait(60)
 
     assert answer.strip()
     assert status == 0

@@ -108,7 +108,7 @@ def test_an_applied_server_becomes_ready_and_tells_its_stages(installed):
     applied = time.monotonic()
     installed.kubectl("apply", "-f", str(ROOT / "examples/smollm2.yaml"))
 
-    wait_for(lambda: pods(installed), "a pod", 10, every_s=0.05)
+    wait_for(lambda: pods(installed), "a pod", every_s=0.05)
     until_pod_s = time.monotonic() - applied
     seen: list[str] = []
 
@@ -122,7 +122,7 @@ def test_an_applied_server_becomes_ready_and_tells_its_stages(installed):
     document = wait_for(watch, "the server to be Ready", 180)
 
     # kubectl itself takes a good part of this; tests/operator measures the operator's own share.
-    assert until_pod_s < 5
+    assert until_pod_s < 20
     assert seen[-1] == "ready"
     assert len(seen) >= 2, f"the status never showed a stage before ready: {seen}"
     engine = document["status"]["engine"]

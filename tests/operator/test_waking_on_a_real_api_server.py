@@ -244,7 +244,7 @@ def test_an_activator_that_is_asked_to_end_answers_first_whom_it_holds(asleep, s
     runs = activators[0].process.poll() is None
     asleep.up()
     answer = ends(waiting)
-    status = activators[0].process.wait(30)
+    status = activators[0].process.wait(60)
     activators[0] = Activator(cluster, ADDRESSES[0], OCTAVO_ACTIVATOR_REQUESTS_PER_SERVER=str(FULL))
     activators[0].wait_serving()
 

@@ -237,7 +237,7 @@ def test_the_whole_model_would_have_been_served(folder: Path):
             except subprocess.TimeoutExpired:
                 continue
         process.terminate()
-        assert process.wait(20) == ExitStatus.OK
+        assert process.wait(60) == ExitStatus.OK
     finally:
         process.kill()
         process.wait()

@@ -177,7 +177,7 @@ def on_a_terminal(*flags: str, folder: Path, **environ: str) -> tuple[str, str]:
                 break
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
         os.close(ours)
     return shown, said
 
