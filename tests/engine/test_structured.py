@@ -190,7 +190,7 @@ def begin(matchers: Matchers, text: str, **gate: Any) -> Matcher:
 
 
 def wait(matchers: Matchers, matcher: Matcher) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not matcher.ready and time.monotonic() < deadline:
         matchers.settle(0.1, grammars=True)
     assert matcher.ready

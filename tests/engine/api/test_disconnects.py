@@ -82,7 +82,7 @@ async def test_hanging_up_ends_a_request_wherever_it_is(tight, many, state, stre
             await answer.read()
 
     tasks = [asyncio.create_task(ask()) for _ in range(clients)]
-    for _ in range(2000):
+    for _ in range(12000):
         if await asyncio.to_thread(reached, tight, since):
             break
         await asyncio.sleep(0.01)
@@ -118,7 +118,7 @@ async def test_when_to_come_again_is_the_schedulers_own_prediction(start, many) 
     server = start("--max-num-seqs=1", "--max-num-queued-reqs=1", script={"step_s": 0.02, "predicted_queue_s": 7.2})
     body = {"prompt": "x" * 50, "max_tokens": 400, "ignore_eos": True}
     tasks = [asyncio.create_task(many.post(server.url + TEXT, json=body)) for _ in range(2)]
-    for _ in range(2000):
+    for _ in range(12000):
         if load(server)["waiting"] == 1:
             break
         await asyncio.sleep(0.01)

@@ -154,7 +154,7 @@ def say(page: Any, text: str, *, wait: bool = True) -> None:
 
 def until(page: Any, expression: str) -> None:
     """Not wait_for_function: it evaluates inside the page, whose policy forbids that."""
-    for _ in range(600):
+    for _ in range(2400):
         if page.evaluate(expression):
             return
         page.wait_for_timeout(50)

@@ -61,7 +61,7 @@ def real(tmp_path: Path) -> Iterator[Real]:
     process = subprocess.Popen(command)
     server = Real(process, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{management}", certificate)
     try:
-        for _ in range(600):
+        for _ in range(2400):
             assert process.poll() is None, f"the server ended with {process.returncode}"
             try:
                 urllib.request.urlopen(server.management_url + "/readyz", timeout=1).close()
@@ -88,7 +88,7 @@ async def events(http: aiohttp.ClientSession, server: Real, prompt: str, **body:
 
 
 async def wait_running(server: Real, count: int) -> None:
-    for _ in range(600):
+    for _ in range(2400):
         if server.statusz()["load"]["running"] >= count:
             return
         await asyncio.sleep(0.05)
@@ -97,7 +97,7 @@ async def wait_running(server: Real, count: int) -> None:
 
 async def wait_idle(server: Real) -> None:
     """Soon nothing runs, nothing waits and no block is held. A step of many prompts takes a busy machine seconds."""
-    for _ in range(1200):
+    for _ in range(2400):
         load = server.statusz()["load"]
         if load["running"] == load["waiting"] == 0 and load["kv_usage"] == 0:
             return

@@ -164,7 +164,7 @@ def on_a_terminal(*flags: str, folder: Path, **environ: str) -> tuple[str, str]:
         [*command, "--port=0", "--management-port=0"], env=environment, stderr=theirs, stdout=theirs
     )
     os.close(theirs)
-    shown, said, deadline = "", "", time.monotonic() + 30
+    shown, said, deadline = "", "", time.monotonic() + 120
     try:
         while time.monotonic() < deadline:
             if select.select([ours], [], [], 0.1)[0]:
