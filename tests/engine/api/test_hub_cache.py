@@ -135,14 +135,16 @@ def test_ctrl_c_ends_a_download_at_once_and_without_a_word(hub: Hub, tmp_path: P
     """Threads that download were waited for: fifty seconds of a slow model."""
     set_faults(hub, bytes_per_s=20000)
     command = [sys.executable, "-m", "octavo_engine", "download", "org/name", f"--model-store={tmp_path / 'store'}"]
-    process = subprocess.Popen(command, env=environment(hub, tmp_path), stderr=subprocess.PIPE, text=True)
-    assert process.stderr
-    while "MB" not in (line := process.stderr.readline()):  # bytes come
-        assert line
-    process.send_signal(signal.SIGINT)
-
-    assert process.wait(25) == -signal.SIGINT
-    assert "Traceback" not in process.communicate()[1]
+    with subprocess.Popen(command, env=environment(hub, tmp_path), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        while "MB" not in (line := process.stderr.readline()):  # bytes come
+            assert line
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(25) == -signal.SIGINT
+        finally:
+            process.kill()
+        assert "Traceback" not in process.stderr.read()
 
 
 def as_another_user(command: list[str]) -> list[str]:
