@@ -12,9 +12,9 @@ import asyncio
 import json
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import aiohttp
@@ -104,6 +104,7 @@ class Refusal:
     message: str
 
 
+T = TypeVar("T")
 Observer = Callable[[str, str, int], None]
 """Told of each answer: verb, kind and HTTP status (0: none came)."""
 
@@ -287,6 +288,20 @@ class Cluster:
         )
         content: bytes = await answer.read()
         return answer.status, content, _retry_after(answer.status, answer.headers)
+
+
+async def together(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all of these find, asked at once. When one fails, the others are ended before its error is raised.
+
+    They would go on otherwise, and ask a busy API server again beside those that are asked after the error.
+    """
+    tasks = [asyncio.ensure_future(one) for one in asked]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _retry_after(status: int, headers: Mapping[str, str]) -> float | None:

@@ -6,12 +6,11 @@ Called by reconcile.py and doctor.py.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from octavo_operator.cluster import Cluster, UnavailableError
+from octavo_operator.cluster import Cluster, UnavailableError, together
 from octavo_operator.monitoring import PROMETHEUSES, SELECTORS, Monitoring, alerts_of
 from octavo_operator.settings import Settings
 
@@ -25,7 +24,7 @@ class Neighbours:
         self._sees_prometheuses = not settings.watch_namespaces
 
     async def kinds(self, wanted: Collection[str]) -> frozenset[str]:
-        known = await asyncio.gather(*(self._cluster.knows(kind) for kind in wanted))
+        known = await together(self._cluster.knows(kind) for kind in wanted)
         return frozenset(kind for kind, is_known in zip(wanted, known, strict=True) if is_known)
 
     async def monitoring(self) -> Monitoring:

@@ -20,7 +20,7 @@ from octavo_operator.announce import Announcement, announcements
 from octavo_operator.cache import WATCHED, Cache, Seen
 from octavo_operator.causes import About, Cause, Wanted, alteration, not_scaling, refusal_of_object, refusal_of_pods
 from octavo_operator.changes import Altered, Changes, changes, may_be_applied
-from octavo_operator.cluster import Cluster, Refusal, UnavailableError
+from octavo_operator.cluster import Cluster, Refusal, UnavailableError, together
 from octavo_operator.conditions import Finding, View, conditions, conditions_of_invalid
 from octavo_operator.desired import objects
 from octavo_operator.desired.cache import store_claim
@@ -265,7 +265,7 @@ class Reconciler:
         return replace(rollout, held=None)  # nothing is left of it: the new revision goes on trying
 
     async def _get(self, kinds: Sequence[str], key: Key) -> dict[str, dict[str, Any]]:
-        found = await asyncio.gather(*(self._cluster.get(kind, *key) for kind in kinds))
+        found = await together(self._cluster.get(kind, *key) for kind in kinds)
         return {kind: document for kind, document in zip(kinds, found, strict=True) if document is not None}
 
     async def _look_at_prefetch(self, key: Key, server: Server) -> tuple[Replica, ...]:
@@ -286,7 +286,7 @@ class Reconciler:
         fields = "involvedObject.kind=Pod,type=Warning,involvedObject.name="
         engines, events = await asyncio.gather(
             self._engines.statuses(world.pods),
-            asyncio.gather(*(self._cluster.list("Event", key[0], fields=fields + pod.name) for pod in late)),
+            together(self._cluster.list("Event", key[0], fields=fields + pod.name) for pod in late),
         )
         read = observed.read_events(event for found in events for event in found)
         known = self._known.setdefault(key, _Known())

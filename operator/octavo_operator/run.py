@@ -145,8 +145,10 @@ async def _tend(settings: Settings, reconciler: Reconciler, workers: Workers, sw
     """
     sweep_at = time.monotonic() + settings.resync_s
     deaf: set[str] = set()
+    pause_s = wait_s = min(KINDS_POLL_S, settings.resync_s)
     while True:
-        await asyncio.sleep(min(KINDS_POLL_S, settings.resync_s))
+        await asyncio.sleep(wait_s)
+        wait_s = pause_s
         try:
             if await reconciler.learn():
                 for key in workers.keys:
@@ -160,6 +162,7 @@ async def _tend(settings: Settings, reconciler: Reconciler, workers: Workers, sw
                 deaf = lost
         except UnavailableError as error:
             log.warning("the servers could not be listed: %s", error)
+            wait_s = max(pause_s, error.retry_after_s)
 
 
 async def _first(*coroutines: object) -> int:

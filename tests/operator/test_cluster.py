@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
@@ -10,7 +12,8 @@ from aiohttp.test_utils import TestServer
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
 
-from octavo_operator.cluster import PATIENCE_S, Cluster, Refusal, UnavailableError
+from octavo_operator import run
+from octavo_operator.cluster import PATIENCE_S, Cluster, Refusal, UnavailableError, together
 
 SERVER = {"kind": "Service", "metadata": {"namespace": "ns", "name": "a"}}
 LEASE = {"kind": "Lease", "metadata": {"namespace": "ns", "name": "a", "resourceVersion": "1"}}
@@ -78,6 +81,44 @@ async def test_a_busy_api_server_is_left_alone_in_the_end_and_the_error_says_for
     assert PATIENCE_S - 2.5 <= sum(world.slept) <= PATIENCE_S
     assert caught.value.retry_after_s == 2
     assert str(caught.value) == "apply services: told 429"
+
+
+async def test_what_is_asked_together_ends_together():
+    """One of two questions went on asking a busy API server beside the next one of its kind."""
+    told = []
+
+    async def refused():
+        raise UnavailableError("busy")
+
+    async def waits():
+        try:
+            await asyncio.sleep(600)
+        finally:
+            told.append("ended")
+
+    with pytest.raises(UnavailableError):
+        await together([refused(), waits()])
+
+    assert told == ["ended"]
+
+
+async def test_after_a_busy_api_servers_last_word_the_next_look_for_kinds_waits_as_well(monkeypatch):
+    slept = []
+
+    async def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 3:
+            raise asyncio.CancelledError
+
+    class Busy:
+        async def learn(self):
+            raise UnavailableError("told 429", 429, 30.0)
+
+    monkeypatch.setattr(run.asyncio, "sleep", sleep)
+    with pytest.raises(asyncio.CancelledError):
+        await run._tend(SimpleNamespace(resync_s=1.0), Busy(), None, None)
+
+    assert slept == [1.0, 30.0, 30.0]
 
 
 @pytest.mark.parametrize(
