@@ -151,7 +151,8 @@ def test_a_pod_that_is_told_to_end_is_draining_at_once(stage):
     def told():
         return next((p for p in stage.status().get("pods", []) if p["name"] == pod["metadata"]["name"]), {})
 
-    wait_for(lambda: told().get("stage") == "draining", "the stage")
+    # A settled server is looked at by itself after 20 s.
+    wait_for(lambda: told().get("stage") == "draining", "the stage", 15)
     assert stage.condition("Ready")["status"] == "False"
 
 
