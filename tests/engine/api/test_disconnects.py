@@ -10,6 +10,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from waiting import wait_for
+
 TEXT = "/v1/completions"
 SLOW = {"temperature": 1, "ignore_eos": True, "max_tokens": 450}
 
@@ -82,12 +84,7 @@ async def test_hanging_up_ends_a_request_wherever_it_is(tight, many, state, stre
             await answer.read()
 
     tasks = [asyncio.create_task(ask()) for _ in range(clients)]
-    for _ in range(12000):
-        if await asyncio.to_thread(reached, tight, since):
-            break
-        await asyncio.sleep(0.01)
-    else:
-        pytest.fail(f"never {state}: {load(tight)}")
+    await asyncio.to_thread(wait_for, lambda: reached(tight, since), state, every_s=0.01)
     assert not any(task.done() for task in tasks)
     for task in tasks:
         task.cancel()
@@ -118,10 +115,7 @@ async def test_when_to_come_again_is_the_schedulers_own_prediction(start, many) 
     server = start("--max-num-seqs=1", "--max-num-queued-reqs=1", script={"step_s": 0.02, "predicted_queue_s": 7.2})
     body = {"prompt": "x" * 50, "max_tokens": 400, "ignore_eos": True}
     tasks = [asyncio.create_task(many.post(server.url + TEXT, json=body)) for _ in range(2)]
-    for _ in range(12000):
-        if load(server)["waiting"] == 1:
-            break
-        await asyncio.sleep(0.01)
+    await asyncio.to_thread(wait_for, lambda: load(server)["waiting"] == 1, "one to wait", every_s=0.01)
 
     async with many.post(server.url + TEXT, json=body) as answer:
         refusal = await answer.json()

@@ -42,12 +42,12 @@ async def stream(http: aiohttp.ClientSession, server: Any, prompt: str = "hello"
 
 async def running(server: Any, count: int, waiting: int = 0) -> None:
     """Wait until the engine runs this many, and at least so many wait behind them."""
-    async with asyncio.timeout(120):
-        while True:
-            load = server.get("/statusz")[1]["load"]
-            if load["running"] >= count and load["waiting"] >= waiting:
-                return
-            await asyncio.sleep(0.01)
+
+    def enough() -> bool:
+        load = server.get("/statusz")[1]["load"]
+        return bool(load["running"] >= count and load["waiting"] >= waiting)
+
+    await asyncio.to_thread(wait_for, enough, f"{count} to run and {waiting} to wait", every_s=0.01)
 
 
 def certificate(server: Any) -> Failure:

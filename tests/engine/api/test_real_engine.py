@@ -88,21 +88,17 @@ async def events(http: aiohttp.ClientSession, server: Real, prompt: str, **body:
 
 
 async def wait_running(server: Real, count: int) -> None:
-    for _ in range(2400):
-        if server.statusz()["load"]["running"] >= count:
-            return
-        await asyncio.sleep(0.05)
-    raise TimeoutError(server.statusz()["load"])
+    await asyncio.to_thread(wait_for, lambda: server.statusz()["load"]["running"] >= count, f"{count} to run")
 
 
 async def wait_idle(server: Real) -> None:
     """Soon nothing runs, nothing waits and no block is held. A step of many prompts takes a busy machine seconds."""
-    for _ in range(2400):
+
+    def idle() -> bool:
         load = server.statusz()["load"]
-        if load["running"] == load["waiting"] == 0 and load["kv_usage"] == 0:
-            return
-        await asyncio.sleep(0.05)
-    raise TimeoutError(load)
+        return bool(load["running"] == load["waiting"] == 0 and load["kv_usage"] == 0)
+
+    await asyncio.to_thread(wait_for, idle, "nothing to run, wait or be held")
 
 
 async def test_two_hundred_streams_cancelled_at_random_leave_nothing(real: Real, http: aiohttp.ClientSession) -> None:
