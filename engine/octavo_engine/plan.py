@@ -69,6 +69,11 @@ class Plan:
         return self.kv_tokens * self.kv_bytes_per_token
 
     @property
+    def context_share(self) -> float:
+        """What a token of context adds to the bytes that a step reads, as a share of the weights."""
+        return self.kv_bytes_per_token / self.weights_bytes
+
+    @property
     def max_concurrency(self) -> float:
         """Requests of the full length that fit at once."""
         return self.kv_tokens / self.max_model_len

@@ -26,6 +26,8 @@ WITHOUT_GRAPH_S = 0.009
 """What a host needs to launch the kernels of a step one by one."""
 WAKE_S = 0.00006
 """What a thread needs to wake up."""
+CONTEXT_SHARE = 131072 / 16.06e9
+"""Bytes of a token of context over bytes of the weights."""
 LAYERS, HEADS, WIDTH = 32, 32, 4096
 HEAD_SHARE = 0.07
 """Of the products' weights are the head's, which has only the tokens that yield logits."""
@@ -219,7 +221,7 @@ def serve(
     clock = Clock()
     device = Device(clock, costs, disturbed, seed)
     scheduler = Scheduler(SchedulerConfig(1024, 8192, 17_000, 64, enable_prefix_caching=False), 13_000)
-    engine = Engine(scheduler, device, clock, max_slowdown=slowdown)
+    engine = Engine(scheduler, device, clock, max_slowdown=slowdown, context_share=CONTEXT_SHARE)
     _serve(engine, device, clock, before, hold)
     device.idle_s = 0.0
     return _serve(engine, device, clock, requests, hold)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from simulated import COSTS, serve
+from simulated import CONTEXT_SHARE, COSTS, serve
 
 from octavo_engine.core.cost import CHUNK_UNIT, FIRST_CHUNK, ChunkLimit
 from octavo_engine.core.step import StepItem, StepPlan
@@ -148,12 +148,25 @@ def test_prompts_may_have_more_of_a_step_the_more_of_them_wait():
     assert tokens == [CHUNK_UNIT * (1000 * share // CHUNK_UNIT) for share in (1, 1.5, 2, 4, 4)]
 
 
+def test_where_one_stream_alone_was_seen_others_are_counted_by_the_bytes_that_they_read():
+    limit = ChunkLimit(2.2, context_share=CONTEXT_SHARE)
+    for each in range(300, 500):
+        limit.observe(1, each, 0, gpu_seconds(1, each))
+    for _ in range(10):
+        tokens = limit.tokens(200, 200 * 300)
+        assert tokens is not None
+        limit.observe(200, 200 * 300, tokens, gpu_seconds(200, 300, tokens))
+
+    assert 2.0 < gpu_seconds(200, 300, tokens) / gpu_seconds(200, 300) < 2.4
+
+
+@pytest.mark.parametrize("before", [32, 1, 0])
 @pytest.mark.parametrize("costs", [H200, COSTS["H100"]], ids=["H200", "H100"])
-def test_a_crowd_that_arrives_is_nearly_as_fast_as_one_that_is_there(costs):
+def test_a_crowd_that_arrives_is_nearly_as_fast_as_one_that_is_there(costs, before):
     arrivals = random.Random(0)
     crowd = [(arrivals.uniform(0, 0.2), 128, 512) for _ in range(256)]
 
-    after = serve(costs, crowd, before=[(0.0, 512, 200)] * 32)
+    after = serve(costs, crowd, before=[(0.0, 512, 200)] * before)
     assert after.seconds < 1.02 * serve(costs, [(0.0, 128, 512)] * 256).seconds
     assert after.gaps_s[-1] < 0.050
 

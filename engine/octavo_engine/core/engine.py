@@ -80,8 +80,11 @@ class Engine:
         seed: int = 0,
         max_slowdown: float | None = None,
         constraints: Constraints | None = None,
+        context_share: float = 0.0,
     ) -> None:
         """max_slowdown: by how much prompts may lengthen a step that decodes too; None lets them fill the budget.
+
+        context_share: bytes of a token of context over bytes of the weights, for what is not learned yet.
 
         constraints: who makes the masks of structured output; None refuses requests that ask for them.
         """
@@ -102,7 +105,7 @@ class Engine:
         self._launched: deque[_UnderWay] = deque()
         """Oldest first."""
         self.cost = StepCost()
-        self._limit = ChunkLimit(max_slowdown) if max_slowdown else None
+        self._limit = ChunkLimit(max_slowdown, context_share) if max_slowdown else None
         self._pace = Pace()
 
     @property

@@ -101,6 +101,7 @@ def run(config: EngineConfig, channel: Channel) -> None:
         config.seed,
         config.max_decode_slowdown,
         constraints,
+        loaded.plan.context_share,
     )
     # What start-up made stays for good: later collections need not walk through it.
     gc.collect()
