@@ -63,12 +63,15 @@ def main() -> None:
         help="tokens up to which a step's products are launched before the kernel in front has ended",
     )  # fmt: skip
     parser.add_argument("--fused-up-to", type=int, help="tokens up to which a step takes the fused road")
+    parser.add_argument("--gated-up-to", type=int, help="beyond it, up to which the gated product alone is fused")
     parser.add_argument("--deterministic", action="store_true", help="measure what the mode costs")
     parser.add_argument("--kv-cache-dtype", default="auto", help="auto, fp8_e4m3 or fp8_e5m2")
     arguments = parser.parse_args()
     early_launch.PRODUCT_TOKENS = arguments.early_launch
     if arguments.fused_up_to:
         gpu_decoder.FUSED_TOKENS = arguments.fused_up_to
+    if arguments.gated_up_to is not None:
+        gpu_decoder.GATED_TOKENS = arguments.gated_up_to
     only = [name for name in arguments.only.split(",") if name] or ["attention", "decode", *WORKLOADS]
     copy = copy_rate()
     alone: dict[str, object] = {}

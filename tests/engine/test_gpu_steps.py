@@ -29,7 +29,7 @@ from octavo_engine.kernels import sampling
 from octavo_engine.kernels.gpu import prefill_attention, prefill_attention_hopper, small_linear
 from octavo_engine.kernels.sampling import SampleRow
 from octavo_engine.models import gpu_decoder
-from octavo_engine.runner import gpu_steps, layout
+from octavo_engine.runner import gpu_steps
 from octavo_engine.runner.layout import Layout, Tiling
 from octavo_engine.sampling_params import SamplingParams
 
@@ -320,6 +320,23 @@ def test_the_last_layer_of_a_prompt_ends_with_the_tokens_that_yield_logits(monke
         assert token == int(row.argmax())
 
 
+@pytest.mark.parametrize("size", [70, 130])
+def test_the_gated_product_of_up_to_128_tokens_is_one_with_its_activation(monkeypatch, rows_of_mlps, size):
+    model = replace(interpreted.MODEL, num_layers=2, windows=(None, None), max_position=512)
+    made = interpreted.steps(monkeypatch, model, max_tokens=192)
+    prompts = [[3 + (7 * i + 41 * n) % 190 for i in range(of)] for n, of in enumerate((size // 2, size - size // 2))]
+    items = [StepItem(row, 0, len(of), [*range(5 * row, 5 * row + 5)], True) for row, of in enumerate(prompts)]
+    for item, tokens in zip(items, prompts, strict=True):
+        item.admission = Admission(tokens, len(tokens), sampling_of(), (), 0)
+
+    made.collect(made.launch(StepPlan(items)))
+
+    assert rows_of_mlps == ([2] if size <= gpu_decoder.GATED_TOKENS else [size, 2])
+    for of, row in zip(prompts, made._decoder.logits[:2].float(), strict=True):
+        expected = interpreted.logits_of(of, model)[-1]
+        assert (row - expected).norm() < 0.01 * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("sizes", "max_tokens", "graphs", "rows"),
     [((40,), 16, (), [0, 0, 1]), ((40, 20), 44, GRAPHS[2:3], [1, 12])],
@@ -369,10 +386,9 @@ def test_a_long_prompt_whose_keys_are_split_over_programs_yields_the_references_
         assert all(float(row.max() - row[token]) < 0.05 for row, token in zip(logits, tokens, strict=True))
 
 
-@pytest.mark.parametrize(("max_tokens", "wide"), [(32, 1), (12, 0)])
+@pytest.mark.parametrize(("max_tokens", "wide"), [(96, 1), (72, 0)])
 def test_wide_tiles_are_compiled_before_a_request_needs_them(monkeypatch, max_tokens, wide):
     launched: list[int] = []
-    monkeypatch.setattr(layout, "NARROW_TOKENS", 8)
     monkeypatch.setattr(prefill_attention_hopper, "takes", lambda cache, dtype: True)
     monkeypatch.setattr(prefill_attention_hopper, "prefill_attention", lambda *given: launched.append(len(given[4])))
     made = interpreted.steps(monkeypatch, max_tokens=max_tokens)
@@ -395,6 +411,24 @@ def test_without_graphs_the_products_of_any_number_of_decodes_are_compiled_befor
 
     tried = {kernel(layout.decodes) for layout in made._graphs}
     assert tried == {kernel(decodes) for decodes in range(1, 65)}
+
+
+def test_the_gated_product_of_any_step_is_compiled_before_it_is_needed(monkeypatch):
+    model = replace(interpreted.MODEL, num_layers=2, windows=(None, None))
+    made = interpreted.steps(monkeypatch, model, max_seqs=4, max_tokens=130)
+    tried: set[tuple[int, bool]] = set()
+
+    def counted(x: torch.Tensor, *given: Any, **options: Any) -> None:
+        columns = small_linear._columns(len(x))
+        if options.get("gated"):
+            tried.add((columns, len(x) % columns == 0))
+
+    monkeypatch.setattr(gpu_decoder, "small_linear", counted)
+    for other in ("prefill_attention", "decode_attention", "rope_kv", "rms_norm"):
+        monkeypatch.setattr(gpu_decoder, other, lambda *given, **options: None)
+    made.capture(lambda: None)
+
+    assert tried >= {(128, False), (128, True)}
 
 
 def test_a_prompt_that_is_scored_goes_through_the_whole_model(monkeypatch, rows_of_mlps):

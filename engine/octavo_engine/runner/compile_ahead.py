@@ -36,7 +36,7 @@ from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sam
 from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_sampling
 from octavo_engine.loader import weights
 from octavo_engine.models.config import DecoderConfig
-from octavo_engine.models.gpu_decoder import FUSED_TOKENS, DeviceStep, GpuDecoder
+from octavo_engine.models.gpu_decoder import GATED_TOKENS, DeviceStep, GpuDecoder
 from octavo_engine.runner.device import E4M3_CAPABILITY
 from octavo_engine.runner.gpu_steps import GRAPH_SIZES
 
@@ -115,9 +115,8 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype, e4m3:
     set_sampling(ints(1, SAMPLING_WORDS), absent.state)
     usual = absent.decoder(dtype)
     for size in GRAPH_SIZES:
-        absent.step(usual, size, 0)
-        if size > FUSED_TOKENS:
-            break
+        if size <= GATED_TOKENS:
+            absent.step(usual, size, 0)
     absent.step(usual, 0, 16)
     for decodes in unlike_decodes(usual):
         absent.step(usual, decodes, 16)

@@ -32,10 +32,10 @@ from octavo_engine.kernels.gpu.prebuilt import Compilations
 from octavo_engine.kernels.gpu.prefill_attention import TILE_WORDS, max_tiles
 from octavo_engine.kernels.gpu.sample import SamplingScratch, SamplingState, sample
 from octavo_engine.kernels.gpu.state import SAMPLING_WORDS, set_blocks, set_sampling
-from octavo_engine.models.gpu_decoder import DeviceStep, GpuDecoder
+from octavo_engine.models.gpu_decoder import GATED_TOKENS, DeviceStep, GpuDecoder
 from octavo_engine.plan import Plan
 from octavo_engine.runner.chances import Scores, read_scores, start_scores
-from octavo_engine.runner.layout import MIXED_CHUNKS, Layout, Tiling, exact, pack
+from octavo_engine.runner.layout import MIXED_CHUNKS, NARROW_TOKENS, Layout, Tiling, exact, pack
 from octavo_engine.runner.records import pack_record, pack_words
 
 RING = 3
@@ -49,7 +49,10 @@ FIRST_GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 """Captured before it is ready; the others come when nobody waits. Up to 64 decodes padding to these costs nothing, as
 the products' tiles have those sizes anyway, beyond up to a fifth of a step."""
 
-
+PADDING_TOKENS = (NARROW_TOKENS + 8, GATED_TOKENS)
+"""Of steps that are tried before it is ready, for kernels that neither the first graphs nor the warm-up have: wide
+tiles, and the gated product of more than FUSED_TOKENS, whose tile may be full or not.
+"""
 MIXED_DECODES = (56, 120, 248)
 MIXED_TOKENS = (*range(64, 513, 64), 640, 768, 896, 960)
 """Decodes and prompt tokens of graphs for steps with both: launching such a step's 350 kernels one by one takes a host
@@ -363,9 +366,9 @@ class GpuSteps:
         ]
         # None of the first graphs has these, and the first one who asks for them must not wait for a compiler.
         self._sample_nobody()
-        wide = Layout.of_nobody()
-        if self._tiling.wide and wide.tokens <= self._max_tokens:
-            self._try(wide)  # the warm-up's prompt has narrow tiles
+        for tokens in PADDING_TOKENS:
+            if tokens <= self._max_tokens and not self._tiling.alike:
+                self._try(Layout.of_nobody(tokens))
         for size in sorted(first, reverse=True):
             between()
             self._capture(Layout.of_decodes(size, self._tiling))

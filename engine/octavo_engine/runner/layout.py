@@ -72,9 +72,9 @@ class Layout:
         return cls(decodes, tiles=decodes if tiling.alike else 0)
 
     @classmethod
-    def of_nobody(cls) -> Layout:
-        """The shortest step that has wide tiles, all of it padding."""
-        return cls(0, NARROW_TOKENS + 8, tiles=1, ends=1)
+    def of_nobody(cls, tokens: int) -> Layout:
+        """A step of padding alone, as of one prompt."""
+        return cls(0, tokens, tiles=1, ends=1)
 
     @classmethod
     def mixed(cls, decodes: int, prompt_tokens: int, tiling: Tiling) -> Layout:

@@ -83,8 +83,10 @@ def choose_shape(
             shape = Shape(64, 128, 3, 4)
         elif tokens <= 32:
             shape = Shape(128, 128, 3, 4) if outputs >= 96 * 128 else Shape(64, 128, 5, 4)
-        else:
+        elif tokens <= 64:
             shape = Shape(64, 64, 3, 4)
+        else:
+            shape = Shape(128, 64, 4, 8)
     elif outputs > 32768:
         shape = Shape(128, 128, 3, 4) if tokens <= 16 else Shape(128, 128, 2, 8)
     elif tokens <= 16:
