@@ -59,15 +59,15 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--trace", action="store_true", help="where the time of workloads goes, by kind of step")
     parser.add_argument(
-        "--early-launch", type=int, default=early_launch.PRODUCT_TOKENS,
-        help="tokens up to which a step's products are launched before the kernel in front has ended",
+        "--early-launch", type=int, default=early_launch.TOKENS,
+        help="tokens up to which a step's kernels are launched before the one in front has ended",
     )  # fmt: skip
     parser.add_argument("--fused-up-to", type=int, help="tokens up to which a step takes the fused road")
     parser.add_argument("--gated-up-to", type=int, help="beyond it, up to which the gated product alone is fused")
     parser.add_argument("--deterministic", action="store_true", help="measure what the mode costs")
     parser.add_argument("--kv-cache-dtype", default="auto", help="auto, fp8_e4m3 or fp8_e5m2")
     arguments = parser.parse_args()
-    early_launch.PRODUCT_TOKENS = arguments.early_launch
+    early_launch.TOKENS = arguments.early_launch
     if arguments.fused_up_to:
         gpu_decoder.FUSED_TOKENS = arguments.fused_up_to
     if arguments.gated_up_to is not None:

@@ -92,40 +92,33 @@ def no_prefetch(pointers):
 
 
 WAYS = {
-    # Of products, and of attention.
-    "in turn": ({"EARLY": False, "LATE": False}, {"EARLY": False, "LATE": False}),
-    "attention early": ({"EARLY": False, "LATE": False}, {"EARLY": True, "LATE": True}),
-    "products early": ({"EARLY": True, "LATE": True}, {"EARLY": False, "LATE": True}),
-    "all early": ({"EARLY": True, "LATE": False}, {"EARLY": True, "LATE": False}),
+    "in turn": {"EARLY": False, "LATE": False},
+    "early": {"EARLY": True, "LATE": True},
+    "at once": {"EARLY": True, "LATE": False},
 }
 
 
-# To the interpreter, which launches nothing early, the other two are the same as "all early".
-TRIED = list(WAYS) if ON_GPU else ["in turn", "all early"]
+# To the interpreter, which launches nothing early, the last two are the same.
+TRIED = list(WAYS) if ON_GPU else ["in turn", "at once"]
 
 
 @pytest.fixture(params=TRIED)
 def launch(request, monkeypatch):
     """Kernels as they are launched after the one in front, and before it has ended: one must find the other's results.
 
-    all early: as of one token. products early: as of 2 to 16. attention early: as of 17 to 64. The interpreter knows no
-    launches: there it is tried that what such a kernel does early is the same work.
+    at once: as of one token. early: as of 2 to 64. The interpreter knows no launches: there it is tried that what such
+    a kernel does early is the same work.
     """
-    way = request.param
-    many = 10**6
-    monkeypatch.setattr(early_launch, "TOKENS", many * (way == "all early"))
-    monkeypatch.setattr(early_launch, "PRODUCT_TOKENS", many * (way in ("products early", "all early")))
-    monkeypatch.setattr(early_launch, "ATTENTION_TOKENS", many * (way != "in turn"))
+    way, many = request.param, 10**6
+    monkeypatch.setattr(early_launch, "TOKENS", many * WAYS[way]["EARLY"])
+    monkeypatch.setattr(early_launch, "AT_ONCE_TOKENS", many * (not WAYS[way]["LATE"]))
     if not ON_GPU:
         interpret_launches(monkeypatch, way)
 
 
 def interpret_launches(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    for_product, for_other = WAYS[way]
     for module in (small_linear, decode_module):
-        monkeypatch.setattr(
-            module, "early_launch", lambda tokens, kind: for_product if kind == "product" else for_other
-        )  # fmt: skip
+        monkeypatch.setattr(module, "early_launch", lambda tokens: WAYS[way])
         for name, instead in (("wait", no_wait), ("release", no_release), ("prefetch", no_prefetch)):
             monkeypatch.setattr(module, name, instead)
 
@@ -660,7 +653,7 @@ def mark(pointers):
 @pytest.mark.skipif(ON_GPU, reason="what a device brings into its cache is not to be seen")
 @pytest.mark.parametrize(("outputs", "gated", "splits"), [(70, False, 1), (64, False, 2), (70, True, 1)])
 def test_a_product_launched_early_asks_for_the_first_lines_of_each_of_its_rows(outputs, gated, splits, monkeypatch):
-    interpret_launches(monkeypatch, "products early")
+    interpret_launches(monkeypatch, "early")
     monkeypatch.setattr(small_linear, "prefetch", mark)
     monkeypatch.setattr(early_launch, "ASKED_BYTES", (2 if gated else 1) * splits * outputs * 128 * 2)
     rows = torch.zeros((2 if gated else 1) * outputs + 1, 256, dtype=DTYPE)

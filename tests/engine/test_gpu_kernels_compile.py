@@ -37,7 +37,7 @@ def test_every_kernel_compiles_and_fits_into_shared_memory(target):
     assert {kernel for _, kernel, _ in lines} == launched_kernels() - (
         {"_prefill_hopper"} if "90" not in target else set()
     )
-    for kind in ("-early", "-late"):
+    for kind in ("-early", "-at-once"):
         assert any(name.endswith(kind) for name in sizes) == (target in ("cuda 90 32", "cuda 100 32"))
     assert any("-fp8" in name for name in sizes)
     assert max(sizes.values()) <= SHARED_MEMORY[target.split()[1]], sizes

@@ -142,7 +142,7 @@ def unlike_decodes(decoder: GpuDecoder) -> list[int]:
     """Of each way in which decodes are launched one number: each is a kernel of its own."""
     found: dict[object, int] = {}
     for size in GRAPH_SIZES:
-        early = tuple(tuple(early_launch(size, kind).items()) for kind in ("", "product", "attention"))
+        early = tuple(early_launch(size).items())
         found.setdefault((early, decoder.attention_shape(size)), size)
     return [size for size in found.values() if size <= Absent.MAX_SEQS]
 

@@ -128,7 +128,7 @@ def decode_attention(
         HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), BLOCK_SIZE=block_size,
         ROWS=max(16, triton.next_power_of_2(group)), WINDOW=window or 0, SOFTCAP=softcap > 0,
         STAGES=num_stages, WORDS=PART_WORDS, num_warps=num_warps if block_size <= 64 else 4,
-        **early_launch(tokens, "attention"),
+        **early_launch(tokens),
     )  # fmt: skip
 
 
@@ -204,6 +204,10 @@ def _decode(
         at_asked = (asked * KV_HEADS + kv_head) * (BLOCK_SIZE * DIM)
         prefetch(keys + at_asked + line)
         prefetch(values + at_asked + line)
+    column = tl.arange(0, HALF_BLOCK)
+    in_half = column < HALF
+    c = tl.load(cos + position * HALF + column, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + position * HALF + column, mask=in_half, other=0.0).to(tl.float32)[None, :]
     wait(EARLY, LATE)
     if num_blocks == 0:
         return
@@ -211,15 +215,9 @@ def _decode(
     end = first + num_blocks
 
     row = tl.arange(0, ROWS)
-    column = tl.arange(0, HALF_BLOCK)
     key = tl.arange(0, BLOCK_SIZE)
-    in_half = column < HALF
     in_group = (row < GROUP)[:, None] & in_half[None, :]
-    c = tl.load(cos + position * HALF + column, mask=in_half, other=0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + position * HALF + column, mask=in_half, other=0.0).to(tl.float32)[None, :]
     base = qkv + token * stride_token
-    at_query = (kv_head * GROUP + row)[:, None] * DIM + column[None, :]
-    query_low, query_high = _rotated(base + at_query, in_group, column, c, s, query_norm, eps, HALF)
     if end == position // BLOCK_SIZE + 1:
         # One row of a tile: a vector of its own would need other code for the same rotation.
         at_key = tl.zeros([1, 1], tl.int32) + (GROUP * KV_HEADS + kv_head) * DIM + column[None, :]
@@ -238,7 +236,10 @@ def _decode(
         tl.store(keys + to + HALF, key_high, mask=in_half[None, :])
         tl.store(values + to, value_low, mask=in_half[None, :])
         tl.store(values + to + HALF, value_high, mask=in_half[None, :])
-    tl.debug_barrier()  # the loop reads what was written
+        tl.debug_barrier()  # the loop reads what was written
+    # Behind the branch, so that the first keys can be asked for while the query is rotated.
+    at_query = (kv_head * GROUP + row)[:, None] * DIM + column[None, :]
+    query_low, query_high = _rotated(base + at_query, in_group, column, c, s, query_norm, eps, HALF)
 
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
