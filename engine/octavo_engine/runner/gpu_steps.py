@@ -366,8 +366,8 @@ class GpuSteps:
         ]
         # None of the first graphs has these, and the first one who asks for them must not wait for a compiler.
         self._sample_nobody()
-        for tokens in PADDING_TOKENS:
-            if tokens <= self._max_tokens and not self._tiling.alike:
+        if not self._tiling.alike:
+            for tokens in sorted({min(most, self._max_tokens) for most in PADDING_TOKENS}):
                 self._try(Layout.of_nobody(tokens))
         for size in sorted(first, reverse=True):
             between()
