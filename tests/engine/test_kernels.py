@@ -233,6 +233,21 @@ def drawn(logits: Tensor, count: int = 4000, **settings: Any) -> Counter[int]:
     return Counter(sampling.reference(logits.expand(count, -1).clone(), rows).tolist())
 
 
+def test_the_likeliest_tokens_are_in_their_order_and_of_equal_ones_the_first_come_first():
+    logits = torch.full((2, 5000), -3.0, dtype=torch.bfloat16)
+    logits[0, [4000, 70, 900, 4321]] = torch.tensor([2.0, 2.0, 2.0, 5.0], dtype=torch.bfloat16)
+    logits[1] = float("-inf")
+    logits[1, 7] = 1.0
+
+    chosen, ranks, ids, values = sampling.token_logprobs(logits, torch.tensor([70, 7]), 3)
+
+    assert ids.tolist() == [[4321, 70, 900], [7, 0, 1]]
+    assert ranks.tolist() == [2, 1]
+    assert torch.equal(values, logits.float().log_softmax(-1).gather(-1, ids))
+    assert torch.equal(chosen, torch.stack([values[0, 1], values[1, 0]]))
+    assert sampling.token_logprobs(logits, torch.tensor([70, 7]), 0)[2].shape == (2, 0)
+
+
 def test_greedy_takes_the_best_and_the_first_of_equals():
     logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 2.0, -1.0]])
 

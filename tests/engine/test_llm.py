@@ -170,7 +170,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers_before_anything_i
     monkeypatch.setattr(weights, "allocate", lambda *_: pytest.fail("memory was asked for"))
 
     with pytest.raises(FatalError) as caught:
-        LLM(str(tmp_path), load_format="dummy", skip_tokenizer_init=True)
+        LLM(str(tmp_path), load_format="dummy", skip_tokenizer_init=True, dtype="float32")
 
     failure = caught.value.failure
     assert failure.code is FailureCode.WEIGHTS_TOO_LARGE

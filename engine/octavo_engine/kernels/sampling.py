@@ -131,12 +131,15 @@ def logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[tupl
 def token_logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of n rows at once: the tokens' log-probabilities [n], ranks [n], the likeliest ids and their own [n, count].
 
+    Of equal ones, of which bfloat16 has many, the lower id is first, as in greedy decoding.
     logits: [n, vocab], n at most LOGPROB_ROWS; tokens: [n] int64.
     """
     wide = logits.float().log_softmax(-1)
     chosen = wide.gather(-1, tokens.unsqueeze(-1))
-    best = wide.topk(max(count, 1), -1)
-    return chosen[:, 0], (wide > chosen).sum(-1) + 1, best.indices[:, :count], best.values[:, :count]
+    # None is above zero, so that their magnitudes' bits are in the order of the magnitudes.
+    magnitude_then_id = (wide.abs().view(torch.int32).long() << 32) | torch.arange(wide.shape[1], device=wide.device)
+    ids = magnitude_then_id.topk(max(count, 1), -1, largest=False).values[:, :count] & 0xFFFFFFFF
+    return chosen[:, 0], (wide > chosen).sum(-1) + 1, ids, wide.gather(-1, ids)
 
 
 def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
