@@ -113,7 +113,7 @@ class GpuDecoder:
         if not deterministic and config.head_dim <= MAX_SPLIT_DIM and not any(config.windows):
             self._tile_scratch = TileScratch.allocate(config.num_heads, config.head_dim, like.device)
         self._shares = buffer(2, -(-config.hidden_size // 4) * FUSED_TOKENS, dtype=torch.float32)
-        self._partial = Partial.allocate(max(FUSED_TOKENS, GATED_TOKENS), like.device)
+        self._partial = Partial.allocate(FUSED_TOKENS, like.device)
         self._shared_memory = shared_memory_bytes(like.device)
         self._products = Products(like.device)
         self.deterministic = deterministic
@@ -188,10 +188,7 @@ class GpuDecoder:
         rms_norm(residual, weights["mlp_norm"], normed, self.config.norm_eps)
         if FUSED_TOKENS < count <= GATED_TOKENS and self._can_fuse:
             shape = self._shape(count, active.shape[1], normed.shape[1], gated=True)
-            small_linear(
-                normed, weights["gate_up"], active, shape=shape, gated=True, activation=self.config.activation,
-                partial=self._partial,
-            )  # fmt: skip
+            small_linear(normed, weights["gate_up"], active, shape=shape, gated=True, activation=self.config.activation)
         else:
             self._linear(normed, weights["gate_up"], weights.get("gate_up_bias"), gate_up)
             act_mul(gate_up, active, self.config.activation)

@@ -237,7 +237,8 @@ def _decode(
         tl.store(values + to, value_low, mask=in_half[None, :])
         tl.store(values + to + HALF, value_high, mask=in_half[None, :])
         tl.debug_barrier()  # the loop reads what was written
-    # Behind the branch, so that the first keys can be asked for while the query is rotated.
+    # Behind the branch, so that the first keys can be asked for while the query is rotated: a layer of 64 sequences
+    # 206.8 -> 204.0 us, one of 128 286.2 -> 284.8, one of 8 131.3 -> 132.1 (H200, two processes).
     at_query = (kv_head * GROUP + row)[:, None] * DIM + column[None, :]
     query_low, query_high = _rotated(base + at_query, in_group, column, c, s, query_norm, eps, HALF)
 
