@@ -556,7 +556,12 @@ class Operator:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """To the operator itself: nsenter, whose child it is, ends with it."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        try:
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        except FileNotFoundError:
+            children = []
+        if not children:
+            raise ProcessLookupError("the operator has ended by itself")
         os.kill(int(children[0]), number)
 
     def stop(self) -> int:

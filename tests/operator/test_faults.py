@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -75,6 +76,15 @@ def test_two_operators_killed_at_random_behind_a_failing_api_server_end_in_the_s
                 running[name] = start(name, port, server=faults.url, OCTAVO_RESYNC_SECONDS="5")
                 everyone.append(running[name])
 
+    def kill_the_leader():
+        """At a random moment, unless it ends by itself before it, as one does that cannot renew its lease."""
+        leader = wait_for(lambda: next((n for n in running if leads(running[n])), None), "a leader")
+        time.sleep(rng.uniform(0, 1.0))
+        with contextlib.suppress(ProcessLookupError):
+            running[leader].kill()
+            return True
+        return False
+
     bring_back()
     wait_for(lambda: any(map(leads, running.values())), "one to lead")
     with stage.kubelet():
@@ -84,9 +94,8 @@ def test_two_operators_killed_at_random_behind_a_failing_api_server_end_in_the_s
             time.sleep(rng.uniform(0, 1.5))
             stage.patch("qwen", patch)
             if number in kills:
-                leader = wait_for(lambda: next((n for n in running if leads(running[n])), None), "a leader")
-                time.sleep(rng.uniform(0, 1.0))
-                running[leader].kill()
+                while not kill_the_leader():
+                    bring_back()
                 killed += 1
             bring_back()
         faults.do()
