@@ -44,7 +44,8 @@ def start(cluster, api):
     yield one
     for running in started:
         if running.process.poll() is None:
-            running.kill()
+            with contextlib.suppress(ProcessLookupError):  # it may end by itself meanwhile
+                running.kill()
             running.process.wait(60)
     with contextlib.suppress(ApiError):
         api.request("DELETE", LEASE)
