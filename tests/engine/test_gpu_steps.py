@@ -322,7 +322,7 @@ def test_the_last_layer_of_a_prompt_ends_with_the_tokens_that_yield_logits(monke
 
 @pytest.mark.parametrize("size", [70, 130])
 def test_the_gated_product_of_up_to_128_tokens_is_one_with_its_activation(monkeypatch, rows_of_mlps, size):
-    model = replace(interpreted.MODEL, num_layers=2, windows=(None, None), max_position=512)
+    model = replace(interpreted.MODEL, num_layers=2, windows=(None, None))
     made = interpreted.steps(monkeypatch, model, max_tokens=192)
     prompts = [[3 + (7 * i + 41 * n) % 190 for i in range(of)] for n, of in enumerate((size // 2, size - size // 2))]
     items = [StepItem(row, 0, len(of), [*range(5 * row, 5 * row + 5)], True) for row, of in enumerate(prompts)]
@@ -386,8 +386,8 @@ def test_a_long_prompt_whose_keys_are_split_over_programs_yields_the_references_
         assert all(float(row.max() - row[token]) < 0.05 for row, token in zip(logits, tokens, strict=True))
 
 
-@pytest.mark.parametrize(("max_tokens", "wide"), [(96, True), (72, False)])
-def test_wide_tiles_are_compiled_before_a_request_needs_them(monkeypatch, max_tokens, wide):
+@pytest.mark.parametrize(("max_tokens", "tiles"), [(96, [1, 1]), (72, [])])
+def test_wide_tiles_are_compiled_before_a_request_needs_them(monkeypatch, max_tokens, tiles):
     launched: list[int] = []
     monkeypatch.setattr(prefill_attention_hopper, "takes", lambda cache, dtype: True)
     monkeypatch.setattr(prefill_attention_hopper, "prefill_attention", lambda *given: launched.append(len(given[4])))
@@ -395,7 +395,7 @@ def test_wide_tiles_are_compiled_before_a_request_needs_them(monkeypatch, max_to
 
     made.capture(lambda: None)
 
-    assert bool(launched) == wide
+    assert launched == tiles
     assert made._decoder._kv_cache[:, :, :-1].abs().max() == 0, "written where no padding is"
 
 
