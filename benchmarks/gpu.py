@@ -5,7 +5,8 @@
 Decode: time per output token at a context of 1,056 to 1,184 tokens of `batch` requests at once, beside the floor:
 weights and KV cache read once at this device's copy rate, or the products at its matrix rate where that takes longer.
 The peer's is (time for 160 tokens - time for 32) / 128, whose steps are the same; here they are timed alone, as two
-times of 256 prompts differ by more than 128 steps' noise (15.9 to 18.0 ms on an H200).
+times of 256 prompts differ by more than 128 steps' noise (15.9 to 18.0 ms on an H200). Beside it the clock of the
+multiprocessors meanwhile, and the share of the time for which the card's power limit held it down.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from octavo_engine.sampling_params import SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent))
 import attention
+from power import Drawn, Meter
 from workloads import WORKLOADS, Workload, fixed
 
 MODEL = Path(__file__).parents[1] / "docker" / "models" / "llama-3.1-8b"
@@ -241,13 +243,15 @@ def decode(
 ) -> None:  # fmt: skip
     rows = {}
     for batch in batches:
-        times = [steady_ms(engine, batch) for _ in range(repeats)]
-        ms = statistics.median(times)
+        steady = [steady_ms(engine, batch) for _ in range(repeats)]
+        times = [ms for ms, _ in steady]
+        ms, drawn = statistics.median(times), [of_run for _, of_run in steady]
         weights = max(15.01e9 / copy / 1e9, batch * 15.01e9 / 690e12 * 1e3)
         floor = weights + batch * 1120 * result["kv_bytes_per_token"] / copy / 1e9
         rows[batch] = {
             "ms": round(ms, 3), "spread": [round(t, 3) for t in times], "floor_ms": round(floor, 3),
-            "of_floor": round(floor / ms, 3),
+            "of_floor": round(floor / ms, 3), "sm_MHz": round(statistics.mean(of_run.mhz for of_run in drawn)),
+            "power_limited": round(statistics.mean(of_run.limited for of_run in drawn), 2),
         }  # fmt: skip
         if batch in peer:
             rows[batch]["vs_vllm"] = round(peer[batch] / ms, 3)
@@ -255,19 +259,20 @@ def decode(
     result["decode"] = rows
 
 
-def steady_ms(engine: Engine, batch: int) -> float:
+def steady_ms(engine: Engine, batch: int) -> tuple[float, Drawn]:
     """Of a step, over the 128 that take the contexts of `batch` requests from 1,056 to 1,184 tokens on average."""
     submit(engine, fixed(batch, 1024, 160 + batch // 4 + 32))
     while engine.scheduler.waiting or sum(r.num_tokens for r in engine.scheduler.running) < batch * 1056:
         engine.step()
-    began = time.monotonic()
-    for _ in range(128):
-        engine.step()
-    ms = (time.monotonic() - began) / 128 * 1e3
+    with Meter() as meter:
+        began = time.monotonic()
+        for _ in range(128):
+            engine.step()
+        ms = (time.monotonic() - began) / 128 * 1e3
     assert len(engine.scheduler.running) == batch, "some have ended"
     while engine.has_work:
         engine.step()
-    return ms
+    return ms, meter.drawn
 
 
 def profile(engine: Engine, which: str) -> None:

@@ -2,7 +2,7 @@
 
     PYTHONPATH=engine python benchmarks/tune_decode_attention.py
 
-Prints microseconds of one layer with (programs wanted, least blocks of a part, warps, stages), the best five first.
+Prints microseconds of one layer with (programs wanted, least blocks of a part, stages), the best five first.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tune_small_linear import timed
 
 HEADS, KV_HEADS, DIM, BLOCK_SIZE = 32, 8, 128, 64
-DEFAULT = decode_attention.PROGRAMS_WANTED, decode_attention.MIN_BLOCKS_PER_PART
+DEFAULT = decode_attention.PROGRAMS_WANTED, decode_attention.MIN_BLOCKS_PER_PART, decode_attention.STAGES
 CASES = ((1, 1120), (8, 1120), (32, 1120), (64, 1120), (128, 1120), (256, 1120), (1, 16384), (16, 16384))
 
 
-def measure(batch: int, context: int) -> list[tuple[float, int, int, int, int]]:
+def measure(batch: int, context: int) -> list[tuple[float, int, int, int]]:
     blocks = -(-context // BLOCK_SIZE)
     layer_bytes = batch * blocks * BLOCK_SIZE * KV_HEADS * DIM * 4
     layers = max(1, min(8, int(24e9 / layer_bytes)))
@@ -35,21 +35,21 @@ def measure(batch: int, context: int) -> list[tuple[float, int, int, int, int]]:
     cos = torch.randn(context, DIM // 2, device="cuda", dtype=torch.bfloat16)
     out = torch.empty(batch, HEADS * DIM, device="cuda", dtype=torch.bfloat16)
     scratch = decode_attention.Scratch.allocate(batch + 200, HEADS, KV_HEADS, DIM, torch.device("cuda"))
-    usual = decode_attention.PROGRAMS_WANTED, decode_attention.MIN_BLOCKS_PER_PART
     results = []
     for wanted, least in itertools.product((132, 264, 528), (1, 2, 3)):
         decode_attention.PROGRAMS_WANTED, decode_attention.MIN_BLOCKS_PER_PART = wanted, least
         words = decode_attention.plan_parts(list(range(batch)), [context - 1] * batch, BLOCK_SIZE, KV_HEADS)
         parts = torch.tensor(words, device="cuda").int().view(-1, decode_attention.PART_WORDS)
-        for warps, stages in itertools.product((1, 2, 4), (2, 3, 4)):
+        for stages in (2, 3, 4):
+            decode_attention.STAGES = stages
 
-            def run(cache: torch.Tensor, parts=parts, warps=warps, stages=stages) -> None:
+            def run(cache: torch.Tensor, parts=parts) -> None:
                 decode_attention.decode_attention(
-                    qkv, cos, cos, cache, tables, parts, scratch, out, DIM**-0.5, num_stages=stages, num_warps=warps
-                )
+                    qkv, cos, cos, cache, tables, parts, scratch, out, DIM**-0.5
+                )  # fmt: skip
 
-            results.append((round(timed(run, caches, 9), 2), wanted, least, warps, stages))
-    decode_attention.PROGRAMS_WANTED, decode_attention.MIN_BLOCKS_PER_PART = usual
+            results.append((round(timed(run, caches, 9), 2), wanted, least, stages))
+    decode_attention.PROGRAMS_WANTED, decode_attention.MIN_BLOCKS_PER_PART, decode_attention.STAGES = DEFAULT
     return sorted(results)
 
 
@@ -63,7 +63,7 @@ def main() -> None:
             f"{batch} x {context}: {rate:.2f} TB/s",
             results[:5],
             "default",
-            [row for row in results if row[1:] == (*DEFAULT, 2, 2)],
+            [row for row in results if row[1:] == DEFAULT],
             flush=True,
         )
 

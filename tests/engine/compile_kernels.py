@@ -69,7 +69,7 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
         (
             "decode_attention", decode_attention._decode,
             [HALF, "i32", HALF, HALF, HALF, HALF, INT, "i32", INT, FLOAT, FLOAT, INT, HALF, "fp32", "fp32", "fp32"],
-            {**HEADS, "query_norm": None, "key_norm": None, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_SIZE": 64, "ROWS": 16,
+            {**HEADS, "query_norm": None, "key_norm": None, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_SIZE": 64,
              "WINDOW": 0, "SOFTCAP": False, "STAGES": 2, "WORDS": decode_attention.PART_WORDS,
              **UNSCALED}, 2,
         ),
@@ -141,7 +141,7 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
             "decode_attention_large", decode_attention._decode,
             [HALF, "i32", HALF, HALF, HALF, HALF, INT, "i32", INT, FLOAT, FLOAT, INT, HALF, "fp32", "fp32", "fp32"],
             {**HEADS, **UNSCALED, "query_norm": None, "key_norm": None, "HALF": 128, "HALF_BLOCK": 128,
-             "BLOCK_SIZE": 128, "ROWS": 16, "WINDOW": 0, "SOFTCAP": False, "STAGES": 2,
+             "BLOCK_SIZE": 128, "WINDOW": 0, "SOFTCAP": False, "STAGES": 2,
              "WORDS": decode_attention.PART_WORDS}, 4,
         ))  # fmt: skip
     found += attention_of(80, 16, 100, softcap=True)
@@ -201,7 +201,7 @@ def attention_of(
             f"decode_attention_{name}", decode_attention._decode,
             [HALF, "i32", HALF, HALF, HALF, HALF, INT, "i32", INT, FLOAT, FLOAT, INT, HALF, HALF, HALF, "fp32", "fp32",
              "fp32"],
-            {**HEADS, **UNSCALED, **half, "ROWS": 16, "WINDOW": window, "SOFTCAP": softcap, "STAGES": 2,
+            {**HEADS, **UNSCALED, **half, "WINDOW": window, "SOFTCAP": softcap, "STAGES": 2,
              "WORDS": decode_attention.PART_WORDS}, 2 if block_size <= 64 else 4,
         ),
         (
@@ -233,6 +233,8 @@ def main() -> None:
     found += [with_cache_of(eight_bits, *of) for of in found if "value_scale" in of[3]]
     seen: set[Any] = set()
     for name, kernel, types, values, warps in found:
+        if kernel is decode_attention._decode:
+            values = {**values, "COLUMNS": decode_attention.MIN_COLUMNS[backend]}
         many = 1 if "EARLY" not in kernel.arg_names or not can_launch_early else 2 if kernel in seen else len(WAYS)
         seen.add(kernel)
         for way, early, late in WAYS[:many]:

@@ -253,15 +253,6 @@ def test_room_for_the_parts_of_many_sequences_is_room_for_those_of_fewer(kv_head
             assert len(words) // PART_WORDS <= bounds[n - 1]
 
 
-def test_wide_programs_of_attention_are_for_where_two_of_them_fit_beside_each_other():
-    block = 2 * 64 * 128 * 2
-    ways = [decode_module.stages_and_warps(n * 8, block, 227 * 1024) for n in (1, 48, 53, 64, 80, 81, 256)]
-
-    assert ways == [(2, 2), (2, 2), (3, 4), (3, 4), (3, 4), (2, 2), (2, 2)]
-    assert decode_module.stages_and_warps(64 * 8, 2 * block, 227 * 1024) == (2, 2), "heads of 256"
-    assert decode_module.stages_and_warps(64 * 8, block, 163 * 1024) == (2, 2), "an A100"
-
-
 def test_parts_cover_each_sequence_once_and_never_outnumber_their_bound():
     for lengths in ([1], [17000], [1120] * 32, [1] * 512, [100_000, 3, 64, 65], list(range(1, 400))):
         for kv_heads, window in itertools.product((1, 2, 8, 32), (None, 100, 4096)):

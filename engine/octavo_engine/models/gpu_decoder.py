@@ -19,7 +19,7 @@ from torch import Tensor
 from octavo_engine.kernels.gpu import prefill_attention_hopper
 from octavo_engine.kernels.gpu.act_mul import act_mul
 from octavo_engine.kernels.gpu.cublas import Products
-from octavo_engine.kernels.gpu.decode_attention import Scratch, decode_attention, stages_and_warps
+from octavo_engine.kernels.gpu.decode_attention import Scratch, decode_attention
 from octavo_engine.kernels.gpu.invariant_attention import invariant_attention, tile_tokens
 from octavo_engine.kernels.gpu.invariant_linear import invariant_linear
 from octavo_engine.kernels.gpu.norm import embed_rms_norm, rms_norm
@@ -81,7 +81,6 @@ class GpuDecoder:
         self._tensors = tensors
         self._cos, self._sin = cos, sin
         self._kv_cache = kv_cache
-        self._block_bytes = 2 * kv_cache[0, 0, 0, 0].nbytes
         self._kv_scales = kv_scales or [UNSCALED] * config.num_layers
         self._token_ids, self._block_tables = token_ids, block_tables
         self._layers = [
@@ -254,10 +253,6 @@ class GpuDecoder:
         )
         return logits
 
-    def attention_shape(self, decodes: int) -> tuple[int, int]:
-        """Stages and warps of the attention of so many decodes."""
-        return stages_and_warps(decodes * self.config.num_kv_heads, self._block_bytes, self._shared_memory)
-
     def _shape(self, tokens: int, outputs: int, inputs: int, gated: bool = False) -> Shape:
         return choose_shape(tokens, outputs, inputs, gated, self._shared_memory)
 
@@ -278,11 +273,10 @@ class GpuDecoder:
             )  # fmt: skip
             return
         if many:
-            stages, warps = self.attention_shape(many)
             decode_attention(
                 qkv, self._cos, self._sin, cache, self._block_tables, step.parts[window], self._scratch,
                 attended[:many], self._scale, query_norm=norms[0], key_norm=norms[1], eps=config.norm_eps,
-                window=window, scales=scales, num_stages=stages, num_warps=warps,
+                window=window, scales=scales,
             )  # fmt: skip
         if step.tiles is not None:
             rope_kv(

@@ -118,16 +118,16 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype, e4m3:
         if size <= GATED_TOKENS:
             absent.step(usual, size, 0)
     absent.step(usual, 0, 16)
-    for decodes in unlike_decodes(usual):
+    for decodes in unlike_decodes():
         absent.step(usual, decodes, 16)
     if usual.wide_tile_tokens:
         absent.step(usual, 1, 16, wide=True)
     deterministic = absent.decoder(dtype, deterministic=True)
-    for decodes in unlike_decodes(deterministic):
+    for decodes in unlike_decodes():
         absent.step(deterministic, decodes, 0)
     for kind in (torch.float8_e4m3fn, torch.float8_e5m2) if e4m3 else (torch.float8_e5m2,):
         small = absent.decoder(kind)
-        for decodes in unlike_decodes(small):
+        for decodes in unlike_decodes():
             absent.step(small, decodes, 16)
         absent.step(absent.decoder(kind, deterministic=True), 16, 0)
     vocab, max_seqs = model.vocab_size, absent.max_seqs
@@ -138,12 +138,11 @@ def _launch_all(model: DecoderConfig, block_size: int, dtype: torch.dtype, e4m3:
     logprobs(usual.logits, ints(1), ints(max_seqs), MOST, LogprobScratch.allocate(1, vocab, META), ints(1, TOLD_WORDS))
 
 
-def unlike_decodes(decoder: GpuDecoder) -> list[int]:
+def unlike_decodes() -> list[int]:
     """Of each way in which decodes are launched one number: each is a kernel of its own."""
     found: dict[object, int] = {}
     for size in GRAPH_SIZES:
-        early = tuple(early_launch(size).items())
-        found.setdefault((early, decoder.attention_shape(size)), size)
+        found.setdefault(tuple(early_launch(size).items()), size)
     return [size for size in found.values() if size <= Absent.MAX_SEQS]
 
 

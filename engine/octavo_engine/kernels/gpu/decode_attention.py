@@ -2,8 +2,12 @@
 
 The work is bound by reading the cache, so it is cut into parts of roughly equal size: a *part* is a run of blocks of
 one sequence for one KV head. The host lists the parts (`plan_parts`); long sequences yield several, and the program
-that finishes last combines them, always in the same order. All query heads of a KV head are rows of one product,
-padded to the 16 rows of a matrix unit. (Dao et al., "Flash-Decoding for long-context inference", 2023)
+that finishes last combines them, always in the same order. (Dao et al., "Flash-Decoding for long-context inference",
+2023) Keys fill the rows of the matrix unit and the query heads of a KV head its columns, of which there are eight: as
+rows, four heads were padded to sixteen, in the products as in the softmax.
+
+A card at its power limit pays for instructions with its clock: a layer of 128 and 256 sequences took 305 and 505 us
+with heads as rows and takes 284 and 484 (an H200 at 700 W, products by cuBLAS), though attention alone gains 3 %.
 
 Rotating the query and writing the new key and value are done here too: a kernel of their own took 2.5 to 4 us a layer,
 2 % of a step. Each part rotates the query for itself; the part with the last block writes before it reads.
@@ -35,6 +39,11 @@ GAINING_FROM = 64
 EVENING_OUT = 4
 """Sequences longer than their mean may be cut into so many times more parts: at 500 sequences of 260 tokens and one
 of 16,000, 297 us became 214 (197 is the time to read them)."""
+MIN_COLUMNS = {"cuda": 8, "hip": 16}
+"""Of a matrix unit, to which the query heads of a KV head are padded."""
+STAGES = 2
+"""As fast as three for any number of sequences, as are two warps as four: of 128 sequences 139 us for 139 and 142. Of
+warps blocks of 128 tokens want four, 141 us for 152, and so do eight bits, 118 for 125."""
 MIN_BLOCKS_PER_PART = 2
 """Below 128 tokens in a part, starting and combining it costs more than reading it."""
 LOG2_E = math.log2(math.e)
@@ -107,7 +116,7 @@ def decode_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, block_tables: Tensor, parts: Tensor, scratch: Scratch,
     out: Tensor, scale: float, *, query_norm: Tensor | None = None,
     key_norm: Tensor | None = None, eps: float = 0.0, window: int | None = None, softcap: float = 0.0,
-    scales: KvScales = UNSCALED, num_stages: int = 2, num_warps: int = 2,
+    scales: KvScales = UNSCALED,
 ) -> None:  # fmt: skip
     """Write each token's key and value, then softmax(q·k * scale) · v over it and the keys before it.
 
@@ -126,20 +135,14 @@ def decode_attention(
         scratch.partial, scratch.lse, scratch.finished, out, query_norm, key_norm, eps,
         scale * LOG2_E * (of_keys or 1.0), softcap, of_keys, of_values, KV_HEADS=kv_heads, GROUP=group,
         HALF=dim // 2, HALF_BLOCK=triton.next_power_of_2(dim // 2), BLOCK_SIZE=block_size,
-        ROWS=max(16, triton.next_power_of_2(group)), WINDOW=window or 0, SOFTCAP=softcap > 0,
-        STAGES=num_stages, WORDS=PART_WORDS, num_warps=num_warps if block_size <= 64 else 4,
-        **early_launch(tokens),
+        COLUMNS=_columns(group), WINDOW=window or 0, SOFTCAP=softcap > 0, STAGES=STAGES, WORDS=PART_WORDS,
+        num_warps=4 if block_size > 64 or kv_cache.element_size() == 1 else 2, **early_launch(tokens),
     )  # fmt: skip
 
 
-def stages_and_warps(sequences_by_heads: int, block_bytes: int, shared_memory: int) -> tuple[int, int]:
-    """The kernel's num_stages and num_warps. block_bytes: of keys and values of one head in a block.
-
-    512 programs, three to a multiprocessor, are a round and a third; two at a time, as wide, they are two rounds: 64
-    sequences of 1,120 tokens take 74.9 us for 77.3 on an H200, where 48 and 128 lose 1 %.
-    """
-    wide = 420 < sequences_by_heads <= 640 and 2 * 3 * block_bytes <= shared_memory
-    return (3, 4) if wide else (2, 2)
+def _columns(group: int) -> int:
+    backend = "cuda" if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().backend
+    return max(MIN_COLUMNS[backend], triton.next_power_of_2(group))
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def _decode(
     qkv, stride_token, cos, sin, keys, values, block_tables, stride_table, parts, partial, partial_lse, finished, out,
     query_norm, key_norm, eps, scale, softcap, key_scale, value_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
     WORDS: tl.constexpr, EARLY: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
@@ -214,9 +217,9 @@ def _decode(
     length = position + 1
     end = first + num_blocks
 
-    row = tl.arange(0, ROWS)
+    head = tl.arange(0, COLUMNS)
     key = tl.arange(0, BLOCK_SIZE)
-    in_group = (row < GROUP)[:, None] & in_half[None, :]
+    in_group = (head < GROUP)[:, None] & in_half[None, :]
     base = qkv + token * stride_token
     if end == position // BLOCK_SIZE + 1:
         # One row of a tile: a vector of its own would need other code for the same rotation.
@@ -239,13 +242,14 @@ def _decode(
         tl.debug_barrier()  # the loop reads what was written
     # Behind the branch, so that the first keys can be asked for while the query is rotated: a layer of 64 sequences
     # 206.8 -> 204.0 us, one of 128 286.2 -> 284.8, one of 8 131.3 -> 132.1 (H200, two processes).
-    at_query = (kv_head * GROUP + row)[:, None] * DIM + column[None, :]
+    at_query = (kv_head * GROUP + head)[:, None] * DIM + column[None, :]
     query_low, query_high = _rotated(base + at_query, in_group, column, c, s, query_norm, eps, HALF)
+    query_low, query_high = tl.trans(query_low), tl.trans(query_high)  # [HALF, COLUMNS]
 
-    best = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    sums_low = tl.zeros([ROWS, HALF_BLOCK], tl.float32)
-    sums_high = tl.zeros([ROWS, HALF_BLOCK], tl.float32)
+    best = tl.full([COLUMNS], float("-inf"), tl.float32)
+    totals = tl.zeros([BLOCK_SIZE, COLUMNS], tl.float32)
+    sums_low = tl.zeros([HALF_BLOCK, COLUMNS], tl.float32)
+    sums_high = tl.zeros([HALF_BLOCK, COLUMNS], tl.float32)
     for index in tl.range(first, end, num_stages=STAGES):
         block = tl.load(table + index).to(tl.int64)
         start = (block * KV_HEADS + kv_head) * (BLOCK_SIZE * DIM)
@@ -253,71 +257,73 @@ def _decode(
         seen = at < length
         if WINDOW > 0:
             seen = seen & (at >= length - WINDOW)
-        at_k = keys + start + key[None, :] * DIM + column[:, None]  # [HALF, BLOCK_SIZE]
-        at_v = values + start + key[:, None] * DIM + column[None, :]  # [BLOCK_SIZE, HALF]
+        at_k = keys + start + key[:, None] * DIM + column[None, :]  # [BLOCK_SIZE, HALF]
+        at_v = values + start + key[None, :] * DIM + column[:, None]  # [HALF, BLOCK_SIZE]
         # What lies behind the last key is another request's leftover: finite or not, it must not be added up, and
         # not be read either, half a block per sequence on average.
         if HALF == HALF_BLOCK:
-            readable_key, readable = seen[None, :], seen[:, None]
+            readable, readable_value = seen[:, None], seen[None, :]
         else:
-            readable_key, readable = seen[None, :] & in_half[:, None], seen[:, None] & in_half[None, :]
-        k_low = tl.load(at_k, mask=readable_key, other=0.0).to(query_low.dtype)
-        k_high = tl.load(at_k + HALF, mask=readable_key, other=0.0).to(query_low.dtype)
-        scores = tl.dot(query_high, k_high, tl.dot(query_low, k_low)) * scale
+            readable, readable_value = seen[:, None] & in_half[None, :], seen[None, :] & in_half[:, None]
+        k_low = tl.load(at_k, mask=readable, other=0.0).to(query_low.dtype)
+        k_high = tl.load(at_k + HALF, mask=readable, other=0.0).to(query_low.dtype)
+        scores = tl.dot(k_high, query_high, tl.dot(k_low, query_low)) * scale  # [BLOCK_SIZE, COLUMNS]
         if SOFTCAP:
             # In units of log2 e: softcap * tanh(x / softcap) with x = scores / log2 e.
             x = scores * (0.6931471805599453 / softcap)
             scores = (2.0 / (1.0 + tl.exp2(-2.8853900817779268 * x)) - 1.0) * (softcap * 1.4426950408889634)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        shrink = tl.exp2(best - new_best)
-        weights = tl.exp2(scores - new_best[:, None])
-        total = total * shrink + tl.sum(weights, 1)
+        scores = tl.where(seen[:, None], scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 0))
+        shrink = tl.exp2(best - new_best)[None, :]
+        weights = tl.exp2(scores - new_best[None, :])
+        totals = totals * shrink + weights
         best = new_best
-        v_low = tl.load(at_v, mask=readable, other=0.0).to(query_low.dtype)
-        v_high = tl.load(at_v + HALF, mask=readable, other=0.0).to(query_low.dtype)
+        v_low = tl.load(at_v, mask=readable_value, other=0.0).to(query_low.dtype)
+        v_high = tl.load(at_v + HALF, mask=readable_value, other=0.0).to(query_low.dtype)
         weights = weights.to(v_low.dtype)
-        sums_low = tl.dot(weights, v_low, sums_low * shrink[:, None])
-        sums_high = tl.dot(weights, v_high, sums_high * shrink[:, None])
+        sums_low = tl.dot(v_low, weights, sums_low * shrink)
+        sums_high = tl.dot(v_high, weights, sums_high * shrink)
     release(LATE)
-    result_low = sums_low / total[:, None]
-    result_high = sums_high / total[:, None]
+    total = tl.sum(totals, 0)
+    result_low = sums_low / total[None, :]
+    result_high = sums_high / total[None, :]
     if value_scale is not None:
         result_low *= value_scale
         result_high *= value_scale
-    to_out = out + token * (KV_HEADS * GROUP * DIM) + at_query
+    is_sum = (head < GROUP)[None, :] & in_half[:, None]
+    at_part = head[None, :] * DIM + column[:, None]
+    to_out = out + token * (KV_HEADS * GROUP * DIM) + kv_head * (GROUP * DIM) + at_part
     if count == 1:
-        tl.store(to_out, result_low.to(out.dtype.element_ty), mask=in_group)
-        tl.store(to_out + HALF, result_high.to(out.dtype.element_ty), mask=in_group)
+        tl.store(to_out, result_low.to(out.dtype.element_ty), mask=is_sum)
+        tl.store(to_out + HALF, result_high.to(out.dtype.element_ty), mask=is_sum)
     else:
-        to = (part * KV_HEADS + kv_head) * GROUP + row
-        tl.store(partial + to[:, None] * DIM + column[None, :], result_low, mask=in_group)
-        tl.store(partial + to[:, None] * DIM + HALF + column[None, :], result_high, mask=in_group)
-        tl.store(partial_lse + to, best + tl.log2(total), mask=row < GROUP)
+        of_part = (part * KV_HEADS + kv_head) * GROUP
+        tl.store(partial + of_part * DIM + at_part, result_low, mask=is_sum)
+        tl.store(partial + of_part * DIM + at_part + HALF, result_high, mask=is_sum)
+        tl.store(partial_lse + of_part + head, best + tl.log2(total), mask=head < GROUP)
         tl.debug_barrier()  # every thread's part is written before the count says so
         counter = finished + token * KV_HEADS + kv_head
         if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
             tl.store(counter, 0)
-            best = tl.full([ROWS], float("-inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            sums_low = tl.zeros([ROWS, HALF_BLOCK], tl.float32)
-            sums_high = tl.zeros([ROWS, HALF_BLOCK], tl.float32)
+            best = tl.full([COLUMNS], float("-inf"), tl.float32)
+            total = tl.zeros([COLUMNS], tl.float32)
+            sums_low = tl.zeros([HALF_BLOCK, COLUMNS], tl.float32)
+            sums_high = tl.zeros([HALF_BLOCK, COLUMNS], tl.float32)
             for other in tl.range(first_part, first_part + count, num_stages=4):
-                of = (other * KV_HEADS + kv_head) * GROUP + row
-                at_low = partial + of[:, None] * DIM + column[None, :]
+                of = (other * KV_HEADS + kv_head) * GROUP
                 # From the second-level cache: the first-level one of this processor may hold an older layer's.
-                lse = tl.load(partial_lse + of, mask=row < GROUP, other=0.0, cache_modifier=".cg")
-                low = tl.load(at_low, mask=in_group, other=0.0, cache_modifier=".cg")
-                high = tl.load(at_low + HALF, mask=in_group, other=0.0, cache_modifier=".cg")
+                lse = tl.load(partial_lse + of + head, mask=head < GROUP, other=0.0, cache_modifier=".cg")
+                low = tl.load(partial + of * DIM + at_part, mask=is_sum, other=0.0, cache_modifier=".cg")
+                high = tl.load(partial + of * DIM + at_part + HALF, mask=is_sum, other=0.0, cache_modifier=".cg")
                 new_best = tl.maximum(best, lse)
                 shrink = tl.exp2(best - new_best)
                 weight = tl.exp2(lse - new_best)
-                sums_low = sums_low * shrink[:, None] + low * weight[:, None]
-                sums_high = sums_high * shrink[:, None] + high * weight[:, None]
+                sums_low = sums_low * shrink[None, :] + low * weight[None, :]
+                sums_high = sums_high * shrink[None, :] + high * weight[None, :]
                 total = total * shrink + weight
                 best = new_best
-            tl.store(to_out, (sums_low / total[:, None]).to(out.dtype.element_ty), mask=in_group)
-            tl.store(to_out + HALF, (sums_high / total[:, None]).to(out.dtype.element_ty), mask=in_group)
+            tl.store(to_out, (sums_low / total[None, :]).to(out.dtype.element_ty), mask=is_sum)
+            tl.store(to_out + HALF, (sums_high / total[None, :]).to(out.dtype.element_ty), mask=is_sum)
 
 
 def reference(
