@@ -242,7 +242,7 @@ class EngineConfig:
     )  # fmt: skip
     max_decode_slowdown: float = _setting(
         2.3, "How many times longer a step may take for the prompts in it than for its running streams alone; longer "
-        "prompts are split. Prompts may have more of it while many requests wait for their first token, up to four "
+        "prompts are split. Prompts may have more of it while many requests wait for their first token, up to eight "
         "times. 0 lets prompts fill --max-num-batched-tokens.", group="Scheduling", low=0, high=1000,
     )  # fmt: skip
     deterministic: bool = _setting(
