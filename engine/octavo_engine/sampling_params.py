@@ -242,6 +242,8 @@ class SamplingParams:
     def _refuse_what_is_not_here(self) -> None:
         for name, why in _NOT_HERE.items():
             value = getattr(self, name)
+            if value is None:
+                continue
             nothing: tuple[object, ...] = (None, False, {}, [], self.n) if name == "best_of" else (None, False, {}, [])
             if not any(value is one or (type(value) is type(one) and value == one) for one in nothing):
                 raise SamplingError(name, value, f"left out: {why}")
@@ -251,6 +253,12 @@ class SamplingParams:
     def from_optional(cls, **given: Any) -> SamplingParams:
         """With the default in place of each None, but for max_tokens, where None is a value."""
         return cls(**{name: value for name, value in given.items() if value is not None or name == "max_tokens"})
+
+    def with_known(self, **fields: Any) -> SamplingParams:
+        """A copy with other values in these fields, which must be right: `replace` would check all of them again."""
+        copy = object.__new__(SamplingParams)
+        copy.__dict__.update(self.__dict__, **fields)
+        return copy
 
     def clone(self) -> SamplingParams:
         return replace(self)

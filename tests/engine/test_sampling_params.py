@@ -161,3 +161,13 @@ def test_none_of_what_is_optional_is_the_default_and_none_of_max_tokens_is_a_val
     assert SamplingParams.from_optional(n=None, temperature=0.5, max_tokens=None) == SamplingParams(
         temperature=0.5, max_tokens=None
     )
+
+
+def test_a_copy_with_known_values_is_equal_to_one_that_was_checked_and_leaves_its_origin_as_it_was():
+    origin = SamplingParams(temperature=0.5, stop=["a"], logit_bias={3: 1.0}, seed=7, max_tokens=20)
+
+    copy = origin.with_known(seed=8, max_tokens=5)
+
+    assert copy == dataclasses.replace(origin, seed=8, max_tokens=5)
+    assert hash(copy) == hash(dataclasses.replace(origin, seed=8, max_tokens=5))
+    assert (origin.seed, origin.max_tokens) == (7, 20)

@@ -13,7 +13,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import cast
 
 from octavo_engine.api.admission import QueueLimits, QueueState, refusal
@@ -457,9 +457,7 @@ def one_sequence(sampling: SamplingParams, index: int, max_tokens: int) -> Sampl
     """
     seed = None if sampling.seed is None else _shifted(sampling.seed, index)
     min_tokens = min(sampling.min_tokens, max_tokens)
-    return replace(
-        sampling, n=1, seed=seed, max_tokens=max_tokens, min_tokens=min_tokens, structured_outputs=None
-    )  # fmt: skip
+    return sampling.with_known(n=1, seed=seed, max_tokens=max_tokens, min_tokens=min_tokens, structured_outputs=None)
 
 
 def _shifted(seed: int, index: int) -> int:

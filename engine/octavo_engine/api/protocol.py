@@ -403,7 +403,10 @@ def structured_outputs(request: _Sampled) -> tuple[str, StructuredOutputsParams 
 
 
 def _or(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
+    for value in values:
+        if value is not None:
+            return value
+    return None
 
 
 def _check_content(index: int, message: Message) -> None:
