@@ -114,6 +114,22 @@ def test_many_prompt_tokens_have_wide_tiles_and_few_tiles_are_split():
     assert all(tile[4] % 2 == 0 for count in (73, 256) for tile in tiles[count])
 
 
+def test_many_short_prompts_have_narrow_tiles_which_they_fill_better():
+    tiling = Tiling(64, wide=128, room=8, wide_room=4, wide_step=2)
+
+    def of(*counts: int, start: int = 0) -> Layout:
+        return exact([StepItem(row, start, count, [], True) for row, count in enumerate(counts)], tiling)
+
+    assert not of(*[170] * 48).wide
+    assert of(*[170] * 48).tiles == 48 * 3 + 8
+    assert of(*[2048] * 4).wide
+    assert of(*[256] * 32).wide, "they fill both"
+    assert of(*[170] * 10, 4096).wide, "the long one has nearly all of the work"
+    assert of(*[170] * 48, start=8000).wide, "half of a wide tile is empty, but it is quicker by more"
+    assert Layout.mixed(8, 192, tiling).wide, "of a graph, whatever prompts it will hold"
+    assert not of(*[30] * 2).wide
+
+
 def test_an_id_that_is_on_the_device_only_is_left_to_it():
     items = [StepItem(0, 5, 1, [], True), StepItem(1, 2, 1, [], True)]
     admissions = {row: Admission([10, 11, 12], 3, SamplingParams(), (), 0) for row in range(2)}

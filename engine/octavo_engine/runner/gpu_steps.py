@@ -286,8 +286,7 @@ class GpuSteps:
         end = at + TILE_WORDS * layout.tiles
         tiles, at = self._described[at:end].view(-1, TILE_WORDS) if layout.tiles else None, end
         ends = None if layout.ends is None else self._described[at : at + layout.ends]
-        wide = self._tiling.is_wide(layout.prompt_tokens)
-        return DeviceStep(ids, rows, positions, layout.decodes, parts, tiles, ends, layout.scored, wide)
+        return DeviceStep(ids, rows, positions, layout.decodes, parts, tiles, ends, layout.scored, layout.wide)
 
     # ---- rows that want more than the draw of the step's sampler
 
@@ -368,7 +367,7 @@ class GpuSteps:
         self._sample_nobody()
         if not self._tiling.alike:
             for tokens in sorted({min(most, self._max_tokens) for most in PADDING_TOKENS}):
-                self._try(Layout.of_nobody(tokens))
+                self._try(Layout.of_nobody(tokens, self._tiling))
         for size in sorted(first, reverse=True):
             between()
             self._capture(Layout.of_decodes(size, self._tiling))
