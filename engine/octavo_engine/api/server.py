@@ -28,7 +28,7 @@ from octavo_engine.api.connection import ApiRunner
 from octavo_engine.api.engine_client import EngineClient
 from octavo_engine.api.engine_process import EngineProcess, died
 from octavo_engine.api.find_model import ModelFolder
-from octavo_engine.api.listen import port_of
+from octavo_engine.api.listen import BACKLOG, port_of
 from octavo_engine.api.management import ManagementServer
 from octavo_engine.api.metrics import CONTENT_TYPE, Metrics
 from octavo_engine.api.screen import Screen
@@ -120,11 +120,14 @@ class _Server:
         await runner.setup()
         ssl_context = None if self._tls is None else self._tls.context
         if self._config.uds is None:
-            await web.SockSite(runner, self._listener, ssl_context=ssl_context).start()
+            # Told again, as the site listens a second time: of 128, its own, 256 connections at once wait a second.
+            await web.SockSite(runner, self._listener, ssl_context=ssl_context, backlog=BACKLOG).start()
         else:  # aiohttp's own site would bind the path a second time
             assert runner.server is not None
             # Held: a server that nobody holds is closed.
-            self._unix = await self._loop.create_unix_server(runner.server, sock=self._listener, ssl=ssl_context)
+            self._unix = await self._loop.create_unix_server(
+                runner.server, sock=self._listener, ssl=ssl_context, backlog=BACKLOG
+            )
         await self._client.connect(self._engine.sock)
         self._screen.hello(self._engine_config.model, self._url, f"http://{self._host}:{self._management.port}")
         background = [self._loop.create_task(self._beat()), self._loop.create_task(self._draw())]

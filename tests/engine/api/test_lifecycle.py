@@ -117,6 +117,17 @@ async def test_while_loading_health_tells_the_stage_and_v1_asks_to_come_again(st
     assert (await complete(http, server))[0] == 200
 
 
+def test_400_connections_at_once_wait_for_a_busy_event_loop_and_none_is_turned_away(start) -> None:
+    server = start()
+    server.signal(signal.SIGSTOP)  # busier than it can ever be
+    try:
+        with contextlib.ExitStack() as connections:
+            for _ in range(400):  # one that finds no place tries again after a second
+                connections.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=0.9))
+    finally:
+        server.signal(signal.SIGCONT)
+
+
 def test_a_port_in_use_is_named_in_the_certificate(start) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
