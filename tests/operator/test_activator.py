@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 import random
+import socket
 from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -655,3 +657,14 @@ def test_settings_outside_their_range_are_named():
     assert (given.bounds.requests_per_server, given.bounds.bytes) == (3, 2**20)
     with pytest.raises(SettingsError, match="OCTAVO_ACTIVATOR_HOLD_SECONDS: got '0', expected 1 to 3600"):
         from_environment({"OCTAVO_ACTIVATOR_HOLD_SECONDS": "0"})
+
+
+async def test_400_connections_at_once_wait_for_a_busy_activator_and_none_is_turned_away():
+    runner = await _listen(web.Application(), "127.0.0.1", [0])
+    port = runner.addresses[0][1]
+    try:
+        with contextlib.ExitStack() as connections:  # made in the event loop's thread, which takes none meanwhile
+            for _ in range(400):
+                connections.enter_context(socket.create_connection(("127.0.0.1", port), timeout=0.9))
+    finally:
+        await runner.cleanup()

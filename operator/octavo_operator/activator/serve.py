@@ -27,6 +27,10 @@ LAST_S = 1.0
 """For what is being sent when everything else is over."""
 LONGEST_ANSWER_S = 30.0
 """Of /held, while nothing changes."""
+BACKLOG = 2048
+"""Connections that may wait for the event loop, as the engine has it: one that finds no place tries again after a
+second.
+"""
 
 
 async def serve(settings: ActivatorSettings) -> int:
@@ -70,7 +74,7 @@ async def _listen(app: web.Application, host: str, ports: list[int]) -> web.AppR
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=LAST_S)
     await runner.setup()
     for port in ports:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, host, port, backlog=BACKLOG).start()
     return runner
 
 
