@@ -468,6 +468,7 @@ class Interrupter(importlib.abc.MetaPathFinder):
         if name == "octavo_engine.{module}":
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background command begins with it ignored
 sys.meta_path.insert(0, Interrupter())
 sys.argv = ["octavo", *{command!r}]
 runpy.run_module("octavo_engine", run_name="__main__")
