@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-_SM_CLOCK = 1
+_SM_CLOCK, _AT_POWER_LIMIT = 1, 0x4  # NVML_CLOCK_SM, nvmlClocksEventReasonSwPowerCap
 SAMPLED_EVERY_S = 0.1
 
 
@@ -69,7 +69,7 @@ class Meter:
             self._call("nvmlDeviceGetClockInfo", self._device, _SM_CLOCK, ctypes.byref(clock))
             self._call("nvmlDeviceGetCurrentClocksThrottleReasons", self._device, ctypes.byref(reasons))
             self._clocks.append(clock.value)
-            self._limits.append(bool(reasons.value & 0x4))
+            self._limits.append(bool(reasons.value & _AT_POWER_LIMIT))
 
     def _millijoules(self) -> int:
         total = ctypes.c_ulonglong()

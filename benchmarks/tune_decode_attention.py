@@ -44,9 +44,7 @@ def measure(batch: int, context: int) -> list[tuple[float, int, int, int]]:
             decode_attention.STAGES = stages
 
             def run(cache: torch.Tensor, parts=parts) -> None:
-                decode_attention.decode_attention(
-                    qkv, cos, cos, cache, tables, parts, scratch, out, DIM**-0.5
-                )  # fmt: skip
+                decode_attention.decode_attention(qkv, cos, cos, cache, tables, parts, scratch, out, DIM**-0.5)
 
             results.append((round(timed(run, caches, 9), 2), wanted, least, stages))
     decode_attention.PROGRAMS_WANTED, decode_attention.MIN_BLOCKS_PER_PART, decode_attention.STAGES = DEFAULT

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -261,7 +261,7 @@ class SamplingParams:
         return copy
 
     def clone(self) -> SamplingParams:
-        return replace(self)
+        return self.with_known()
 
     @property
     def named_ids(self) -> dict[str, int]:

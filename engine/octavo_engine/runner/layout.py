@@ -23,7 +23,7 @@ WIDE_RATE = 1.5
 """Rows times keys of wide tiles in the time of one of narrow ones, on an H200: 1.54 in prompts of 8,192 tokens, 1.57 in
 48 of 170, which are more of padding with wide tiles and take 158 us for 124."""
 NARROW_KEYS = 64
-"""That a narrow tile reads at a time, as a wide one reads as many as it has tokens."""
+"""That a narrow tile reads at a time, from blocks of the usual size; a wide one reads as many as it has tokens."""
 
 
 @dataclass(frozen=True)
