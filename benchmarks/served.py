@@ -157,8 +157,14 @@ async def long_prompts(target: Target) -> dict[str, Any]:
 
 def from_processes(target: Target, requests: list[Sample], processes: int) -> tuple[list[Answer], float]:
     """All at once, from several processes, as a single one cannot read so many streams as fast as they come."""
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(abs, range(processes)))  # started and imported
+    context = multiprocessing.get_context("spawn")
+    # Time begins when the last of them has started and imported: the first alone could answer for all before.
+    ready = context.Barrier(processes + 1)
+    with ProcessPoolExecutor(processes, context, initializer=ready.wait) as pool:
+        starts = [pool.submit(abs, 0) for _ in range(processes)]
+        ready.wait(READY_S)
+        for start in starts:
+            start.result()
         began = time.monotonic()
         shares = [pool.submit(_run, target, requests[i::processes]) for i in range(processes)]
         answers = [answer for share in shares for answer in share.result()]
