@@ -19,6 +19,7 @@ from octavo_engine.kernels.act_mul import ACTIVATIONS
 from octavo_engine.kernels.gpu import (
     act_mul,
     adjusted,
+    adjustments,
     decode_attention,
     invariant_attention,
     invariant_linear,
@@ -39,11 +40,16 @@ TILE = "tensordesc<bf16[64,128]>"
 SHORT = "*i16"
 UNSCALED = {"key_scale": None, "value_scale": None}
 CHANGED = {
-    "VOCAB": 128256, "RECORD": adjusted.record_words(128256), "MASK": adjusted.mask_words(128256),
-    "ENTRIES": adjusted.ENTRIES, "HEADER": adjusted.HEADER,
+    "RECORD": adjustments.record_words(128256), "MASK": adjustments.mask_words(128256), "ENTRIES": adjustments.ENTRIES,
+    "HEADER": adjustments.HEADER,
 }  # fmt: skip
-CHUNKS = sample.arrangement(128256)
-PICK = {"VOCAB": 128256, "SLICES": 8, "SLICES_BLOCK": 8, **CHUNKS}
+UNCHANGED = {"special": None, "masks": None, "records": None, "words": None, "RECORD": 0, "MASK": 0, "ENTRIES": 0}
+CHUNKS = {"VOCAB": 128256, **sample.arrangement(128256)}
+PICK = sample.pick_sizes(128256)
+PLACES = [INT, INT, INT]
+STATE = [FLOAT, INT, FLOAT, FLOAT, LONG]
+PARTS = [FLOAT, INT, FLOAT, FLOAT]
+OUT = [INT, INT, "i32", "i32", INT]
 HEADS = {"KV_HEADS": 8, "GROUP": 4}
 SHARED_MEMORY = {"80": 163 * 1024, "89": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}
 
@@ -86,35 +92,23 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
              "STAGES": 3, "WORDS": TILE_WORDS, "value_scale": None}, 4,
         ),
         (
-            "cutoff", sample._cutoff, [HALF, INT, INT, INT, FLOAT, INT, FLOAT, FLOAT, FLOAT],
-            {"VOCAB": 128256, "AT_ONCE": 8192}, 16,
+            "noisy_best", sample._noisy_best, [HALF, *PLACES, *STATE, *PARTS], {**CHUNKS, "AT_ONCE": 32},
+            sample.LANES // 32,
         ),
         (
-            "noisy_best", sample._noisy_best, [HALF, INT, INT, INT, FLOAT, LONG, FLOAT, FLOAT, INT],
-            {"VOCAB": 128256, **CHUNKS, "AT_ONCE": 32}, sample.LANES // 32,
+            "pick", sample._pick, [HALF, *PLACES, *STATE, *PARTS, *OUT],
+            {**UNCHANGED, "HEADER": 0, **PICK, "UNUSED": 16, "AT_ONCE": 64}, 8,
         ),
         (
-            "pick", sample._pick,
-            [HALF, INT, INT, INT, FLOAT, LONG, FLOAT, FLOAT, INT, INT, "i32", "i32", INT],
-            {"special": None, **PICK}, sample.CHUNK // 32,
+            "pick_special", sample._pick, [HALF, INT, INT, INT, SHORT, *PLACES, *STATE, *PARTS, *OUT],
+            {**CHANGED, **PICK, "UNUSED": 0, "AT_ONCE": 32}, 4,
         ),
         (
-            "pick_special", sample._pick,
-            [HALF, INT, INT, INT, FLOAT, LONG, FLOAT, FLOAT, INT, INT, "i32", "i32", INT, INT],
-            PICK, sample.CHUNK // 32,
+            "note", adjusted._note, [INT, INT, SHORT, *PLACES, INT, "i32"],
+            {"VOCAB": 128256, **CHANGED, "BAD_WORDS": adjustments.BAD_WORDS}, 4,
         ),
         (
-            "note", adjusted._note, [INT, INT, SHORT, INT, INT, INT, INT, "i32"],
-            {**CHANGED, "BAD_WORDS": adjusted.BAD_WORDS}, 4,
-        ),
-        (
-            "adjusted_cutoff", adjusted._adjusted_cutoff,
-            [HALF, INT, INT, INT, SHORT, INT, INT, INT, FLOAT, INT, FLOAT, FLOAT, FLOAT],
-            {**CHANGED, "AT_ONCE": 4096}, 16,
-        ),
-        (
-            "adjusted_best", adjusted._adjusted_best,
-            [HALF, INT, INT, INT, SHORT, INT, INT, INT, FLOAT, LONG, FLOAT, FLOAT, INT],
+            "adjusted_best", adjusted._adjusted_best, [HALF, INT, INT, INT, SHORT, *PLACES, *STATE, *PARTS],
             {**CHANGED, **CHUNKS, "AT_ONCE": 8}, sample.LANES // 32,
         ),
         (

@@ -1,4 +1,4 @@
-"""The same engine on a CUDA device: still the torch references, so right before fast.
+"""The engine on a CUDA device with a real model: in float32 by the torch references, in bfloat16 by its own kernels.
 
 Run on a machine with a GPU: `pytest -m gpu tests/engine/test_gpu.py -s`.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from typing import Any
 
 import pytest
@@ -69,20 +68,58 @@ def test_a_gpu_gives_the_tokens_of_transformers(reference, settings):
             assert best[0] - best[1] < 1e-4, f"{output.prompt!r} differs at token {at}"
 
 
-def test_bfloat16_on_a_gpu_answers_the_question(capsys):
+def test_bfloat16_gives_the_tokens_of_transformers(reference, capsys):
+    exact, _ = reference
+    rounded = type(exact).from_pretrained(str(models.smollm2()), dtype=torch.bfloat16).to("cuda")
     llm = LLM(str(models.smollm2()), device="cuda", kv_cache_memory_bytes=2**30)
-    greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-    llm.generate(PROMPTS, greedy, use_tqdm=False)
+    greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=5)
 
-    started = time.perf_counter()
     outputs = llm.generate(PROMPTS, greedy, use_tqdm=False)
-    seconds = time.perf_counter() - started
 
-    with capsys.disabled():
-        speed = len(PROMPTS) * TOKENS / seconds
-        print(f"\n{llm.effective.gpu}, {llm.effective.dtype}, 10 streams, torch references: {speed:.0f} tokens/s")
     assert llm.effective.dtype == "bfloat16"
     assert outputs[0].outputs[0].text.startswith(" Paris")
+    agreed = 0
+    ours, theirs, lost = [], [], []
+    for output in outputs:
+        answer, prompt = output.outputs[0], output.prompt_token_ids
+        ids = torch.tensor([prompt + list(answer.token_ids)], device="cuda")
+        with torch.inference_mode():
+            logits = [model(ids).logits[0, len(prompt) - 1 : -1].float() for model in (exact, rounded)]
+        tokens = ids[0, len(prompt) :]
+        agreed += int((logits[1].argmax(-1) == tokens).sum())
+        lost.append(logits[1].max(-1).values - logits[1].gather(1, tokens[:, None])[:, 0])
+        chances = [each.log_softmax(-1) for each in logits]
+        for step, told in enumerate(answer.logprobs):
+            for token, chance in told.items():
+                ours.append(abs(chance.logprob - float(chances[0][step, token])))
+                theirs.append(abs(float(chances[1][step, token]) - float(chances[0][step, token])))
+    most_lost, mean, their_mean = float(torch.cat(lost).max()), sum(ours) / len(ours), sum(theirs) / len(theirs)
+    with capsys.disabled():
+        print(f"\n{agreed} of {len(PROMPTS) * TOKENS} tokens as in transformers, at most {most_lost:.3f} below")
+        print(f"log-probabilities beside float32's: {mean:.4f} on average, at most {max(ours):.3f}")
+        print(f"transformers' in bfloat16: {their_mean:.4f}, {max(theirs):.3f}")
+    assert most_lost <= 0.25  # two steps of a bfloat16 between 16 and 32
+    assert agreed > 0.95 * len(PROMPTS) * TOKENS
+    assert mean < 0.05
+    assert max(ours) < 1.5 * max(theirs)
+
+
+@pytest.mark.parametrize("sequences", [1, 5, 8])
+def test_graphs_give_what_the_same_kernels_give_without_them(sequences):
+    greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=3)
+    found = []
+    for eager in (False, True):
+        llm = LLM(str(models.smollm2()), device="cuda", kv_cache_memory_bytes=2**30, enforce_eager=eager)
+        while llm._engine.prepare():
+            pass
+        outputs = llm.generate(PROMPTS[:sequences], greedy, use_tqdm=False)
+        found.append([
+            (list(output.outputs[0].token_ids),
+             [{token: chance.logprob for token, chance in step.items()} for step in output.outputs[0].logprobs])
+            for output in outputs
+        ])  # fmt: skip
+
+    assert found[0] == found[1]
 
 
 def test_sampling_on_a_gpu_depends_on_the_seed_alone():

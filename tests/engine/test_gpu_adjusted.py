@@ -21,7 +21,8 @@ pytest.importorskip("triton")
 from octavo_engine.core.step import Admission
 from octavo_engine.kernels import sampling
 from octavo_engine.kernels.gpu import logprobs, sample
-from octavo_engine.kernels.gpu.adjusted import SPECIAL_WORDS, Adjustments, mask_words, sample_adjusted
+from octavo_engine.kernels.gpu.adjusted import sample_adjusted
+from octavo_engine.kernels.gpu.adjustments import SPECIAL_WORDS, Adjustments, mask_words
 from octavo_engine.kernels.sampling import SampleRow
 from octavo_engine.runner.records import pack_record, pack_words
 from octavo_engine.sampling_params import SamplingParams

@@ -468,6 +468,36 @@ def test_sampling_is_the_draw_of_the_reference(vocab):
     assert token_ids[rows.long(), positions.long() + 1].tolist() == expected.tolist()
 
 
+def test_what_a_cut_leaves_is_found_wherever_it_lies():
+    vocab = sample.SLICE + 901  # 256 chunks
+    settings = [(1.0, 0, 0.9, 0.0), (1.0, 0, 0.9, 0.0), (1.0, 0, 0.5, 0.0), (0.7, 20, 0.8, 0.0), (1.0, 400, 0.99, 0.0)]
+    settings += [(1.0, 0, 0.97, 0.0), (0.5, 0, 0.3, 0.0), (1.0, 70, 1.0, 0.02), *[(1.5, 0, 0.9, 0.0)] * 4]
+    n = len(settings)
+    ranks = torch.stack([torch.randperm(vocab) for _ in range(n)])
+    logits = (12.0 - 1.5 * (ranks + 1.0).log()).to(DEVICE, DTYPE)
+    # What is likely lies in one chunk, whose sum seems to be enough and whose largest logit alone is not.
+    logits[1:3], logits[8:] = -9.0, -9.0
+    chunks = sample.chunks(vocab)
+    logits[1, chunks[5, 9:17]] = torch.linspace(5.0, 6.0, 8).to(DEVICE, DTYPE)
+    logits[2, chunks[200, :5]] = 4.0
+    logits[8:, chunks[77, 30:38]] = torch.linspace(15.0, 16.0, 8).to(DEVICE, DTYPE)
+    logits[6] = 1.5  # all alike
+    where = sample.SamplingState.allocate(n, DEVICE)
+    values = [torch.tensor(column, device=DEVICE) for column in zip(*settings, strict=True)]
+    for target, source in zip((where.temperature, where.top_k, where.top_p, where.min_p), values, strict=True):
+        target.copy_(source.to(target.dtype))
+    where.seed.copy_(torch.arange(n) * 2**34 + 11)
+    rows, scratch = ints(list(range(n))), sample.SamplingScratch.allocate(n, vocab, DEVICE)
+    token_ids = torch.zeros(n, 64, dtype=torch.int32, device=DEVICE)
+
+    for position in range(4 if ON_GPU else 1):
+        out, positions = ints([-7] * n), ints([position] * n)
+        sample.sample(logits, rows, rows, positions, where, scratch, token_ids, out)
+
+        drawn = [v.cpu() for v in values], where.seed.cpu(), (positions + 1).cpu()
+        assert out.tolist() == sample.reference(logits.cpu(), *drawn[0], *drawn[1:]).tolist()
+
+
 def test_logits_that_are_not_finite_give_no_token():
     logits = random(6, 300)
     logits[0, 299], logits[1, 5], logits[3, 7] = float("nan"), float("inf"), float("nan")

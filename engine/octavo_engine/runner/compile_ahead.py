@@ -27,7 +27,8 @@ from triton.runtime import build, driver
 from triton.runtime.jit import JITFunction
 
 from octavo_engine.kernels.gpu import prebuilt
-from octavo_engine.kernels.gpu.adjusted import Adjustments, mask_words, sample_adjusted
+from octavo_engine.kernels.gpu.adjusted import sample_adjusted
+from octavo_engine.kernels.gpu.adjustments import Adjustments, mask_words
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
 from octavo_engine.kernels.gpu.early_launch import early_launch
 from octavo_engine.kernels.gpu.logprobs import MOST, TOLD_WORDS, LogprobScratch, logprobs

@@ -19,13 +19,8 @@ from torch import Tensor
 
 from octavo_engine.core.messages import TokenLogprobs
 from octavo_engine.core.step import Admission, Sampled, StepItem, StepPlan
-from octavo_engine.kernels.gpu.adjusted import (
-    SPECIAL_WORDS,
-    Adjustments,
-    mask_words,
-    record_words,
-    sample_adjusted,
-)
+from octavo_engine.kernels.gpu.adjusted import sample_adjusted
+from octavo_engine.kernels.gpu.adjustments import SPECIAL_WORDS, Adjustments, mask_words, record_words
 from octavo_engine.kernels.gpu.decode_attention import PART_WORDS, max_parts
 from octavo_engine.kernels.gpu.logprobs import MOST, TOLD_WORDS, LogprobScratch, logprobs
 from octavo_engine.kernels.gpu.prebuilt import Compilations

@@ -1,4 +1,4 @@
-"""What a request changes in its logits, as the words and the record that kernels/gpu/adjusted.py reads. Pure.
+"""What a request changes in its logits, as the words and the record that kernels/gpu/adjustments.py reads. Pure.
 
 Called by gpu_steps.py when a request enters a row, also after a preemption: then its output so far is counted here.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo_engine.core.step import Admission
-from octavo_engine.kernels.gpu.adjusted import (
+from octavo_engine.kernels.gpu.adjustments import (
     BAD_IDS,
     BAD_WORDS,
     ENTRIES,
