@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from octavo_engine.config import ConfigError, EngineConfig
+from octavo_engine.config import BLOCK_SIZES, ConfigError, EngineConfig
 from octavo_engine.host import host_memory
+from octavo_engine.models.config import KV_DTYPE_BYTES
 from octavo_engine.plan import DeviceMemory
 from octavo_engine.status import Failure, FailureCode, FatalError
 
@@ -23,6 +24,8 @@ AMD_SHARED_BYTES = 64 * 1024
 """Shared memory of a gfx942's program, which AMD's torch does not tell."""
 LARGE_BLOCK_BYTES = 113 * 1024
 """Shared memory of prefill attention with blocks of 128 keys of 256 numbers, as compiled for an A100."""
+AMD_PADDING_BYTES = 32
+"""Of a key and its value in decode attention on a gfx942, so that its threads find them in different banks."""
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -70,18 +73,35 @@ def check_kv_dtype(kv_dtype: str, device: torch.device) -> None:
         )  # fmt: skip
 
 
-def check_block_size(block_size: int, head_dim: int, device: torch.device) -> None:
+def check_block_size(block_size: int, head_dim: int, kv_dtype: str, device: torch.device) -> None:
     """Raises ConfigError where a block of keys and one of values do not fit beside a tile of queries."""
-    if device.type == "cpu" or block_size * head_dim <= 128 * 128:
+    if device.type == "cpu":
         return
-    properties = torch.cuda.get_device_properties(device)
-    have = getattr(properties, "shared_memory_per_block_optin", AMD_SHARED_BYTES)
-    if have < LARGE_BLOCK_BYTES:
-        raise ConfigError(
-            "--block-size", block_size,
-            f"at most 64 for heads of {head_dim} on {torch.cuda.get_device_name(device)}: the kernels need "
-            f"{LARGE_BLOCK_BYTES >> 10} KiB of shared memory, it has {have >> 10}",
-        )  # fmt: skip
+    # Only NVIDIA's torch tells it.
+    have = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
+    amd, have = have is None, have or AMD_SHARED_BYTES
+    need = shared_bytes(block_size, head_dim, kv_dtype, amd)
+    if need <= have:
+        return
+    fitting = [size for size in BLOCK_SIZES if shared_bytes(size, head_dim, kv_dtype, amd) <= have]
+    raise ConfigError(
+        "--block-size", block_size,
+        f"at most {max(fitting, default=0)} for heads of {head_dim} on {torch.cuda.get_device_name(device)}: the "
+        f"kernels need {-(-need // 1024)} KiB of shared memory, it has {have >> 10}",
+    )  # fmt: skip
+
+
+def shared_bytes(block_size: int, head_dim: int, kv_dtype: str, amd: bool) -> int:
+    """Shared memory that attention asks for with blocks of this size, where that may be more than a device has.
+
+    On a gfx942 decode attention is what asks for most: a block of keys and one of values, as wide as a power of two.
+    That is what Triton compiles, to the byte, for blocks of 16 to 128, heads of 64 to 256 and caches of 16 and 8 bits;
+    prefill attention takes 64 KiB at most. Elsewhere it is prefill attention, with the largest blocks.
+    """
+    if amd:
+        width = 1 << (head_dim - 1).bit_length()
+        return block_size * (2 * width * KV_DTYPE_BYTES[kv_dtype] + AMD_PADDING_BYTES)
+    return LARGE_BLOCK_BYTES if block_size * head_dim > 128 * 128 else 0
 
 
 def memory_of(device: torch.device) -> DeviceMemory:

@@ -69,7 +69,8 @@ class ModelRunner:
         plan = make_plan(config, model, dtype_name, memory)
         dtype, kv_dtype = TORCH_DTYPES[dtype_name], TORCH_DTYPES[plan.kv_dtype]
         check_kv_dtype(plan.kv_dtype, device)
-        check_block_size(plan.block_size, model.head_dim, device)
+        if dtype != torch.float32:  # which no kernel computes
+            check_block_size(plan.block_size, model.head_dim, plan.kv_dtype, device)
         # Read before anything else of the checkpoint: graphs hold them as numbers.
         scaled = is_scaled(kv_dtype) and config.load_format != "dummy"
         self._kv_scales = weights.kv_scales(folder, model.num_layers) if scaled else [UNSCALED] * model.num_layers
