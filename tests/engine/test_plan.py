@@ -12,7 +12,7 @@ import pytest
 
 from octavo_engine import plan as plan_module
 from octavo_engine.checkpoint import find_files, read_headers
-from octavo_engine.config import ConfigError, EngineConfig
+from octavo_engine.config import ConfigError, EngineConfig, parse_count
 from octavo_engine.models.config import DecoderConfig, load_config, parse_config
 from octavo_engine.models.layout import ALIGNMENT, placements, slots
 from octavo_engine.plan import GIB, DeviceMemory, Plan, choose_dtype, describe, make_plan
@@ -263,15 +263,49 @@ def test_the_number_of_blocks_can_be_given_instead():
         plan(model_of(LLAMA_8B), gpu(24), num_gpu_blocks_override=70, max_model_len=8192)
 
 
-def test_a_cache_larger_than_the_free_memory_is_refused_with_what_is_possible():
-    model = model_of(LLAMA_8B)
+@pytest.mark.parametrize(
+    ("memory", "settings"),
+    [
+        # 63 GiB were let through: with weights and activations 2.25 more than are free.
+        (gpu(80, free_gib=79), {"kv_cache_memory_bytes": 63 * GIB}),
+        (gpu(80, free_gib=79), {"num_gpu_blocks_override": 63 * 1024 // 8}),
+        (gpu(80, free_gib=24), {"kv_cache_memory_bytes": 20 * GIB, "max_model_len": 64}),
+        (cpu(31), {"kv_cache_memory_bytes": 16 * GIB, "max_model_len": 64}),
+    ],
+)
+def test_a_cache_that_does_not_fit_beside_the_rest_is_refused_with_the_largest_that_does(memory, settings):
+    model, (setting, asked) = model_of(LLAMA_8B), next(iter(settings.items()))
     with pytest.raises(ConfigError) as refused:
-        plan(model, gpu(80, free_gib=24), kv_cache_memory_bytes=20 * GIB)
-    assert "a test GPU has 24.00 GiB free and the weights take 14.96 GiB" in str(refused.value)
-    most = re.search(r"expected at most (\d+)", str(refused.value))
+        plan(model, memory, **settings)
+    text = str(refused.value)
+    most = re.search(r"expected at most (\d+): ", text)
     assert most is not None
 
-    assert plan(model, gpu(80, free_gib=24), kv_cache_memory_bytes=int(most[1]), max_model_len=64).num_blocks > 0
+    assert f"has {memory.free_bytes / GIB:.2f} GiB free and the weights take 14.96 GiB, activations " in text
+    assert ("the driver and its libraries 0.84 GiB" in text) is (memory.kind == "cuda")
+    assert ("other processes about 56.00 GiB of its 80.00 GiB" in text) is (memory.free_bytes == 24 * GIB)
+    largest = plan(model, memory, **{**settings, setting: int(most[1])})
+    taken = largest.weights_bytes + largest.activation_bytes + largest.kv_bytes
+    assert memory.free_bytes - 2 * GIB < taken <= memory.free_bytes
+    with pytest.raises(ConfigError):
+        plan(model, memory, **{**settings, setting: int(most[1]) + 1})
+    assert int(most[1]) < asked
+
+
+def test_weights_that_leave_no_room_are_refused_whatever_is_asked_of_the_cache():
+    with pytest.raises(FatalError) as refused:
+        plan(model_of(LLAMA_8B), gpu(16), kv_cache_memory_bytes=GIB)
+
+    assert refused.value.failure.code is FailureCode.WEIGHTS_TOO_LARGE
+
+
+def test_a_longest_request_that_no_cache_has_room_for_is_told_before_the_size_of_the_cache():
+    """Or the size that is named would be refused in turn."""
+    with pytest.raises(FatalError) as refused:
+        plan(model_of(LLAMA_8B), gpu(24), kv_cache_memory_bytes=20 * GIB, max_model_len=131072, max_num_seqs=16)
+
+    assert "are left for it" in refused.value.failure.message
+    assert re.fullmatch(r"set --max-model-len <= \d+", failure_fix(refused))
 
 
 def test_the_length_is_the_models_own_or_what_fits_when_none_is_given():
@@ -300,35 +334,134 @@ def test_weights_that_do_not_fit_are_refused_with_need_and_have():
     assert float(failure.need.split()[0]) > 14.9
 
 
-def test_the_memory_that_the_fix_names_for_a_cpu_is_enough():
-    model = model_of(LLAMA_8B)
+@pytest.mark.parametrize("settings", [{}, {"gpu_memory_utilization": 0.01}, {"kv_cache_memory_bytes": 3 * GIB}])
+def test_the_memory_that_the_fix_names_for_a_cpu_is_enough(settings: dict[str, Any]):
+    model, asked = model_of(LLAMA_8B), {**settings, "max_model_len": 64, "block_size": 16}
     with pytest.raises(FatalError) as refused:
-        plan(model, cpu(10), max_model_len=64, block_size=16)
-    amount = re.search(r"at least ([\d.]+) GiB", refused.value.failure.fix)
+        plan(model, cpu(10), **asked)
+    amount = re.search(
+        r"at least ([\d.]+) GiB of memory(?: and --gpu-memory-utilization ([\d.]+))?,", failure_fix(refused)
+    )
     assert amount is not None
 
-    assert plan(model, cpu(float(amount[1]) + 0.01), max_model_len=64, block_size=16).num_blocks > 0
+    if amount[2]:
+        asked["gpu_memory_utilization"] = float(amount[2])
+    assert plan(model, cpu(float(amount[1])), **asked).num_blocks > 0
 
 
 @pytest.mark.parametrize(
     ("memory", "settings"),
     [
-        (gpu(24), {"max_model_len": 131072, "max_num_seqs": 16}),
-        (gpu(80), {"max_model_len": 131072, "kv_cache_memory_bytes": GIB}),
-        (cpu(20), {"max_model_len": 131072, "max_num_seqs": 1}),
+        (cpu(100), {"gpu_memory_utilization": 0.01}),
+        (cpu(100), {"gpu_memory_utilization": 0.01, "max_model_len": 8192}),
+        (cpu(21), {"gpu_memory_utilization": 0.5, "max_model_len": 128}),
+        (gpu(80), {"gpu_memory_utilization": 0.2}),
+        (gpu(24), {"gpu_memory_utilization": 0.5, "max_model_len": 8192}),
+        (gpu(24), {"gpu_memory_utilization": 0.7, "max_model_len": 16384}),  # the weights fit, the cache is too small
+        (gpu(18), {"max_model_len": 4096}),
     ],
 )
-def test_a_cache_too_small_names_the_longest_length_that_works(memory: DeviceMemory, settings: dict[str, Any]):
+def test_a_utilization_too_low_is_told_with_the_least_that_suffices(memory: DeviceMemory, settings: dict[str, Any]):
     model = model_of(LLAMA_8B)
     with pytest.raises(FatalError) as refused:
         plan(model, memory, **settings)
-    failure = refused.value.failure
-    assert failure.code is FailureCode.KV_CACHE_TOO_SMALL
-    length = re.fullmatch(r"set --max-model-len <= (\d+)", failure.fix)
-    assert length is not None
+    share = re.search(r"raise --gpu-memory-utilization to (\d\.\d\d) at least", failure_fix(refused))
+    assert share is not None
 
-    result = plan(model, memory, **{**settings, "max_model_len": int(length[1])})
+    enough = plan(model, memory, **{**settings, "gpu_memory_utilization": float(share[1])})
+    # Where no length is set, it is the model's whole one, or on a CPU the whole cache that it has.
+    assert enough.max_model_len == min(
+        settings.get("max_model_len", 131072), 131072 if memory.kind == "cuda" else 32768
+    )
+    less = {**settings, "gpu_memory_utilization": float(share[1]) - 0.01}
+    if "max_model_len" in settings:
+        with pytest.raises(FatalError):
+            plan(model, memory, **less)
+    else:
+        assert plan(model, memory, **less).max_model_len < enough.max_model_len
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "utilization", "fix"),
+    [
+        (10, 0.9, "stop the other processes on this GPU, or choose a GPU with more free memory"),
+        (
+            10,
+            0.1,
+            "stop the other processes on this GPU and raise --gpu-memory-utilization to 0.\\d\\d at least, or .*",
+        ),
+        (79, 0.1, "raise --gpu-memory-utilization to 0.\\d\\d at least"),
+    ],
+)
+def test_memory_that_others_hold_on_a_gpu_is_told_of(free_gib: float, utilization: float, fix: str):
+    with pytest.raises(FatalError) as refused:
+        plan(model_of(LLAMA_8B), gpu(80, free_gib), gpu_memory_utilization=utilization)
+
+    told = "Other processes hold about 70.00 GiB of its 80.00 GiB." in refused.value.failure.message
+    assert told is (free_gib == 10)
+    assert re.fullmatch(fix, failure_fix(refused))
+
+
+def test_a_gpu_that_is_too_small_when_it_is_empty_is_to_be_a_larger_one():
+    with pytest.raises(FatalError) as refused:
+        plan(model_of(LLAMA_8B), gpu(16, free_gib=8))
+
+    assert "Other processes hold about 8.00 GiB" in refused.value.failure.message
+    assert failure_fix(refused).startswith("choose a GPU with more memory or a smaller model")
+
+
+def failure_fix(refused: pytest.ExceptionInfo[FatalError]) -> str:
+    return refused.value.failure.fix
+
+
+@pytest.mark.parametrize(
+    ("memory", "settings", "larger"),
+    [
+        (gpu(24), {"max_model_len": 131072, "max_num_seqs": 16}, None),
+        (gpu(80), {"max_model_len": 131072, "kv_cache_memory_bytes": GIB}, "raise --kv-cache-memory-bytes to 16384M"),
+        (gpu(80), {"max_model_len": 8192, "num_gpu_blocks_override": 70}, "raise --num-gpu-blocks-override to 128"),
+        (gpu(20), {"max_model_len": 131072, "kv_cache_memory_bytes": GIB, "max_num_seqs": 16}, None),
+        (cpu(20), {"max_model_len": 131072, "max_num_seqs": 1}, None),
+        (cpu(64), {"max_model_len": 131072, "max_num_seqs": 1}, "set --kv-cache-memory-bytes to 16384M"),
+        (cpu(64), {"max_model_len": 131072, "gpu_memory_utilization": 0.3}, "set --kv-cache-memory-bytes to 16384M"),
+    ],
+)
+def test_a_cache_too_small_names_the_length_and_the_size_that_work(
+    memory: DeviceMemory, settings: dict[str, Any], larger: str | None
+):
+    model = model_of(LLAMA_8B)
+    with pytest.raises(FatalError) as refused:
+        plan(model, memory, **settings)
+    assert refused.value.failure.code is FailureCode.KV_CACHE_TOO_SMALL
+    named = re.fullmatch(
+        r"set --max-model-len <= (\d+)(?:, or ((?:raise|set) \S+ to \d+M?)(?: at least))?", failure_fix(refused)
+    )
+    assert named is not None
+
+    result = plan(model, memory, **{**settings, "max_model_len": int(named[1])})
     assert result.max_concurrency >= 1
+    assert named[2] == larger
+    if larger is not None:
+        _, flag, _, value = larger.split()
+        setting = {flag[2:].replace("-", "_"): parse_count(value)}
+        assert plan(model, memory, **{**settings, **setting}).max_concurrency == 1
+
+
+def test_the_setting_that_made_a_cache_too_small_is_in_the_message():
+    for settings, words in (
+        ({"kv_cache_memory_bytes": 30 * 2**20}, "--kv-cache-memory-bytes gives it 30.00 MiB"),
+        ({"num_gpu_blocks_override": 4}, "--num-gpu-blocks-override 4 gives it 32.00 MiB"),
+    ):
+        with pytest.raises(FatalError) as refused:
+            plan(model_of(LLAMA_8B), gpu(80), max_model_len=8192, **settings)
+        assert words in refused.value.failure.message
+
+
+def test_blocks_of_a_given_number_are_no_more_tokens_in_eight_bits():
+    with pytest.raises(FatalError) as refused:
+        plan(model_of(LLAMA_8B), gpu(80), max_model_len=8192, num_gpu_blocks_override=70)
+
+    assert "fp8" not in failure_fix(refused)
 
 
 def test_a_cache_without_room_for_two_tokens_names_the_setting_that_made_it_so():
@@ -336,7 +469,8 @@ def test_a_cache_without_room_for_two_tokens_names_the_setting_that_made_it_so()
         plan(model_of(), cpu(4), kv_cache_memory_bytes=100)
 
     assert refused.value.failure.code is FailureCode.KV_CACHE_TOO_SMALL
-    assert refused.value.failure.fix == "raise --kv-cache-memory-bytes to 1M at least, or use a device with more memory"
+    assert failure_fix(refused) == "raise --kv-cache-memory-bytes to 1M at least"
+    assert plan(model_of(), cpu(4), kv_cache_memory_bytes=2**20).num_blocks > 0
 
 
 @pytest.mark.parametrize("setting", ["max_num_seqs", "max_num_batched_tokens"])

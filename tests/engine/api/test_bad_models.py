@@ -254,7 +254,7 @@ def test_the_whole_model_would_have_been_served(folder: Path):
         (
             ["--kv-cache-memory-bytes=1k"],
             41,
-            "0.00 MiB are left for it (0 tokens). Fix: raise --kv-cache-memory-bytes to 1M",
+            "gives it 0.00 MiB (0 tokens). Fix: raise --kv-cache-memory-bytes to 1M",
         ),
         (["--memory=24G", "--max-model-len=256"], 0, "on a GPU of 24.0 GiB"),
         (["--memory=lots"], 2, "--memory"),
