@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.loader import weights
 from octavo_engine.models.config import load_config
 from octavo_engine.models.layout import placements
+from octavo_engine.runner import model_runner
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.status import FailureCode, FatalError, Stage
 
@@ -105,3 +109,91 @@ def test_readers_get_the_interpreter_quickly_until_the_model_is_loaded(checkpoin
     assert (Stage.LOADING_WEIGHTS, True, weights.SWITCH_S) in seen
     assert (Stage.WARMING_UP, False, usual) in seen
     assert sys.getswitchinterval() == usual
+
+
+class Graphs:
+    """Captures in the place of a GPU's steps: `during` is what happens inside of it."""
+
+    def __init__(self, during: Callable[[Callable[[], None]], None]) -> None:
+        self._during = during
+
+    def capture(self, between: Callable[[], None], eager: bool) -> None:
+        self._during(between)
+
+
+class Stages:
+    """What is told, in order, each stage once."""
+
+    def __init__(self) -> None:
+        self.seen: list[Stage] = []
+        self.changed = threading.Condition()
+
+    def __call__(self, stage: Stage, done: int, total: int) -> None:
+        with self.changed:
+            if self.seen[-1:] != [stage]:
+                self.seen.append(stage)
+            self.changed.notify_all()
+
+
+def loading_of(folder: Path) -> weights.Loading:
+    config = load_config(folder)
+    return weights.Loading(folder, config, weights.allocate(config, torch.float32, torch.device("cpu")))
+
+
+def test_the_stage_is_capturing_once_the_weights_are_there_though_one_kernel_takes_long(checkpoint):
+    """Half a minute of compiling was told as loading_weights at 60 %: nothing asked for the progress meanwhile."""
+    folder, _ = checkpoint
+    loading, stages = loading_of(folder), Stages()
+
+    def one_long_kernel(between: Callable[[], None]) -> None:
+        with stages.changed:
+            assert stages.changed.wait_for(lambda: Stage.CAPTURING in stages.seen, 10)
+
+    model_runner._capture(Graphs(one_long_kernel), loading, False, stages)
+
+    assert stages.seen == [Stage.LOADING_WEIGHTS, Stage.CAPTURING]
+
+
+def test_the_stage_is_that_of_the_weights_to_the_end_where_they_come_last(checkpoint, monkeypatch):
+    folder, _ = checkpoint
+    captured, read, stages = threading.Event(), weights._read_exactly, Stages()
+
+    def slowly(*args) -> None:
+        assert captured.wait(10)
+        time.sleep(2 * model_runner.POLL_S)
+        read(*args)
+
+    monkeypatch.setattr(weights, "_read_exactly", slowly)
+    loading = loading_of(folder)
+    model_runner._capture(Graphs(lambda between: captured.set()), loading, False, stages)
+
+    assert stages.seen == [Stage.LOADING_WEIGHTS]
+    assert loading.done_bytes == loading.total_bytes > 0
+
+
+def test_weights_that_cannot_be_read_end_the_capture_and_nothing_is_told_afterwards(checkpoint, monkeypatch):
+    folder, _ = checkpoint
+    stages = Stages()
+
+    def broken(*_) -> None:
+        raise OSError("the disk is gone")
+
+    def many_graphs(between: Callable[[], None]) -> None:
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            between()
+            time.sleep(0.01)
+
+    monkeypatch.setattr(weights, "_read_exactly", broken)
+    with pytest.raises(FatalError, match="the disk is gone"):
+        model_runner._capture(Graphs(many_graphs), loading_of(folder), False, stages)
+
+    assert not [thread for thread in threading.enumerate() if thread.name == "stages"]
+
+
+def test_without_a_checkpoint_capturing_is_told_before_the_first_kernel():
+    stages = Stages()
+
+    model_runner._capture(Graphs(lambda between: stages.seen.append("compiled")), None, False, stages)
+
+    assert stages.seen == [Stage.CAPTURING, "compiled"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 OnStage = Callable[[Stage, int, int], None]
 """(stage, bytes done, bytes in all)"""
+POLL_S = 0.05
+"""Progress of the weights is looked for so often while graphs are captured."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,8 @@ class ModelRunner:
             # The kernels compute in 16 bits; float32 on a GPU is for comparisons and takes the references.
             if device.type == "cuda" and dtype != torch.float32:
                 self._gpu = self._gpu_steps(tensors, cos, sin)
-                # Graphs hold addresses, so they are captured while the weights still come.
-                capturing = functools.partial(on_stage, Stage.CAPTURING, 0, 0)
-                between = functools.partial(loading.poll, progress) if loading else capturing
-                self._gpu.capture(between, config.enforce_eager)
-            if loading:
+                _capture(self._gpu, loading, config.enforce_eager, on_stage)
+            elif loading:
                 loading.wait(progress)
         operations = None
         if config.deterministic and self._gpu is None:
@@ -270,6 +270,48 @@ class ModelRunner:
                     "try --dtype bfloat16 or float32; if that does not help, the weights are damaged",
                 )
             )
+
+
+def _capture(gpu: GpuSteps, loading: weights.Loading | None, eager: bool, on_stage: OnStage) -> None:
+    """Capture the first graphs while the weights still come, as graphs hold addresses; return when both are done.
+
+    The stage is the weights' as long as one is missing, then the graphs'. A thread tells it: compiling one kernel may
+    take half a minute, in which nothing here is called, and weights came within seconds of it.
+    """
+    if loading is None:
+        on_stage(Stage.CAPTURING, 0, 0)
+        gpu.capture(lambda: None, eager)
+        return
+    is_captured = threading.Event()
+    failed: list[Exception] = []
+    progress = functools.partial(on_stage, Stage.LOADING_WEIGHTS)
+
+    def follow() -> None:
+        try:
+            while not is_captured.wait(POLL_S):
+                loading.poll(progress)
+                if loading.done_bytes == loading.total_bytes:
+                    on_stage(Stage.CAPTURING, 0, 0)
+                    return
+        except Exception as error:  # noqa: BLE001 - raised again by `check`
+            failed.append(error)
+
+    def check() -> None:
+        if failed:
+            raise failed[0]
+
+    follower = threading.Thread(target=follow, name="stages", daemon=True)
+    follower.start()
+    try:
+        gpu.capture(check, eager)
+    finally:
+        # Before anything else is sent, a failure too: one thread at a time may use the channel.
+        is_captured.set()
+        follower.join()
+    check()
+    # Where the capture took longer its stage is told already, and no stage comes twice.
+    told = loading.done_bytes == loading.total_bytes
+    loading.wait((lambda done, total: None) if told else progress)
 
 
 @contextlib.contextmanager
