@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from octavo_engine.api.tokenizer import Tokenizer
+from octavo_engine.config import EngineConfig
 from octavo_engine.core.messages import FinishReason, TokenEvent
 from octavo_engine.llm import LLM, NOT_HERE, Begun, Prompt, refuse
 from octavo_engine.outputs import CompletionOutput, RequestOutput
@@ -34,6 +35,9 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str, **settings: Any) -> None:
+        if settings.get("max_decode_slowdown") is None:
+            # Its answers are read as they grow, so prompts hold them up no more than those of a server.
+            settings["max_decode_slowdown"] = EngineConfig.max_decode_slowdown
         self._llm = LLM(model, **settings)
         self._requests: dict[str, _Request] = {}
         self._commands: queue.SimpleQueue[_Request | _Abort | _Forget | None] = queue.SimpleQueue()

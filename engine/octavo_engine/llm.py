@@ -77,7 +77,9 @@ class LLM:
     chat_template: a file, or the template itself. reasoning_parser: how the model marks its thinking, after which
     structured output begins. generation_config: where default sampling parameters come from, as for
     --generation-config; override_generation_config: further ones, which win. structured_outputs_config: as for the flag
-    of that name.
+    of that name. max_decode_slowdown: unless it is given, prompts may fill the steps of `generate`, `chat` and
+    `beam_search`, which return when all is done; AsyncLLM, whose answers are read as they grow, has the default of
+    `octavo serve`.
 
     Raises ValueError for a setting that cannot be had, TypeError for one that does not exist, FatalError
     (octavo_engine.status) when the model cannot be loaded.
@@ -96,6 +98,9 @@ class LLM:
         override_generation_config: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
+        if settings.get("max_decode_slowdown") is None:
+            # Nobody reads along where all comes at once, and full steps are the quickest.
+            settings["max_decode_slowdown"] = 0.0
         self._config = engine_config(model, tokenizer, settings)
         self._structured = StructuredOutputsSettings.of(structured_outputs_config)
         if reasoning_parser and reasoning_parser not in REASONING_PARSERS:
@@ -104,8 +109,7 @@ class LLM:
         self._thinking = REASONING_PARSERS[reasoning_parser] if reasoning_parser else None
         # As in the engine process: waiting threads must not starve each other. Too late once torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        from octavo_engine.core.engine import Engine
-        from octavo_engine.core.scheduler import Scheduler
+        from octavo_engine.core.process import engine_of
         from octavo_engine.runner.model_runner import ModelRunner
         from octavo_engine.structured.matcher import Matchers
 
@@ -129,11 +133,10 @@ class LLM:
         overridden = json.dumps(dict(override_generation_config or {}))
         of_server = ServerConfig(generation_config=generation_config, override_generation_config=overridden)
         self._defaults = chosen_defaults(found.path, of_server)
-        scheduler = Scheduler.of(self._config, loaded.plan)
         constraints = None
         if self._tokenizer is not None:
             constraints = Matchers(texts / "tokenizer.json", loaded.model.vocab_size)
-        self._engine = Engine(scheduler, runner, time.monotonic, self._config.seed, constraints=constraints)
+        self._engine = engine_of(self._config, runner, loaded, constraints)
         while self._engine.prepare():  # there is no idle moment later on
             pass
         self._num_requests = 0

@@ -130,6 +130,15 @@ def test_the_summary_counts_what_was_answered_and_what_was_good():
     assert "P99 E2EL (ms):" in report.table(result, [50.0, 99.0])
 
 
+def test_failures_are_told_by_their_number_and_the_first_reason_before_others():
+    answers = [report.Answer(1, error=error) for error in ("", "late", "no", "no", "", "odd", "cut", "cut")]
+
+    told = report.failures(answers).split("\n")
+
+    assert told == ["6 of 8 requests failed, the first with: late", "2 of them with: no", "2 of them with: cut"]
+    assert report.failures(answers[:1]) == ""
+
+
 HEADERS: list[dict[str, str]] = []
 """Of every request to the server below."""
 
@@ -277,6 +286,33 @@ async def test_prompts_share_beginnings_without_being_told_how_and_by_vllms_flag
     assert len({tuple(body["prompt"][:5]) for body in bodies}) == 2
 
 
+async def test_where_every_request_fails_the_reason_comes_instead_of_a_table_of_zeros(server, tmp_path, capsys):
+    url, _ = server
+    file = tmp_path / "out.json"
+    arguments = ["--base-url", url, "--num-prompts", "3", "--disable-tqdm", "--extra-body", '{"prompt": [7]}']
+
+    assert await asyncio.to_thread(bench, [*arguments, "--output-json", str(file)]) == 1
+
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("octavo bench serve: 3 of 3 requests failed, the first with: HTTP 503: ")
+    assert "busy" in shown.err
+    result = json.loads(file.read_text())
+    assert (result["completed"], result["failed"]) == (0, 3)
+
+
+async def test_where_some_requests_fail_the_table_stays_and_the_first_reason_is_told(server, monkeypatch, capsys):
+    url, _ = server
+    samples = [datasets.Sample([5, 6], 3), datasets.Sample([7], 3), datasets.Sample([5, 6], 3)]
+    monkeypatch.setattr(datasets, "made_up", lambda *_: samples)
+
+    assert await asyncio.to_thread(bench, ["--base-url", url, "--num-prompts", "3", "--disable-tqdm"]) == 1
+
+    shown = capsys.readouterr()
+    assert re.search(r"Successful requests: +2 ", shown.out)
+    assert "1 of 3 requests failed, the first with: HTTP 503: " in shown.err
+
+
 @pytest.mark.parametrize(("flags", "sent"), [([], 5), (["--no-oversample"], 2)])
 async def test_a_file_with_fewer_conversations_comes_again_and_that_is_told(
     server, tmp_path, monkeypatch, capsys, flags, sent
@@ -327,6 +363,24 @@ def test_flags_of_vllms_offline_benchmarks_that_are_so_anyway_are_taken(kind):
     if kind == "throughput":
         with pytest.raises(UsageError, match="'hf'"):
             command.parse_args(["--backend", "hf"])
+
+
+@pytest.mark.parametrize("kind", ["throughput", "latency"])
+def test_the_offline_benchmarks_hand_over_what_was_given_and_nothing_else(kind, monkeypatch):
+    """A default that was handed over as if it were given would limit chunks; one that was given was ignored."""
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "octavo_engine.llm.LLM", lambda model, **settings: made.append(settings) or SimpleNamespace(vocab_size=9)
+    )
+    command, _ = bench_cli.add_commands(ArgumentParser(prog="octavo bench"))[kind]
+
+    for flags in ([], ["--max-decode-slowdown", "1.5", "--max-num-seqs", "4"]):
+        bench_cli._llm(command.parse_args(["m", *flags]))
+
+    assert made[0].keys() == {"skip_tokenizer_init"}
+    assert (made[1]["max_decode_slowdown"], made[1]["max_num_seqs"]) == (1.5, 4)
+    told = " ".join(command.format_help().split())
+    assert "--max-num-batched-tokens. Default: 0 here, where nobody reads answers as they grow." in told
 
 
 def bench(flags: list[str], *kind: str) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
 import models
-from octavo_engine import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
+from octavo_engine import LLM, AsyncLLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
 from octavo_engine.api.output.parser import REASONING_PARSERS
 from octavo_engine.beam_search import search
+from octavo_engine.config import EngineConfig
 from octavo_engine.loader import weights
 from octavo_engine.outputs import Logprob
 from octavo_engine.status import FailureCode, FatalError
@@ -434,3 +437,75 @@ def test_a_beam_ends_with_the_end_of_text_and_its_length_counts():
     for wrong in ({"beam_width": 0}, {"beam_width": 11}, {"max_tokens": 0}, {"temperature": 0.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             BeamSearchParams(**{"beam_width": 2, "max_tokens": 3, **wrong})
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Settings of a model of two small layers, whose prompts of thousands of tokens take a moment."""
+    (tmp_path / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4096, "hidden_size": 64,
+        "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "head_dim": 8, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2,
+    }))  # fmt: skip
+    return {
+        "model": str(tmp_path), "load_format": "dummy", "skip_tokenizer_init": True, "device": "cpu",
+        "kv_cache_memory_bytes": 2**24, "max_num_batched_tokens": 2048,
+    }  # fmt: skip
+
+
+def chunks_of(llm, monkeypatch):
+    """Prompt tokens of each step that has decodes too, in a list that grows."""
+    chunks, runner = [], llm._engine._runner
+    launch = runner.launch
+
+    def watched(plan):
+        if {True} < {item.count == 1 for item in plan.items}:
+            chunks.append(plan.num_tokens - sum(item.count == 1 for item in plan.items))
+        return launch(plan)
+
+    monkeypatch.setattr(runner, "launch", watched)
+    return chunks
+
+
+STREAM = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, detokenize=False)
+SLOW = 1.001
+"""As max_decode_slowdown: hardly any prompt fits beside a stream."""
+
+
+@pytest.mark.parametrize(("settings", "split"), [({}, False), ({"max_decode_slowdown": SLOW}, True)])
+def test_prompts_fill_the_steps_of_generate_unless_a_limit_is_given(tiny, monkeypatch, settings, split):
+    """The limit was taken and ignored."""
+    llm = LLM(**tiny, **settings)
+    chunks = chunks_of(llm, monkeypatch)
+
+    # The first two fill a step; the third comes when they decode.
+    llm.generate([[5] * 20, [6] * 2028, [7] * 1800], STREAM, use_tqdm=False)
+
+    assert (len(chunks) > 1) is split
+    assert (max(chunks) == 1800) is not split
+
+
+def test_streams_of_async_llm_have_the_limit_of_a_server(tiny, monkeypatch):
+    """A prompt of 1,800 tokens beside a stream of SmolLM2 on a CPU made a gap of 3.5 s; `octavo serve` has 0.2 s."""
+
+    async def both(llm):
+        stream = llm.generate([5] * 20, replace(STREAM, max_tokens=4000))
+        await anext(stream)
+        async with asyncio.timeout(60):
+            last = [output async for output in llm.generate([7] * 1800, STREAM)][-1]
+        await stream.aclose()
+        return last
+
+    usual = AsyncLLM(**tiny)
+    limit = usual._llm._engine._limit
+    usual.shutdown()
+    slow = AsyncLLM(**tiny, max_decode_slowdown=SLOW)
+    chunks = chunks_of(slow._llm, monkeypatch)
+    last = asyncio.run(both(slow))
+    slow.shutdown()
+
+    assert limit is not None
+    assert limit._slowdown == EngineConfig(model="m").max_decode_slowdown
+    assert limit._context_share > 0
+    assert last.finished
+    assert len(chunks) > 1

@@ -112,6 +112,9 @@ def add_commands(parser: argparse.ArgumentParser) -> dict[str, tuple[ArgumentPar
             command.add_argument("--num-iters-warmup", type=int, default=3, help="Default: %(default)s.")
             command.add_argument("--num-iters", type=int, default=10, help="Default: %(default)s.")
         add_arguments(command, [EngineConfig])
+        (slowdown,) = (action for action in command._actions if action.dest == "max_decode_slowdown")
+        told = str(slowdown.help).rpartition(" Default: ")[0]
+        slowdown.help = f"{told} Default: 0 here, where nobody reads answers as they grow."
         add_vllm_flags(command)
     for command, _ in made.values():
         command.add_argument("--output-json", type=Path, metavar="FILE", help="Write the figures there as JSON.")
@@ -239,12 +242,14 @@ def _serve(namespace: argparse.Namespace) -> int:
         if not namespace.save_detailed:
             details = {name: value for name, value in details.items() if not isinstance(value, list)}
         _write(namespace.result_dir / _file_name(namespace, model), {**about, **result, **details})
-    # After the files: who reads the first lines alone, as `head` does, ends this command.
-    print(report.table(result, percentiles, metrics=shown, load=configured))
-    failures = [answer.error for answer in answers if answer.error]
-    for text in sorted(set(failures))[:3]:
-        print(f"failed {failures.count(text)} times: {text}", file=sys.stderr)
-    return 1 if failures else ExitStatus.OK
+    # After the files: who reads the first lines alone, as `head` does, ends this command. Of nothing there is no table:
+    # its zeros would look like figures, and like very good ones.
+    if result["completed"]:
+        print(report.table(result, percentiles, metrics=shown, load=configured), flush=True)
+    if told := report.failures(answers):
+        print(f"octavo bench serve: {told}", file=sys.stderr)
+        return 1
+    return ExitStatus.OK
 
 
 def _throughput(namespace: argparse.Namespace) -> int:
@@ -290,7 +295,9 @@ def _llm(namespace: argparse.Namespace) -> tuple[Any, int]:
 
     from octavo_engine.llm import LLM
 
-    settings = {f.name: getattr(config, f.name) for f in fields(EngineConfig) if f.name != "model"}
+    # Only what was given: what LLM does without a setting is not always what its default says (max_decode_slowdown).
+    given = {f.name for f in fields(EngineConfig)} & vars(namespace).keys() - {"model"}
+    settings = {name: getattr(config, name) for name in given}
     llm = LLM(config.model, **settings, skip_tokenizer_init=getattr(namespace, "dataset_name", "random") != "sharegpt")
     return llm, llm.vocab_size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ METRICS = {
     "itl": "Inter-token Latency",
     "e2el": "End-to-end Latency",
 }
+MOST_OTHER_REASONS = 2
 
 
 @dataclass
@@ -117,6 +119,16 @@ def table(
             line(f"P{percent:g} {name.upper()} (ms):", result[f"p{percent:g}_{name}_ms"])
     lines.append("=" * 58)
     return "\n".join(lines)
+
+
+def failures(answers: Sequence[Answer]) -> str:
+    """How many failed, of how many, the first reason, and further ones by their number; "" where none failed."""
+    reasons = [answer.error for answer in answers if answer.error]
+    if not reasons:
+        return ""
+    told = f"{len(reasons)} of {len(answers)} requests failed, the first with: {reasons[0]}"
+    others = Counter(reason for reason in reasons if reason != reasons[0]).most_common(MOST_OTHER_REASONS)
+    return "\n".join([told, *(f"{count} of them with: {reason}" for reason, count in others)])
 
 
 def _value_ms(answer: Answer, name: str) -> float:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from octavo_engine import logs
 from octavo_engine.config import (
@@ -33,6 +34,9 @@ from octavo_engine.core.messages import Abort, Fatal, FromEngine, Ready, Shutdow
 from octavo_engine.core.scheduler import Scheduler
 from octavo_engine.loader.page_in import PageIn
 from octavo_engine.status import ExitStatus, Failure, FailureCode, FatalError, Stage
+
+if TYPE_CHECKING:
+    from octavo_engine.runner.model_runner import Loaded, ModelRunner
 
 log = logging.getLogger("octavo.engine")
 
@@ -93,21 +97,21 @@ def run(config: EngineConfig, channel: Channel) -> None:
     constraints = _constraints(Path(start.tokenizer_path or start.model_path), Path(start.model_path))
     paging.stop()  # from here on the loader reads, with more threads
     loaded = runner.load(Path(start.model_path), _Progress(channel.send), start.resolved_revision)
-    scheduler = Scheduler.of(config, loaded.plan)
-    engine = Engine(
-        scheduler,
-        runner,
-        time.monotonic,
-        config.seed,
-        config.max_decode_slowdown,
-        constraints,
-        loaded.plan.context_share,
-    )
+    engine = engine_of(config, runner, loaded, constraints)
     # What start-up made stays for good: later collections need not walk through it.
     gc.collect()
     gc.freeze()
     channel.send(Ready(loaded.effective))
     serve(engine, inbox, channel)
+
+
+def engine_of(config: EngineConfig, runner: ModelRunner, loaded: Loaded, constraints: Constraints | None) -> Engine:
+    """The engine as the settings have it: the one road to it, so that LLM ignores none that this process honours."""
+    scheduler = Scheduler.of(config, loaded.plan)
+    return Engine(
+        scheduler, runner, time.monotonic, config.seed, config.max_decode_slowdown, constraints,
+        loaded.plan.context_share,
+    )  # fmt: skip
 
 
 def _constraints(tokenizer: Path, model: Path) -> Constraints | None:
