@@ -107,6 +107,10 @@ def _of_served(served: dict[str, Any]) -> Iterator[Promise]:
     long = _at(served, "long")
     yield Promise("32 streams beside long prompts, p99 gap by quiet p50", _at(long, "gap_p99_by_quiet_p50"), 3, 2, True)
     yield Promise("long prompts, first token p50, ms", _at(long, "long_ttft_ms", 0), 900, 700, True)
+    compiled = _at(served, "kernel_compilations")
+    # Results until 2026-11-30 have the metric's whole line, which ends with the number.
+    value = None if compiled is None else float(str(compiled).split()[-1])
+    yield Promise("kernels compiled after ready", value, 0, at_most=True)
 
 
 def measure(parts: list[str]) -> Iterator[dict[str, Any]]:
