@@ -72,7 +72,8 @@ class Tokenizer:
         if not path.is_file():
             raise _invalid(
                 f"{folder} has no tokenizer.json.",
-                "convert the tokenizer: AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER) writes one",
+                "copy it there from the model's repository, or give --tokenizer MODEL; where the repository has none, "
+                "AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER) writes one",
             )
         try:
             core = tokenizers.Tokenizer.from_file(str(path))
