@@ -100,18 +100,32 @@ def test_bfloat16_gives_the_tokens_of_transformers(reference, capsys):
         print(f"transformers' in bfloat16: {their_mean:.4f}, {max(theirs):.3f}")
     assert most_lost <= 0.25  # two steps of a bfloat16 between 16 and 32
     assert agreed > 0.95 * len(PROMPTS) * TOKENS
-    assert mean < 0.05
+    # On an H200 0.054 and 0.055 on average, 0.43 and 0.44 at most: logits near 20 are 1/8 apart in 16 bits.
+    assert mean < 1.1 * their_mean
     assert max(ours) < 1.5 * max(theirs)
 
 
+class Launched:
+    """In the place of a graph: its kernels, one by one."""
+
+    def __init__(self, steps: Any, layout: Any) -> None:
+        self._steps, self._layout, self.times = steps, layout, 0
+
+    def replay(self) -> None:
+        self._steps._run(self._steps._step(self._layout))
+        self.times += 1
+
+
 @pytest.mark.parametrize("sequences", [1, 5, 8])
-def test_graphs_give_what_the_same_kernels_give_without_them(sequences):
+def test_graphs_give_the_bits_of_their_kernels_launched_one_by_one(sequences):
     greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=3)
-    found = []
-    for eager in (False, True):
-        llm = LLM(str(models.smollm2()), device="cuda", kv_cache_memory_bytes=2**30, enforce_eager=eager)
-        while llm._engine.prepare():
-            pass
+    llm = LLM(str(models.smollm2()), device="cuda", kv_cache_memory_bytes=2**30, enable_prefix_caching=False)
+    while llm._engine.prepare():
+        pass
+    steps, found = llm._engine._runner._gpu, []
+    for launched in (False, True):
+        if launched:
+            steps._graphs = {layout: Launched(steps, layout) for layout in steps._graphs}
         outputs = llm.generate(PROMPTS[:sequences], greedy, use_tqdm=False)
         found.append([
             (list(output.outputs[0].token_ids),
@@ -119,6 +133,7 @@ def test_graphs_give_what_the_same_kernels_give_without_them(sequences):
             for output in outputs
         ])  # fmt: skip
 
+    assert sum(each.times for each in steps._graphs.values()) >= TOKENS - 1
     assert found[0] == found[1]
 
 

@@ -281,20 +281,18 @@ def _value(key, UNUSED: tl.constexpr):
 
 
 @triton.jit
-def _quarters(low, high, UNUSED: tl.constexpr):
-    """The values of the keys at a quarter, a half and three quarters of the way."""
+def _quarters(low, high):
+    """The keys at a quarter, a half and three quarters of the way."""
     width = high - low
-    return (
-        _value(low + width // 4, UNUSED), _value(low + 2 * width // 4, UNUSED), _value(low + 3 * width // 4, UNUSED)
-    )  # fmt: skip
+    return low + width // 4, low + 2 * width // 4, low + 3 * width // 4
 
 
 @triton.jit
-def _narrowed(low, high, a, b, c, wanted):
-    """The quarter that has the last key at which enough is left. a, b, c: what is left at its three borders."""
-    quarters = (a >= wanted).to(tl.int64) + (b >= wanted).to(tl.int64) + (c >= wanted).to(tl.int64)
-    width = high - low
-    return low + quarters * width // 4, low + (quarters + 1) * width // 4
+def _narrowed(low, high, a, b, c, at_a, at_b, at_c, wanted):
+    """Those of five keys in order between which the last one is at which enough is left. at_a: what is left at a."""
+    lower = tl.where(at_c >= wanted, c, tl.where(at_b >= wanted, b, tl.where(at_a >= wanted, a, low)))
+    upper = tl.where(at_c >= wanted, high, tl.where(at_b >= wanted, c, tl.where(at_a >= wanted, b, a)))
+    return lower, upper
 
 
 @triton.jit
@@ -366,17 +364,18 @@ def _cut(
             low = _key(tl.min(tl.where(inside, largest, top), 0), UNUSED)
         high = end
         while high - low > COARSE >> UNUSED:
-            a, b, c = _quarters(low, high, UNUSED)
-            at_a = tl.sum(tl.where(largest >= a, weight, 0.0), 0)
-            at_b = tl.sum(tl.where(largest >= b, weight, 0.0), 0)
-            at_c = tl.sum(tl.where(largest >= c, weight, 0.0), 0)
-            low, high = _narrowed(low, high, at_a, at_b, at_c, enough)
+            a, b, c = _quarters(low, high)
+            at_a = tl.sum(tl.where(largest >= _value(a, UNUSED), weight, 0.0), 0)
+            at_b = tl.sum(tl.where(largest >= _value(b, UNUSED), weight, 0.0), 0)
+            at_c = tl.sum(tl.where(largest >= _value(c, UNUSED), weight, 0.0), 0)
+            low, high = _narrowed(low, high, a, b, c, at_a, at_b, at_c, enough)
         threshold = _value(low, UNUSED)
     count = _choose(chosen, chunk, (largest >= threshold) & inside)
     # 0: the last logit that top-k leaves is looked for; 1: the mass from `low` on is summed, which is what top-k leaves
-    # or, without it, should be enough; 2: the last logit that top-p leaves of it is looked for; 3: a chunk is drawn.
-    # Chunks are read at one place, as that is most of the code, and once where no more than AT_ONCE are chosen.
-    turn = tl.where(cut_k, 0, tl.where(cut_p, 1, 3))
+    # or, without it, should be enough; 2: where it is not, the mass of all chunks, 1, 4 and 16 units of log e below;
+    # 3: the last logit that top-p leaves is looked for; 4: a chunk is drawn. Chunks are read at one place, as that is
+    # most of the code, and once where no more than AT_ONCE are chosen.
+    turn = tl.where(cut_k, 0, tl.where(cut_p, 1, 4))
     high = end
     held = -1
     x = tl.zeros([AT_ONCE, PIECES * GROUP], tl.float32)
@@ -385,9 +384,15 @@ def _cut(
     lowest = top
     best = float("-inf")
     found = 0
-    while turn < 4:
-        a, b, c = _quarters(low, high, UNUSED)
-        a = tl.where(turn == 1, _value(low, UNUSED), a)
+    while turn < 5:
+        a, b, c = _quarters(low, high)
+        if turn == 1:
+            a = low
+        if turn == 2:
+            a = _key(threshold - 16.0 * temperature, UNUSED)
+            b = _key(threshold - 4.0 * temperature, UNUSED)
+            c = _key(threshold - temperature, UNUSED)
+        from_a, from_b, from_c = _value(a, UNUSED), _value(b, UNUSED), _value(c, UNUSED)
         lowest = tl.where(cut_k | cut_p, _value(low, UNUSED), float("-inf"))
         if min_p > 0:
             lowest = tl.maximum(lowest, top + temperature * tl.log(min_p))
@@ -402,31 +407,35 @@ def _cut(
                 )
                 weight = tl.exp2(x * rate - scaled_top)
                 held = first
-            if turn == 3:
+            if turn == 4:
                 better, there = _best_left(x, number, lowest, rate, seed, position)
                 found = tl.where(better > best, there, found)
                 best = tl.maximum(better, best)
             else:
                 each = tl.where(turn == 0, 1.0, weight)
-                sum_a += tl.sum(tl.where(x >= a, each, 0.0), 1)
-                sum_b += tl.sum(tl.where(x >= b, each, 0.0), 1)
-                sum_c += tl.sum(tl.where(x >= c, each, 0.0), 1)
+                sum_a += tl.sum(tl.where(x >= from_a, each, 0.0), 1)
+                sum_b += tl.sum(tl.where(x >= from_b, each, 0.0), 1)
+                sum_c += tl.sum(tl.where(x >= from_c, each, 0.0), 1)
         at_a = tl.sum(sum_a, 0)
-        if turn == 3:
-            turn = 4
+        if turn == 4:
+            turn = 5
         elif turn == 1:
+            turn = 3
             high = end
-            turn = 2
             if cut_k:
                 wanted = at_a * top_p
             elif at_a < wanted:
+                turn = 2
+                high = low
                 low = floor
                 count = _choose(chosen, chunk, inside)
                 held = -1
         else:
-            low, high = _narrowed(low, high, at_a, tl.sum(sum_b, 0), tl.sum(sum_c, 0), wanted)
-        if (turn < 3) & (high - low <= 1):
-            turn = tl.where((turn == 0) & cut_p, 1, 3)
+            low, high = _narrowed(low, high, a, b, c, at_a, tl.sum(sum_b, 0), tl.sum(sum_c, 0), wanted)
+            if turn == 2:
+                turn = 3
+        if ((turn == 0) | (turn == 3)) & (high - low <= 1):
+            turn = tl.where((turn == 0) & cut_p, 1, 4)
     return lowest, found
 
 
