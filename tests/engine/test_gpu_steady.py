@@ -115,3 +115,16 @@ def test_the_largest_batch_and_the_longest_prompt_allocate_nothing_at_95_percent
         assert after[name] == before[name], f"{name}: {before[name]} before, {after[name]} after"
     free, total = torch.cuda.mem_get_info()
     assert total - free <= 0.95 * total + 2**20
+
+
+def test_scoring_a_long_prompt_beside_the_largest_batch_stays_within_95_percent():
+    """What it needs, copies of a few rows of logits, is counted in the plan though it is not set aside."""
+    engine = engine_of(LARGE, load_format="dummy", gpu_memory_utilization=0.95)
+    asks = {"temperature": 1.0, "top_p": 0.9, "ignore_eos": True}
+    many = [([3 + index % 900] * 30, SamplingParams(max_tokens=12, **asks)) for index in range(256)]
+    scored = ([3 + i % 9000 for i in range(20_000)], SamplingParams(max_tokens=4, prompt_logprobs=20, **asks))
+
+    assert run(engine, [scored, *many]) == 4 + 12 * len(many)
+
+    free, total = torch.cuda.mem_get_info()
+    assert total - free <= 0.95 * total + 2**20
