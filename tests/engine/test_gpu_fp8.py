@@ -34,7 +34,8 @@ KINDS = [torch.float8_e4m3fn, torch.float8_e5m2]
 SCALES = KvScales(key=0.02, value=0.5)
 HEADS = [
     # heads, kv_heads, head_dim, block_size, window, softcap
-    (6, 2, 64, 16, None, 0.0), (8, 2, 96, 64, 40, 0.0), (3, 1, 128, 32, None, 5.0),
+    (6, 2, 64, 16, None, 0.0), (8, 2, 96, 64, 40, 0.0), (3, 1, 128, 32, None, 5.0), (2, 2, 80, 16, None, 0.0),
+    (2, 1, 256, 32, None, 0.0),
 ]  # fmt: skip
 
 

@@ -183,7 +183,10 @@ def test_embedding_takes_given_ids_and_those_left_on_the_device(hidden):
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size"), [(6, 2, 64, 16), (4, 4, 80, 16), (32, 8, 128, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_size"),
+    [(6, 2, 64, 16), (4, 4, 80, 16), (3, 1, 96, 32), (32, 8, 128, 64), (2, 1, 256, 16)],
+)
 def test_rope_rotates_in_place_and_writes_the_cache(heads, kv_heads, dim, block_size, qk_norm):
     cache, tables = torch.zeros(2, 9, kv_heads, block_size, dim, device=DEVICE, dtype=DTYPE), ints(list(range(9)))
     tables = tables.flip(0).view(3, 3).contiguous()
