@@ -170,20 +170,22 @@ class AsyncLLM:
         engine = self._llm._engine
         live: dict[str, _Request] = {}
         while True:
-            while not engine.has_work or not self._commands.empty():
-                command = self._commands.get()
-                if command is None:
-                    return
-                if isinstance(command, _Forget):
-                    engine.scheduler.pool.forget_cached()
-                    continue
-                if isinstance(command, _Abort):
-                    engine.abort([id for id, request in live.items() if request.id in command.ids])
-                    continue
+            try:
+                # As in the engine's own process: the next step waits for who may still join it.
+                command = self._commands.get(timeout=engine.hold_s() if engine.has_work else None)
+            except queue.Empty:
+                self._deliver(engine.step().events, live)
+                continue
+            if command is None:
+                return
+            if isinstance(command, _Forget):
+                engine.scheduler.pool.forget_cached()
+            elif isinstance(command, _Abort):
+                engine.abort([id for id, request in live.items() if request.id in command.ids])
+            else:
                 live.update(dict.fromkeys(command.begun.answers, command))
                 for submit in command.begun.submits:
                     engine.submit(submit)
-            self._deliver(engine.step().events, live)
 
     def _deliver(self, events: list[TokenEvent], live: dict[str, _Request]) -> None:
         changed: dict[_Request, None] = {}

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -509,3 +510,19 @@ def test_streams_of_async_llm_have_the_limit_of_a_server(tiny, monkeypatch):
     assert limit._context_share > 0
     assert last.finished
     assert len(chunks) > 1
+
+
+def test_a_step_of_async_llm_waits_for_who_may_still_join_it(tiny, monkeypatch):
+    llm = AsyncLLM(**tiny)
+    waits, step = [], llm._llm._engine.step
+    monkeypatch.setattr(llm._llm._engine, "hold_s", lambda: waits.append(time.monotonic()) or 0.05)
+    steps = []
+    monkeypatch.setattr(llm._llm._engine, "step", lambda: steps.append(time.monotonic()) or step())
+
+    async def answer():
+        return [output async for output in llm.generate([5] * 20, replace(STREAM, max_tokens=5))][-1]
+
+    assert len(asyncio.run(answer()).outputs[0].token_ids) == 5
+    llm.shutdown()
+    assert len(steps) >= 5
+    assert all(began - waited >= 0.05 for waited, began in zip(waits, steps, strict=True))
