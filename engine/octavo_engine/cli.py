@@ -254,9 +254,10 @@ def _plan(namespace: argparse.Namespace, warnings: list[str]) -> int:
     config = _engine_config(namespace)
     config.check()
     from octavo_engine.api.find_model import download, local_folder, store_of
+    from octavo_engine.device_memory import DeviceMemory
     from octavo_engine.host import host_memory
     from octavo_engine.models.config import load_config
-    from octavo_engine.plan import DeviceMemory, choose_dtype, describe, make_plan
+    from octavo_engine.plan import choose_dtype, describe, make_plan
 
     if namespace.memory is not None:
         memory = DeviceMemory(

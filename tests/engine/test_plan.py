@@ -13,9 +13,10 @@ import pytest
 from octavo_engine import plan as plan_module
 from octavo_engine.checkpoint import find_files, read_headers
 from octavo_engine.config import ConfigError, EngineConfig, parse_count
+from octavo_engine.device_memory import GIB, DeviceMemory
 from octavo_engine.models.config import DecoderConfig, load_config, parse_config
 from octavo_engine.models.layout import ALIGNMENT, placements, slots
-from octavo_engine.plan import GIB, DeviceMemory, Plan, choose_dtype, describe, make_plan
+from octavo_engine.plan import Plan, choose_dtype, describe, make_plan
 from octavo_engine.status import FailureCode, FatalError
 
 TINY = {

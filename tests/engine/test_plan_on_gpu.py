@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from interpreted import Event
 
 from octavo_engine.config import EngineConfig
+from octavo_engine.device_memory import GIB, DeviceMemory
 from octavo_engine.kernels.gpu import prefill_attention_hopper
 from octavo_engine.kernels.gpu.prebuilt import Compilations
 from octavo_engine.kernels.sampling import LOGPROB_ROWS
@@ -20,7 +21,7 @@ from octavo_engine.loader import weights
 from octavo_engine.models import gpu_decoder
 from octavo_engine.models.config import DecoderConfig, parse_config
 from octavo_engine.models.gpu_decoder import GpuDecoder
-from octavo_engine.plan import GIB, DeviceMemory, Plan, make_plan
+from octavo_engine.plan import Plan, make_plan
 from octavo_engine.runner.gpu_steps import GpuSteps
 
 META = torch.device("meta")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from octavo_engine.config import BLOCK_SIZES, ConfigError, EngineConfig
+from octavo_engine.device_memory import DeviceMemory
 from octavo_engine.host import host_memory
 from octavo_engine.models.config import KV_DTYPE_BYTES
-from octavo_engine.plan import DeviceMemory
 from octavo_engine.status import Failure, FailureCode, FatalError
 
 TORCH_DTYPES = {
