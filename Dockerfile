@@ -82,7 +82,7 @@ COPY --from=requirements /engine.txt /usr/local/share/octavo/
 RUN --mount=type=bind,from=tools,target=/tools \
     ["python3", "/usr/local/share/octavo/install.py", "/tools", "/usr/local/share/octavo/engine.txt"]
 COPY --from=source /engine /usr/local
-# A pod whose kernels are here is ready in six seconds, one that compiles them in half a minute. Names are folders of
+# A pod whose kernels are here is ready in six seconds; others compile them first, on all their cores. Names are folders of
 # docker/models; 6 MB for each and each architecture (A100: sm_80, L4 and L40S: sm_89, H100 and H200: sm_90).
 ARG KERNELS="llama-3.1-8b" ARCHITECTURES="sm_80 sm_89 sm_90"
 COPY docker/models /usr/local/share/octavo/models

@@ -156,6 +156,10 @@ def _parsers() -> tuple[ArgumentParser, dict[str, tuple[ArgumentParser, Command]
         help="A100: sm_80, L4 and L40S: sm_89, H100 and H200: sm_90, B200: sm_100. Default: %(default)s.",
     )  # fmt: skip
     kernels.add_argument("--output", required=True, metavar="DIR", help="Folder to fill; what it has already stays.")
+    kernels.add_argument(
+        "--share", type=_share, default=(0, 1), metavar="I/N",
+        help="Only every N-th kernel, from the I-th on, I from 0: N processes with one folder compile N times as fast.",
+    )  # fmt: skip
     add_arguments(kernels, [EngineConfig], only=COMPILE_SETTINGS)
     collect = commands.add_parser(
         "collect-env",
@@ -284,6 +288,13 @@ def _plan(namespace: argparse.Namespace, warnings: list[str]) -> int:
     return ExitStatus.OK
 
 
+def _share(text: str) -> tuple[int, int]:
+    first, _, step = text.partition("/")
+    if not (first.isascii() and first.isdigit() and step.isascii() and step.isdigit() and int(first) < int(step)):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected I/N with I below N, as 0/8 to 7/8")
+    return int(first), int(step)
+
+
 def _compile_kernels(namespace: argparse.Namespace, warnings: list[str]) -> int:
     config = _engine_config(namespace)
     config.check()
@@ -310,7 +321,9 @@ def _compile_kernels(namespace: argparse.Namespace, warnings: list[str]) -> int:
     from octavo_engine.runner.device import TORCH_DTYPES
 
     began = time.monotonic()
-    count = compile_kernels(model, namespace.architecture, output, config.block_size, TORCH_DTYPES[dtype])
+    count = compile_kernels(
+        model, namespace.architecture, output, config.block_size, TORCH_DTYPES[dtype], namespace.share
+    )
     print(f"compiled {count} kernels for {namespace.architecture} into {output} in {time.monotonic() - began:.0f} s")
     return ExitStatus.OK
 

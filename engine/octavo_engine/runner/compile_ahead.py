@@ -1,7 +1,8 @@
 """Compile every kernel that a model's steps launch, for a GPU that is not there.
 
 The decoder runs over tensors without memory while launches stop after compiling, so that what is compiled here is what
-a step launches, found on the same road and under the same keys. Called by `octavo compile-kernels`.
+a step launches, found on the same road and under the same keys. Called by `octavo compile-kernels`, and by several of
+it at once where an engine starts without its kernels (compile_beside.py).
 """
 
 from __future__ import annotations
@@ -53,13 +54,17 @@ META = torch.device("meta")
 
 
 def compile_kernels(
-    model: DecoderConfig, architecture: str, folder: Path, block_size: int, dtype: torch.dtype = torch.bfloat16
-) -> int:
-    """Fill `folder` with the kernels of this model; returns how many were compiled and not there yet."""
+    model: DecoderConfig, architecture: str, folder: Path, block_size: int, dtype: torch.dtype = torch.bfloat16,
+    share: tuple[int, int] = (0, 1),
+) -> int:  # fmt: skip
+    """Fill `folder` with the kernels of this model; returns how many were compiled and not there yet.
+
+    share: (i, n) for every n-th kernel from the i-th on, so that n processes fill the folder together.
+    """
     target, shared_memory = ARCHITECTURES[architecture]
     compilations = prebuilt.use()
     folder.mkdir(parents=True, exist_ok=True)
-    with _absent_gpu(target, shared_memory, folder) as launched:
+    with _absent_gpu(target, shared_memory, folder, share) as launched:
         _launch_all(model, block_size, dtype, e4m3=int(target.arch) >= 10 * E4M3_CAPABILITY[0] + E4M3_CAPABILITY[1])
         _build_launchers(launched)
     return compilations.count
@@ -148,16 +153,26 @@ def unlike_decodes() -> list[int]:
 
 
 @contextmanager
-def _absent_gpu(target: GPUTarget, shared_memory: int, folder: Path) -> Iterator[list[Any]]:
+def _absent_gpu(
+    target: GPUTarget, shared_memory: int, folder: Path, share: tuple[int, int] = (0, 1)
+) -> Iterator[list[Any]]:
     """Launches compile for `target` into `folder` and end there; yields the list of what was compiled."""
     compiled: list[Any] = []
-    run = JITFunction.run
+    run, compile_one = JITFunction.run, JITFunction._do_compile
+    number: dict[Any, int] = {}
+    first, step = share
 
     def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        if kernel not in compiled:
+        if kernel is not None and kernel not in compiled:
             compiled.append(kernel)
         return kernel
+
+    def only_the_share(self: Any, key: Any, *args: Any, **options: Any) -> Any:
+        # Numbered as they come, which is the same in each process.
+        if number.setdefault((self, key), len(number)) % step != first:
+            return None
+        return compile_one(self, key, *args, **options)
 
     properties = {"max_shared_mem": shared_memory}
     absent = SimpleNamespace(
@@ -169,6 +184,7 @@ def _absent_gpu(target: GPUTarget, shared_memory: int, folder: Path) -> Iterator
         triton.knobs.cache.scope(),
         triton.knobs.compilation.scope(),
         patch.object(JITFunction, "run", only_compile),
+        patch.object(JITFunction, "_do_compile", only_the_share),
         patch.object(driver, "_active", absent),
     ):
         triton.knobs.cache.dir = str(folder)

@@ -2,7 +2,7 @@
 
 Triton keeps what it compiles in a folder, under a hash of the source, the options and its own version. `use` puts a
 read-only folder of the same form in front of it (`octavo compile-kernels` writes one, images carry one), so that a pod
-that starts finds its kernels compiled. A model's first start without one compiles for about half a minute.
+that starts finds its kernels compiled. Where none is there, several processes compile them (runner/compile_beside.py).
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import triton
 from triton.runtime.cache import FileCacheManager
@@ -29,6 +30,9 @@ class KernelCache(FileCacheManager):  # type: ignore[misc]  # triton has no type
     again, and must find that the next time.
     """
 
+    on_miss: ClassVar[Callable[[], None] | None] = None
+    """Called once, before the first kernel that is in no folder is compiled; it may fill Triton's own."""
+
     def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
         self._prebuilt = [] if override or dump else [folder / key for folder in folders() if (folder / key).is_dir()]
         super().__init__(key, override, dump)
@@ -41,6 +45,10 @@ class KernelCache(FileCacheManager):  # type: ignore[misc]  # triton has no type
     def get_group(self, filename: str) -> dict[str, str] | None:
         # Triton writes the members' absolute paths: in a folder that moved they are known by name.
         listing = self.get_file(f"__grp__{filename}")
+        if listing is None and (fill := KernelCache.on_miss) is not None:
+            KernelCache.on_miss = None
+            fill()
+            listing = self.get_file(f"__grp__{filename}")
         if listing is None:
             return None
         members = json.loads(Path(listing).read_text()).get("child_paths") or {}
@@ -71,9 +79,10 @@ class Compilations:
             log.warning("compiled the kernel %s while requests waited; please report the model and flags", src.name)
 
 
-def use() -> Compilations:
+def use(on_miss: Callable[[], None] | None = None) -> Compilations:
     """From here on Triton looks into the prebuilt folders first, and what it compiles is counted."""
     triton.knobs.cache.manager_class = KernelCache
+    KernelCache.on_miss = on_miss
     compilations = Compilations()
     triton.knobs.compilation.listener = compilations
     return compilations

@@ -1,0 +1,77 @@
+"""The kernels of a model that starts without them, compiled by several processes at once.
+
+One process takes half a minute for a model's 84 kernels, most of it in LLVM and ptxas on one core. Eight are counted to
+take three seconds to start and four to compile. What they do is `octavo compile-kernels` into Triton's own folder, so
+the engine finds each kernel as if it had compiled it the last time; what its flags want beyond those, it compiles
+itself. Where they fail, it is as slow as without them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+log = logging.getLogger("octavo.engine")
+
+LIMIT_S = 120.0
+"""Compiling alone took 30 to 90 s."""
+MOST_PROCESSES = 16
+QUIET: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+PROCESS_BYTES = 2**30
+"""Each takes 780 MB, most of it torch and LLVM."""
+
+
+def num_processes(cpus: int, free_bytes: int) -> int:
+    """No more than half of the free memory lets start: the weights pass through it as well."""
+    return max(min(cpus, MOST_PROCESSES, free_bytes // 2 // PROCESS_BYTES), 0)
+
+
+def architecture_of(device: torch.device) -> str | None:
+    """As `compile-kernels` names it; None for what it does not compile for."""
+    from octavo_engine.runner.compile_ahead import ARCHITECTURES
+
+    if torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    name = f"sm_{major}{minor}"
+    return name if name in ARCHITECTURES else None
+
+
+def compile_beside(model: Path, architecture: str | None, block_size: int, dtype: str, processes: int) -> None:
+    """Fill Triton's folder for this model, a folder with its config.json. Never raises."""
+    if architecture is None or processes < 2:
+        return
+    began = time.monotonic()
+    command = [sys.executable, "-m", "octavo_engine.cli", "compile-kernels", str(model)]
+    command += ["--architecture", architecture, "--output", triton.knobs.cache.dir]
+    command += ["--block-size", str(block_size), "--dtype", dtype]
+    # Settings of the server that are in its environment are none of theirs, nor is the device.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OCTAVO_", "VLLM_"))}
+    environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for number in range(processes):
+            share = ["--share", f"{number}/{processes}"]
+            started.append(subprocess.Popen([*command, *share], env=environment, **QUIET))
+        for process in started:
+            process.wait(max(LIMIT_S - (time.monotonic() - began), 0.0))
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.warning("kernels are compiled one by one: %s", error)
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    failed = [process.returncode for process in started if process.returncode]
+    if failed:
+        log.warning("%d of %d processes that compile kernels failed, with %s", len(failed), len(started), failed)
+    else:
+        log.info("compiled the model's kernels in %.1f s, %d processes", time.monotonic() - began, processes)

@@ -1,0 +1,103 @@
+"""Processes that compile kernels beside an engine's start: how many, and what becomes of it where they fail."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from octavo_engine.kernels.gpu import prebuilt
+from octavo_engine.runner import compile_beside as beside
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("cpus", "free", "processes"),
+    [(16, 200 * GIB, 16), (96, 200 * GIB, 16), (4, 7 * GIB, 3), (8, GIB, 0), (1, 200 * GIB, 1)],
+)
+def test_there_are_as_many_as_cores_and_half_of_the_memory_allow(cpus, free, processes):
+    assert beside.num_processes(cpus, free) == processes
+
+
+@pytest.mark.parametrize(("architecture", "processes"), [(None, 8), ("sm_90", 1)])
+def test_one_process_more_would_be_no_help(monkeypatch, tmp_path, architecture, processes):
+    monkeypatch.setattr(beside.sys, "executable", "/nowhere")
+
+    beside.compile_beside(tmp_path, architecture, 64, "bfloat16", processes)
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [("exit 3", "2 of 2 processes that compile kernels failed, with [3, 3]"), ("exec sleep 60", "one by one")],
+)
+def test_a_start_goes_on_where_they_fail_or_hang(monkeypatch, tmp_path, caplog, script, told):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(beside.sys, "executable", str(program))
+    monkeypatch.setattr(beside, "LIMIT_S", 0.5)
+
+    began = time.monotonic()
+    with caplog.at_level(logging.INFO, "octavo.engine"):
+        beside.compile_beside(tmp_path, "sm_90", 64, "bfloat16", 2)
+
+    assert told in caplog.text
+    assert time.monotonic() - began < 30
+
+
+def test_a_python_that_is_not_there_is_told_of(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(beside.sys, "executable", str(tmp_path / "none"))
+
+    beside.compile_beside(tmp_path, "sm_90", 64, "bfloat16", 2)
+
+    assert "one by one" in caplog.text
+
+
+def test_they_get_nothing_of_the_servers_settings_and_no_device(monkeypatch, tmp_path):
+    program, seen = tmp_path / "python", tmp_path / "seen"
+    program.write_text(f'#!/bin/sh\nfor last; do :; done\n(echo "$@"; env) > {seen}.${{last%%/*}}\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(beside.sys, "executable", str(program))
+    monkeypatch.setenv("OCTAVO_PORT", "1")
+    monkeypatch.setenv("VLLM_PORT", "2")
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path / "cache")
+        beside.compile_beside(tmp_path / "model", "sm_90", 32, "float16", 2)
+
+    for number in (0, 1):
+        told = (tmp_path / f"seen.{number}").read_text()
+        assert told.startswith(
+            f"-m octavo_engine.cli compile-kernels {tmp_path}/model --architecture sm_90 --output {tmp_path}/cache "
+            f"--block-size 32 --dtype float16 --share {number}/2\n"
+        )
+        assert "CUDA_VISIBLE_DEVICES=\n" in told
+        assert "OCTAVO_PORT" not in told
+        assert "VLLM_PORT" not in told
+
+
+def test_the_first_kernel_that_no_folder_has_calls_for_them_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(prebuilt.KernelCache, "on_miss", None)
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        calls = []
+
+        def fill() -> None:
+            calls.append(None)
+            there = prebuilt.KernelCache("there")
+            there.put_group("k.json", {"k.json": there.put("{}", "k.json")})
+
+        prebuilt.use(fill)
+        found = prebuilt.KernelCache("there").get_group("k.json")
+        missing = prebuilt.KernelCache("missing").get_group("k.json")
+
+    assert found is not None
+    assert set(found) == {"k.json"}
+    assert missing is None
+    assert len(calls) == 1
