@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
 import triton
 
 from octavo_engine.kernels.gpu import prebuilt
@@ -101,3 +102,10 @@ def test_the_first_kernel_that_no_folder_has_calls_for_them_once(monkeypatch, tm
     assert set(found) == {"k.json"}
     assert missing is None
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("capability", "architecture"), [((9, 0), "sm_90"), ((8, 9), "sm_89"), ((7, 5), None)])
+def test_the_device_says_what_they_compile_for(monkeypatch, capability, architecture):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    assert beside.architecture_of(torch.device("cuda")) == architecture
