@@ -171,7 +171,7 @@ class EngineConfig:
     max_model_len: int | None = _setting(
         None, "Longest prompt plus output, in tokens (8192, 8k, 8K). Default, and auto: the model's own limit, or "
         "what fits in memory where that is less.", group="Model", parse=parse_model_len,
-        low=1, metavar="TOKENS", managed=True,
+        low=2, metavar="TOKENS", managed=True,
     )  # fmt: skip
     seed: int = _setting(0, "Seed of requests that bring none of their own.", group="Model", low=0, high=2**63 - 1)
 

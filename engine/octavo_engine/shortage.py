@@ -86,6 +86,8 @@ def too_large(demand: Demand, budget: int) -> FatalError:
         share = max(demand.share, USUAL_UTILIZATION)
         amount = math.ceil(100 * ((need + demand.least_kv) / share + 64 * 2**20) / GIB) / 100
         setting = f" and --gpu-memory-utilization {share}" if share > demand.share else ""
+        if demand.asked is None and demand.least_kv > demand.most_kv:
+            setting = f" and set --kv-cache-memory-bytes to {-(-demand.least_kv // 2**20)}M"
         fix = f"give the process at least {amount:.2f} GiB of memory{setting}, or choose a smaller model"
     elif (share := _without_others(demand)) is not None:
         fix = "stop the other processes on this GPU"
@@ -118,10 +120,12 @@ def kv_too_small(demand: Demand, length: int, fits: int, kv_budget: int) -> Fata
         f"({fits:,} tokens).{_of_others(memory)}"
     )
     fixes = [f"set --max-model-len <= {fits}"] if fits >= 2 else []
+    if fixes and demand.asked is not None and kv_budget < demand.asked:
+        fixes[0] += f" and {_size_setting(demand, kv_budget)}"
     if (larger := _larger_cache(demand, length)) is not None:
         fixes.append(larger)
-    elif not fixes and _without_others(demand) is not None:
-        fixes.append("stop the other processes on this GPU")
+    elif not fixes and (stopping := _with_others_stopped(demand, length)) is not None:
+        fixes.append(stopping)
     elif not fixes:
         fixes.append("use a device with more memory")
     # The number of blocks that is set stays what it is, however small they are.
@@ -159,6 +163,25 @@ def asked_too_much(demand: Demand, room: int) -> ConfigError:
     if (blocks := config.num_gpu_blocks_override) is not None:
         return ConfigError("--num-gpu-blocks-override", blocks, f"at most {room // demand.block_bytes}: {why}")
     return ConfigError("--kv-cache-memory-bytes", config.kv_cache_memory_bytes, f"at most {room}: {why}")
+
+
+def _size_setting(demand: Demand, room: int) -> str:
+    """The setting of the cache's size, as large as the memory allows."""
+    if demand.config.num_gpu_blocks_override is not None:
+        return f"--num-gpu-blocks-override <= {room // demand.block_bytes}"
+    return f"--kv-cache-memory-bytes <= {room}"
+
+
+def _with_others_stopped(demand: Demand, length: int) -> str | None:
+    """What makes room for a request of this length once other processes hold nothing of this GPU; None: nothing."""
+    if not _held_by_others(demand.memory):
+        return None
+    alone = replace(demand, memory=replace(demand.memory, free_bytes=demand.memory.total_bytes))
+    if (larger := _larger_cache(alone, length)) is None:
+        return None
+    share, stop = alone.enough(alone.memory), "stop the other processes on this GPU"
+    has_size = demand.asked is None or demand.asked >= demand.kv(length)
+    return stop if has_size and share is not None and share <= demand.share else f"{stop} and {larger}"
 
 
 def _without_others(demand: Demand) -> float | None:

@@ -73,7 +73,7 @@ def test_a_value_outside_its_range_is_refused_with_flag_value_and_what_would_be_
         ("--max-num-batched-tokens", "1048577", "1 to 1048576"),  # exact, not 1.04858e+06
         ("--seed", "-1", f"0 to {2**63 - 1}"),
         ("--served-model-name", " ", "not empty"),
-        ("--max-model-len", "4kk", "a whole number, 1 or more"),
+        ("--max-model-len", "4kk", "a whole number, 2 or more"),
         ("--gpu-memory-utilization", "1,0", "a number, 0.01 to 1.0"),
     ],
 )

@@ -300,13 +300,42 @@ def test_weights_that_leave_no_room_are_refused_whatever_is_asked_of_the_cache()
     assert refused.value.failure.code is FailureCode.WEIGHTS_TOO_LARGE
 
 
-def test_a_longest_request_that_no_cache_has_room_for_is_told_before_the_size_of_the_cache():
-    """Or the size that is named would be refused in turn."""
+@pytest.mark.parametrize("setting", ["kv_cache_memory_bytes", "num_gpu_blocks_override"])
+def test_a_longest_request_that_no_cache_has_room_for_is_told_with_the_size_that_there_is_room_for(setting):
+    """Or what is named would be refused in turn."""
+    asked = 20 * GIB if setting == "kv_cache_memory_bytes" else 5000
+    settings: dict[str, Any] = {setting: asked, "max_num_seqs": 16}
     with pytest.raises(FatalError) as refused:
-        plan(model_of(LLAMA_8B), gpu(24), kv_cache_memory_bytes=20 * GIB, max_model_len=131072, max_num_seqs=16)
+        plan(model_of(LLAMA_8B), gpu(24), **settings, max_model_len=131072)
 
     assert "are left for it" in refused.value.failure.message
-    assert re.fullmatch(r"set --max-model-len <= \d+", failure_fix(refused))
+    fix = re.fullmatch(r"set --max-model-len <= (\d+) and --([a-z-]+) <= (\d+)", failure_fix(refused))
+    assert fix
+    assert fix[2] == setting.replace("_", "-")
+    assert plan(model_of(LLAMA_8B), gpu(24), **{**settings, setting: int(fix[3])}, max_model_len=int(fix[1]))
+
+
+def test_a_cache_that_only_a_cpu_with_its_size_given_would_have_is_asked_for():
+    settings: dict[str, Any] = {"max_model_len": 100_000, "max_num_seqs": 8}
+    with pytest.raises(FatalError) as refused:
+        plan(model_of(LLAMA_8B), cpu(5.36), **settings)
+
+    fix = re.search(r"at least ([\d.]+) GiB of memory and set --kv-cache-memory-bytes to (\d+)M,", failure_fix(refused))
+    assert fix
+    size = int(fix[2]) * 2**20
+    assert plan(model_of(LLAMA_8B), cpu(float(fix[1])), **settings, kv_cache_memory_bytes=size).max_model_len == 100_000
+
+
+def test_other_processes_are_to_be_stopped_and_what_else_is_lacking_is_named_with_it():
+    settings: dict[str, Any] = {"max_model_len": 100_000, "max_num_seqs": 8}
+    with pytest.raises(FatalError) as refused:
+        plan(model_of(LLAMA_8B), gpu(41, 25), **settings, kv_cache_memory_bytes=609)
+
+    fix = re.match(
+        r"stop the other processes on this GPU and raise --kv-cache-memory-bytes to (\d+)M", failure_fix(refused)
+    )
+    assert fix, failure_fix(refused)
+    assert plan(model_of(LLAMA_8B), gpu(41), **settings, kv_cache_memory_bytes=int(fix[1]) * 2**20)
 
 
 def test_the_length_is_the_models_own_or_what_fits_when_none_is_given():

@@ -359,7 +359,7 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "secret's name": ({"model": HF | {"tokenSecretRef": {"name": "T_"}}}, ("tokenSecretRef.name",)),
     "two equal names": ({"model": HF | {"servedNames": ["a", "a"]}}, ("Duplicate value",)),
     "no names": ({"model": HF | {"servedNames": []}}, ("servedNames",)),
-    "length 0": ({"model": HF, "engine": {"maxModelLen": 0}}, ("maxModelLen", "greater than or equal to 1")),
+    "length 1": ({"model": HF, "engine": {"maxModelLen": 1}}, ("maxModelLen", "greater than or equal to 2")),
     "dtype": ({"model": HF, "engine": {"dtype": "int3"}}, ("dtype", "bfloat16")),
     "block size": ({"model": HF, "engine": {"blockSize": 17}}, ("blockSize", "16", "128")),
     "utilization": ({"model": HF, "engine": {"gpuMemoryUtilization": "90%"}}, ("'90%'", "'0.01' to '1.0'")),
