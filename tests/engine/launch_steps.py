@@ -8,6 +8,7 @@ Run by test_compile_ahead.py in a process of its own, as kernels may be interpre
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import tempfile
@@ -29,11 +30,12 @@ def main() -> None:
     folder = Path(sys.argv[3]) if sys.argv[3:] else None
     compile_beside.LIMIT_S = 270.0  # a machine may be busy with other tests
     fill = functools.partial(compile_beside.compile_beside, model, architecture, 64, "bfloat16", 2)
-    compilations = prebuilt.use(fill if folder else None)
+    compilations = prebuilt.use()
     absent = compile_ahead.Absent(load_config(model), 64, torch.bfloat16)
     with (
         tempfile.TemporaryDirectory() as nothing,
         compile_ahead._absent_gpu(target, shared_memory, folder or Path(nothing)) as launched,
+        prebuilt.filling(fill) if folder else contextlib.nullcontext(),
     ):
         for kv_dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
             for deterministic in (False, True):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -62,11 +66,12 @@ def test_a_python_that_is_not_there_is_told_of(monkeypatch, tmp_path, caplog):
 
 def test_they_get_nothing_of_the_servers_settings_and_no_device(monkeypatch, tmp_path):
     program, seen = tmp_path / "python", tmp_path / "seen"
-    program.write_text(f'#!/bin/sh\nfor last; do :; done\n(echo "$@"; env) > {seen}.${{last%%/*}}\n')
+    program.write_text(f'#!/bin/sh\nshift 2\nfor last; do :; done\n(echo "$@"; env) > {seen}.${{last%%/*}}\n')
     program.chmod(0o755)
     monkeypatch.setattr(beside.sys, "executable", str(program))
     monkeypatch.setenv("OCTAVO_PORT", "1")
     monkeypatch.setenv("VLLM_PORT", "2")
+    monkeypatch.setenv(prebuilt.ENVIRONMENT, "/kernels")
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path / "cache")
         beside.compile_beside(tmp_path / "model", "sm_90", 32, "float16", 2)
@@ -74,10 +79,11 @@ def test_they_get_nothing_of_the_servers_settings_and_no_device(monkeypatch, tmp
     for number in (0, 1):
         told = (tmp_path / f"seen.{number}").read_text()
         assert told.startswith(
-            f"-m octavo_engine.cli compile-kernels {tmp_path}/model --architecture sm_90 --output {tmp_path}/cache "
+            f"compile-kernels {tmp_path}/model --architecture sm_90 --output {tmp_path}/cache "
             f"--block-size 32 --dtype float16 --share {number}/2\n"
         )
         assert "CUDA_VISIBLE_DEVICES=\n" in told
+        assert f"{prebuilt.ENVIRONMENT}=/kernels\n" in told
         assert "OCTAVO_PORT" not in told
         assert "VLLM_PORT" not in told
 
@@ -94,9 +100,13 @@ def test_the_first_kernel_that_no_folder_has_calls_for_them_once(monkeypatch, tm
             there = prebuilt.KernelCache("there")
             there.put_group("k.json", {"k.json": there.put("{}", "k.json")})
 
-        prebuilt.use(fill)
-        found = prebuilt.KernelCache("there").get_group("k.json")
-        missing = prebuilt.KernelCache("missing").get_group("k.json")
+        prebuilt.use()
+        with prebuilt.filling(fill):
+            found = prebuilt.KernelCache("there").get_group("k.json")
+            missing = prebuilt.KernelCache("missing").get_group("k.json")
+        with prebuilt.filling(fill):
+            pass
+        missing = missing or prebuilt.KernelCache("another").get_group("k.json")
 
     assert found is not None
     assert set(found) == {"k.json"}
@@ -109,3 +119,38 @@ def test_the_device_says_what_they_compile_for(monkeypatch, capability, architec
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     assert beside.architecture_of(torch.device("cuda")) == architecture
+
+
+ENGINE = """
+import os, signal, subprocess, sys
+from octavo_engine.runner import compile_beside
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+helper = compile_beside.HELPER.replace("from octavo_engine.cli import main", "import time; time.sleep(100)")
+process = subprocess.Popen([sys.executable, "-c", helper], **compile_beside.PIPES)
+print(process.pid, flush=True)
+sys.stdin.readline()
+os._exit(0)
+"""
+
+
+def test_they_end_with_the_engine_that_ignores_signals():
+    engine = subprocess.Popen([sys.executable, "-c", ENGINE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    helper = int(engine.stdout.readline())
+    os.kill(helper, 0)
+
+    engine.communicate("end\n", timeout=60)
+
+    until = time.monotonic() + 60
+    while time.monotonic() < until and is_running(helper):
+        time.sleep(0.05)
+    assert not is_running(helper)
+
+
+def is_running(pid: int) -> bool:
+    """A process that has ended and that nobody waited for is no more."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

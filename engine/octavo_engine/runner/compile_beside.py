@@ -19,12 +19,23 @@ from typing import Any
 import torch
 import triton
 
+from octavo_engine.host import available_cpus, host_memory
+from octavo_engine.kernels.gpu import prebuilt
+
 log = logging.getLogger("octavo.engine")
 
 LIMIT_S = 120.0
 """Compiling alone took 30 to 90 s."""
 MOST_PROCESSES = 16
-QUIET: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+HELPER = """
+import os, sys, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+from octavo_engine.cli import main
+sys.exit(main())
+"""
+"""It ends when its standard input does, which is when the engine ends, however that comes: signals that the engine
+ignores are ignored by what it starts."""
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 PROCESS_BYTES = 2**30
 """Each takes 780 MB, most of it torch and LLVM."""
 
@@ -45,22 +56,32 @@ def architecture_of(device: torch.device) -> str | None:
     return name if name in ARCHITECTURES else None
 
 
+def fill_at_start(model: Path, device: torch.device, block_size: int, dtype: str) -> None:
+    """`compile_beside`, with what this machine allows."""
+    processes = num_processes(available_cpus(), host_memory()[0])
+    compile_beside(model, architecture_of(device), block_size, dtype, processes)
+
+
 def compile_beside(model: Path, architecture: str | None, block_size: int, dtype: str, processes: int) -> None:
-    """Fill Triton's folder for this model, a folder with its config.json. Never raises."""
+    """Fill Triton's folder for this model, a folder with its config.json. Failures are logged."""
     if architecture is None or processes < 2:
         return
     began = time.monotonic()
-    command = [sys.executable, "-m", "octavo_engine.cli", "compile-kernels", str(model)]
+    command = [sys.executable, "-c", HELPER, "compile-kernels", str(model)]
     command += ["--architecture", architecture, "--output", triton.knobs.cache.dir]
     command += ["--block-size", str(block_size), "--dtype", dtype]
     # Settings of the server that are in its environment are none of theirs, nor is the device.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OCTAVO_", "VLLM_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name == prebuilt.ENVIRONMENT or not name.startswith(("OCTAVO_", "VLLM_"))
+    }
     environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     started: list[subprocess.Popen[bytes]] = []
     try:
         for number in range(processes):
             share = ["--share", f"{number}/{processes}"]
-            started.append(subprocess.Popen([*command, *share], env=environment, **QUIET))
+            started.append(subprocess.Popen([*command, *share], env=environment, **PIPES))
         for process in started:
             process.wait(max(LIMIT_S - (time.monotonic() - began), 0.0))
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -70,6 +91,8 @@ def compile_beside(model: Path, architecture: str | None, block_size: int, dtype
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
     failed = [process.returncode for process in started if process.returncode]
     if failed:
         log.warning("%d of %d processes that compile kernels failed, with %s", len(failed), len(started), failed)

@@ -20,7 +20,7 @@ from torch import Tensor
 from octavo_engine import __version__
 from octavo_engine.config import EngineConfig
 from octavo_engine.core.step import Admission, Sampled, StepItem, StepPlan
-from octavo_engine.host import available_cpus, host_memory
+from octavo_engine.host import available_cpus
 from octavo_engine.kernels import sampling
 from octavo_engine.kernels.invariant import Invariant, block_rows
 from octavo_engine.kernels.kv_scales import UNSCALED, is_scaled
@@ -103,8 +103,13 @@ class ModelRunner:
         with weights.readers_first():
             # The kernels compute in 16 bits; float32 on a GPU is for comparisons and takes the references.
             if device.type == "cuda" and dtype != torch.float32:
-                self._gpu = self._gpu_steps(folder, tensors, cos, sin)
-                _capture(self._gpu, loading, config.enforce_eager, on_stage)
+                # Only here: a CPU needs no triton, and importing it takes a fifth of a second.
+                from octavo_engine.kernels.gpu.prebuilt import filling
+                from octavo_engine.runner.compile_beside import fill_at_start
+
+                self._gpu = self._gpu_steps(tensors, cos, sin)
+                with filling(functools.partial(fill_at_start, folder, device, plan.block_size, plan.dtype)):
+                    _capture(self._gpu, loading, config.enforce_eager, on_stage)
             elif loading:
                 loading.wait(progress)
         operations = None
@@ -151,13 +156,12 @@ class ModelRunner:
         sampled: Sampled = self._gpu.collect(launched) if self._gpu else launched
         return sampled
 
-    def _gpu_steps(self, folder: Path, tensors: dict[str, Tensor], cos: Tensor, sin: Tensor) -> GpuSteps:
-        # Only here: a CPU needs no triton, and importing it takes a fifth of a second.
+    def _gpu_steps(self, tensors: dict[str, Tensor], cos: Tensor, sin: Tensor) -> GpuSteps:
         from octavo_engine.kernels.gpu import prebuilt
         from octavo_engine.models.gpu_decoder import GpuDecoder
         from octavo_engine.runner.gpu_steps import GpuSteps
 
-        compilations = prebuilt.use(functools.partial(self._compile_beside, folder))
+        compilations = prebuilt.use()
         plan, half = self._plan, self._model.head_dim // 2
         dtype = tensors["embedding"].dtype
         decoder = GpuDecoder(
@@ -169,12 +173,6 @@ class ModelRunner:
             decoder, plan, plan.max_num_batched_tokens, plan.max_num_seqs, self._kv_cache, self._token_ids,
             self._block_tables, compilations,
         )  # fmt: skip
-
-    def _compile_beside(self, folder: Path) -> None:
-        from octavo_engine.runner.compile_beside import architecture_of, compile_beside, num_processes
-
-        processes = num_processes(available_cpus(), host_memory()[0])
-        compile_beside(folder, architecture_of(self._device), self._plan.block_size, self._plan.dtype, processes)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Sampled:

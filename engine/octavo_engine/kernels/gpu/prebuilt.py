@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ class KernelCache(FileCacheManager):  # type: ignore[misc]  # triton has no type
     """
 
     on_miss: ClassVar[Callable[[], None] | None] = None
-    """Called once, before the first kernel that is in no folder is compiled; it may fill Triton's own."""
+    """See `filling`."""
 
     def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
         self._prebuilt = [] if override or dump else [folder / key for folder in folders() if (folder / key).is_dir()]
@@ -79,10 +80,19 @@ class Compilations:
             log.warning("compiled the kernel %s while requests waited; please report the model and flags", src.name)
 
 
-def use(on_miss: Callable[[], None] | None = None) -> Compilations:
+@contextmanager
+def filling(fill: Callable[[], None]) -> Iterator[None]:
+    """Within, the first kernel that is in no folder has `fill` called, and is looked for once more; not afterwards."""
+    KernelCache.on_miss = fill
+    try:
+        yield
+    finally:
+        KernelCache.on_miss = None
+
+
+def use() -> Compilations:
     """From here on Triton looks into the prebuilt folders first, and what it compiles is counted."""
     triton.knobs.cache.manager_class = KernelCache
-    KernelCache.on_miss = on_miss
     compilations = Compilations()
     triton.knobs.compilation.listener = compilations
     return compilations
