@@ -24,14 +24,14 @@ GIB = 2**30
 
 @pytest.mark.parametrize(
     ("cpus", "free", "processes"),
-    [(16, 200 * GIB, 16), (96, 200 * GIB, 16), (4, 7 * GIB, 3), (8, GIB, 0), (1, 200 * GIB, 1)],
+    [(16, 200 * GIB, 16), (96, 200 * GIB, 16), (4, 7 * GIB, 3), (8, GIB, 0), (2, 200 * GIB, 0)],
 )
 def test_there_are_as_many_as_cores_and_half_of_the_memory_allow(cpus, free, processes):
     assert beside.num_processes(cpus, free) == processes
 
 
-@pytest.mark.parametrize(("architecture", "processes"), [(None, 8), ("sm_90", 1)])
-def test_one_process_more_would_be_no_help(monkeypatch, tmp_path, architecture, processes):
+@pytest.mark.parametrize(("architecture", "processes"), [(None, 8), ("sm_90", 0)])
+def test_nothing_is_started_where_it_would_be_no_help(monkeypatch, tmp_path, architecture, processes):
     monkeypatch.setattr(beside.sys, "executable", "/nowhere")
 
     beside.compile_beside(tmp_path, architecture, 64, "bfloat16", processes)

@@ -27,6 +27,10 @@ log = logging.getLogger("octavo.engine")
 LIMIT_S = 120.0
 """Compiling alone took 30 to 90 s."""
 MOST_PROCESSES = 16
+LEAST_PROCESSES = 3
+"""A start needs some 65 of the 84 kernels, the others being those of other modes: two are no quicker than it alone."""
+PROCESS_BYTES = 2**30
+"""Each takes 780 MB, most of it torch and LLVM."""
 HELPER = """
 import os, sys, threading
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
@@ -36,13 +40,12 @@ sys.exit(main())
 """It ends when its standard input does, which is when the engine ends, however that comes: signals that the engine
 ignores are ignored by what it starts."""
 PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-PROCESS_BYTES = 2**30
-"""Each takes 780 MB, most of it torch and LLVM."""
 
 
 def num_processes(cpus: int, free_bytes: int) -> int:
-    """No more than half of the free memory lets start: the weights pass through it as well."""
-    return max(min(cpus, MOST_PROCESSES, free_bytes // 2 // PROCESS_BYTES), 0)
+    """0 where they would be no help. Half of the free memory is for them: the weights pass through it as well."""
+    found = min(cpus, MOST_PROCESSES, free_bytes // 2 // PROCESS_BYTES)
+    return found if found >= LEAST_PROCESSES else 0
 
 
 def architecture_of(device: torch.device) -> str | None:
@@ -64,7 +67,7 @@ def fill_at_start(model: Path, device: torch.device, block_size: int, dtype: str
 
 def compile_beside(model: Path, architecture: str | None, block_size: int, dtype: str, processes: int) -> None:
     """Fill Triton's folder for this model, a folder with its config.json. Failures are logged."""
-    if architecture is None or processes < 2:
+    if architecture is None or not processes:
         return
     began = time.monotonic()
     command = [sys.executable, "-c", HELPER, "compile-kernels", str(model)]
