@@ -29,6 +29,7 @@ def main() -> None:
     target, shared_memory = compile_ahead.ARCHITECTURES[architecture]
     folder = Path(sys.argv[3]) if sys.argv[3:] else None
     compile_beside.LIMIT_S = 270.0  # a machine may be busy with other tests
+    prebuilt.FEW = 0  # so that all that is compiled here is what the processes left
     fill = functools.partial(compile_beside.compile_beside, model, architecture, 64, "bfloat16", 2)
     compilations = prebuilt.use()
     absent = compile_ahead.Absent(load_config(model), 64, torch.bfloat16)

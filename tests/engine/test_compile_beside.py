@@ -88,29 +88,31 @@ def test_they_get_nothing_of_the_servers_settings_and_no_device(monkeypatch, tmp
         assert "VLLM_PORT" not in told
 
 
-def test_the_first_kernel_that_no_folder_has_calls_for_them_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(prebuilt.KernelCache, "on_miss", None)
+def test_they_are_called_for_once_and_when_more_than_a_few_kernels_are_in_no_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(triton.knobs.cache, "manager_class", None)
     monkeypatch.setattr(triton.knobs.compilation, "listener", None)
+    calls = []
+
+    def fill() -> None:
+        calls.append(None)
+        there = prebuilt.KernelCache("there")
+        there.put_group("k.json", {"k.json": there.put("{}", "k.json")})
+
+    def found(name: str) -> bool:
+        return prebuilt.KernelCache(name).get_group("k.json") is not None
+
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path)
-        calls = []
-
-        def fill() -> None:
-            calls.append(None)
-            there = prebuilt.KernelCache("there")
-            there.put_group("k.json", {"k.json": there.put("{}", "k.json")})
-
         prebuilt.use()
         with prebuilt.filling(fill):
-            found = prebuilt.KernelCache("there").get_group("k.json")
-            missing = prebuilt.KernelCache("missing").get_group("k.json")
+            assert not any(found(f"few {number}") for number in range(prebuilt.FEW))
+            assert not calls
+            assert found("there")
+            assert not found("missing")
         with prebuilt.filling(fill):
             pass
-        missing = missing or prebuilt.KernelCache("another").get_group("k.json")
+        assert not any(found(f"late {number}") for number in range(2 * prebuilt.FEW))
 
-    assert found is not None
-    assert set(found) == {"k.json"}
-    assert missing is None
     assert len(calls) == 1
 
 

@@ -22,6 +22,8 @@ log = logging.getLogger("octavo.engine")
 
 ENVIRONMENT = "OCTAVO_PREBUILT_KERNELS"
 """Folders of prebuilt kernels, separated like a PATH."""
+FEW = 4
+"""Kernels that a start may lack and compiles itself: half a second each, and processes take seconds to start."""
 
 
 class KernelCache(FileCacheManager):  # type: ignore[misc]  # triton has no types
@@ -32,6 +34,7 @@ class KernelCache(FileCacheManager):  # type: ignore[misc]  # triton has no type
     """
 
     on_miss: ClassVar[Callable[[], None] | None] = None
+    missed: ClassVar[int] = 0
     """See `filling`."""
 
     def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
@@ -47,9 +50,11 @@ class KernelCache(FileCacheManager):  # type: ignore[misc]  # triton has no type
         # Triton writes the members' absolute paths: in a folder that moved they are known by name.
         listing = self.get_file(f"__grp__{filename}")
         if listing is None and (fill := KernelCache.on_miss) is not None:
-            KernelCache.on_miss = None
-            fill()
-            listing = self.get_file(f"__grp__{filename}")
+            KernelCache.missed += 1
+            if KernelCache.missed > FEW:
+                KernelCache.on_miss = None
+                fill()
+                listing = self.get_file(f"__grp__{filename}")
         if listing is None:
             return None
         members = json.loads(Path(listing).read_text()).get("child_paths") or {}
@@ -82,8 +87,8 @@ class Compilations:
 
 @contextmanager
 def filling(fill: Callable[[], None]) -> Iterator[None]:
-    """Within, the first kernel that is in no folder has `fill` called, and is looked for once more; not afterwards."""
-    KernelCache.on_miss = fill
+    """Within, once FEW kernels are in no folder, the next one has `fill` called and is looked for again; not later."""
+    KernelCache.on_miss, KernelCache.missed = fill, 0
     try:
         yield
     finally:
