@@ -43,7 +43,10 @@ CHANGED = {
     "RECORD": adjustments.record_words(128256), "MASK": adjustments.mask_words(128256), "ENTRIES": adjustments.ENTRIES,
     "HEADER": adjustments.HEADER,
 }  # fmt: skip
-UNCHANGED = {"special": None, "masks": None, "records": None, "words": None, "RECORD": 0, "MASK": 0, "ENTRIES": 0}
+UNCHANGED = {
+    "special": None, "masks": None, "records": None, "words": None, "RECORD": 0, "MASK": 0, "ENTRIES": 0,
+    "HEADER": 0,
+}  # fmt: skip
 CHUNKS = {"VOCAB": 128256, **sample.arrangement(128256)}
 PICK = sample.pick_sizes(128256)
 PLACES = [INT, INT, INT]
@@ -92,12 +95,12 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
              "STAGES": 3, "WORDS": TILE_WORDS, "value_scale": None}, 4,
         ),
         (
-            "noisy_best", sample._noisy_best, [HALF, *PLACES, *STATE, *PARTS], {**CHUNKS, "AT_ONCE": 32},
-            sample.LANES // 32,
+            "noisy_best", sample._noisy_best, [HALF, *PLACES, *STATE, *PARTS],
+            {**UNCHANGED, **CHUNKS, "AT_ONCE": 32}, sample.LANES // 32,
         ),
         (
             "pick", sample._pick, [HALF, *PLACES, *STATE, *PARTS, *OUT],
-            {**UNCHANGED, "HEADER": 0, **PICK, "UNUSED": 16, "AT_ONCE": 64}, 8,
+            {**UNCHANGED, **PICK, "UNUSED": 16, "AT_ONCE": 64}, 8,
         ),
         (
             "pick_special", sample._pick, [HALF, INT, INT, INT, SHORT, *PLACES, *STATE, *PARTS, *OUT],
@@ -108,7 +111,7 @@ def kernels(shared_memory: int) -> list[tuple[str, Any, list[str], dict[str, Any
             {"VOCAB": 128256, **CHANGED, "BAD_WORDS": adjustments.BAD_WORDS}, 4,
         ),
         (
-            "adjusted_best", adjusted._adjusted_best, [HALF, INT, INT, INT, SHORT, *PLACES, *STATE, *PARTS],
+            "noisy_best_special", sample._noisy_best, [HALF, INT, INT, INT, SHORT, *PLACES, *STATE, *PARTS],
             {**CHANGED, **CHUNKS, "AT_ONCE": 8}, sample.LANES // 32,
         ),
         (

@@ -10,29 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_engine.kernels.gpu.adjustments import (
-    BAD_WORDS,
-    ENTRIES,
-    HEADER,
-    Adjustments,
-    _changes,
-    _logits,
-    mask_words,
-    record_words,
-)
+from octavo_engine.kernels.gpu.adjustments import BAD_WORDS, ENTRIES, HEADER, Adjustments, mask_words, record_words
 from octavo_engine.kernels.gpu.sample import (
     LANES,
     SLICE,
     SamplingScratch,
     SamplingState,
-    _add_to_chunks,
-    _best_chunk,
-    _columns,
-    _first_largest,
-    _is_cut,
-    _num_pieces,
+    _noisy_best,
     _pick,
-    _rate,
     arrangement,
     pick_sizes,
 )
@@ -55,7 +40,8 @@ def sample_adjusted(
         VOCAB=vocab, BAD_WORDS=BAD_WORDS, num_warps=4, **sizes,
     )  # fmt: skip
     drawn = (logits, *changes, tokens, rows, positions, *state.of_rows, *scratch.of_parts)
-    _adjusted_best[(m, triton.cdiv(vocab, SLICE))](
+    # Eight tokens of a thread at a time, as the code that changes a logit is long.
+    _noisy_best[(m, triton.cdiv(vocab, SLICE))](
         *drawn, VOCAB=vocab, AT_ONCE=8, num_warps=LANES // 32, **sizes, **arrangement(vocab)
     )
     _pick[(m,)](
@@ -105,45 +91,3 @@ def _note(
                 matches = matches & ((wanted == found) | (index >= before))
             entry = tl.load(starts + BAD_WORDS + 1 + lane, mask=matches, other=0)
             tl.store(record + HEADER + 2 * ENTRIES + entry, position + 1 + tl.zeros_like(entry), mask=matches)
-
-
-@triton.jit(do_not_specialize_on_alignment=["tokens", "rows", "positions", "special"])
-def _adjusted_best(
-    logits, special, masks, records, words, tokens, rows, positions, temperatures, top_ks, top_ps, min_ps, seeds, best,
-    index, largests, totals, VOCAB: tl.constexpr, RECORD: tl.constexpr, MASK: tl.constexpr, ENTRIES: tl.constexpr,
-    HEADER: tl.constexpr, PIECES: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    """As sample.py's `_noisy_best`. Eight tokens of a thread at a time, as the code that changes a logit is long."""
-    n = tl.program_id(0)
-    part = tl.program_id(1)
-    place = tl.load(special + 3 * n)
-    token = tl.load(tokens + place)
-    row = tl.load(rows + token)
-    temperature = tl.load(temperatures + row)
-    base = logits + place.to(tl.int64) * VOCAB
-    length = tl.load(positions + token) + 1
-    changes = _changes(special, n, masks, records, words, row, VOCAB, RECORD, MASK)
-    greedy = temperature == 0
-    rate = _rate(tl.where(greedy, 1.0, temperature))
-    largest = tl.full([LANES], float("-inf"), tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    first = tl.full([LANES], 2147483647, tl.int32)
-    for piece in range(0, _num_pieces(part, VOCAB, PIECES, LANES, GROUP), AT_ONCE // GROUP):
-        column = _columns(part, piece, AT_ONCE // GROUP, PIECES, LANES, GROUP)
-        x = _logits(base, column, column < VOCAB, changes, length, ENTRIES, HEADER)
-        if greedy:
-            largest, first = _first_largest(x, column, largest, first)
-        else:
-            largest, total = _add_to_chunks(x, rate, largest, total)
-    if greedy:
-        top = tl.max(largest, 0)
-        found = tl.min(tl.where(largest == top, first, 2147483647), 0)
-    else:
-        number = part * LANES + tl.arange(0, LANES)
-        top, found = _best_chunk(largest, total, rate, tl.load(seeds + row), length, number)
-        if _is_cut(tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row), VOCAB):
-            at = n * (tl.num_programs(1) * LANES) + number
-            tl.store(largests + at, largest)
-            tl.store(totals + at, total)
-    tl.store(best + n * tl.num_programs(1) + part, top)
-    tl.store(index + n * tl.num_programs(1) + part, found)

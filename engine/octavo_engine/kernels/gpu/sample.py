@@ -120,14 +120,14 @@ def sample(
     token_ids[row, position + 1], [num_rows, max_len] int32, where the next step finds it (0 instead of -1).
     """
     n, vocab = logits.shape
+    unchanged = {"RECORD": 0, "MASK": 0, "ENTRIES": 0, "HEADER": 0}
+    drawn = (logits, None, None, None, None, tokens, rows, positions, *state.of_rows, *scratch.of_parts)
     _noisy_best[(n, triton.cdiv(vocab, SLICE))](
-        logits, tokens, rows, positions, *state.of_rows, *scratch.of_parts, VOCAB=vocab, AT_ONCE=32,
-        num_warps=LANES // 32, **arrangement(vocab),
-    )  # fmt: skip
+        *drawn, VOCAB=vocab, AT_ONCE=32, num_warps=LANES // 32, **unchanged, **arrangement(vocab)
+    )
     _pick[(n,)](
-        logits, None, None, None, None, tokens, rows, positions, *state.of_rows, *scratch.of_parts, scratch.chosen,
-        token_ids, token_ids.stride(0), token_ids.shape[1], out, RECORD=0, MASK=0, ENTRIES=0, HEADER=0,
-        UNUSED=UNUSED_BITS[logits.dtype], AT_ONCE=64, num_warps=8, **pick_sizes(vocab),
+        *drawn, scratch.chosen, token_ids, token_ids.stride(0), token_ids.shape[1], out,
+        UNUSED=UNUSED_BITS[logits.dtype], AT_ONCE=64, num_warps=8, **unchanged, **pick_sizes(vocab),
     )  # fmt: skip
 
 
@@ -223,28 +223,33 @@ def _token_of_chunk(x, column, lowest, rate, seed, position):
     return tl.sum(tl.where(tl.arange(0, x.shape[0]) == tl.argmax(score, 0), column, 0), 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["tokens", "rows", "positions"])
+@triton.jit(do_not_specialize_on_alignment=["tokens", "rows", "positions", "special"])
 def _noisy_best(
-    logits, tokens, rows, positions, temperatures, top_ks, top_ps, min_ps, seeds, best, index, largests, totals,
-    VOCAB: tl.constexpr, PIECES: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
+    logits, special, masks, records, words, tokens, rows, positions, temperatures, top_ks, top_ps, min_ps, seeds, best,
+    index, largests, totals, VOCAB: tl.constexpr, RECORD: tl.constexpr, MASK: tl.constexpr, ENTRIES: tl.constexpr,
+    HEADER: tl.constexpr, PIECES: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Of each slice the best score and its chunk; of greedy rows the largest logit and its token; of rows that are cut
     what `_cut` wants of each chunk.
 
+    special: the rows of logits that are drawn, as adjusted.py has them, with what changes them; None: all, as they are.
     AT_ONCE: tokens in a thread's registers. Code of a whole slice waits for its own instructions."""
     n = tl.program_id(0)
     part = tl.program_id(1)
-    base = logits + n.to(tl.int64) * VOCAB
+    place = n if special is None else tl.load(special + 3 * n)
+    base = logits + place.to(tl.int64) * VOCAB
     pieces = _num_pieces(part, VOCAB, PIECES, LANES, GROUP)
-    token = tl.load(tokens + n)
+    token = tl.load(tokens + place)
     row = tl.load(rows + token)
+    length = tl.load(positions + token) + 1
     temperature = tl.load(temperatures + row)
+    changes = None if special is None else _changes(special, n, masks, records, words, row, VOCAB, RECORD, MASK)
     largest = tl.full([LANES], float("-inf"), tl.float32)
     if temperature == 0:
         first = tl.full([LANES], 2147483647, tl.int32)
         for piece in range(0, pieces, AT_ONCE // GROUP):
             column = _columns(part, piece, AT_ONCE // GROUP, PIECES, LANES, GROUP)
-            x = tl.load(base + column, mask=column < VOCAB, other=float("-inf")).to(tl.float32)
+            x = _logits(base, column, column < VOCAB, changes, length, ENTRIES, HEADER)
             largest, first = _first_largest(x, column, largest, first)
         top = tl.max(largest, 0)
         found = tl.min(tl.where(largest == top, first, 2147483647), 0)
@@ -253,11 +258,10 @@ def _noisy_best(
         total = tl.zeros([LANES], tl.float32)
         for piece in range(0, pieces, AT_ONCE // GROUP):
             column = _columns(part, piece, AT_ONCE // GROUP, PIECES, LANES, GROUP)
-            x = tl.load(base + column, mask=column < VOCAB, other=float("-inf")).to(tl.float32)
+            x = _logits(base, column, column < VOCAB, changes, length, ENTRIES, HEADER)
             largest, total = _add_to_chunks(x, rate, largest, total)
         number = part * LANES + tl.arange(0, LANES)
-        position = tl.load(positions + token) + 1
-        top, found = _best_chunk(largest, total, rate, tl.load(seeds + row), position, number)
+        top, found = _best_chunk(largest, total, rate, tl.load(seeds + row), length, number)
         if _is_cut(tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row), VOCAB):
             at = n * (tl.num_programs(1) * LANES) + number
             tl.store(largests + at, largest)
@@ -348,7 +352,8 @@ def _cut(
     wanted = top_k.to(tl.float32)
     # `low` is a key at which enough is left, `high` one at which too little is.
     low = floor
-    threshold = tl.minimum(top + temperature * tl.log(min_p), top)
+    least = tl.where(min_p > 0, tl.minimum(top + temperature * tl.log(min_p), top), float("-inf"))
+    threshold = least
     if cut_k | cut_p:
         # Chunks whose largest logits are the k largest of all chunks have k logits that large. For top-p they are to
         # have somewhat more than its mass together, as they also have logits that lie below the last of them.
@@ -393,10 +398,7 @@ def _cut(
             b = _key(threshold - 4.0 * temperature, UNUSED)
             c = _key(threshold - temperature, UNUSED)
         from_a, from_b, from_c = _value(a, UNUSED), _value(b, UNUSED), _value(c, UNUSED)
-        lowest = tl.where(cut_k | cut_p, _value(low, UNUSED), float("-inf"))
-        if min_p > 0:
-            lowest = tl.maximum(lowest, top + temperature * tl.log(min_p))
-        lowest = tl.minimum(lowest, top)
+        lowest = tl.maximum(_value(low, UNUSED), least)
         sum_a = tl.zeros([AT_ONCE], tl.float32)
         sum_b = sum_a
         sum_c = sum_a
