@@ -60,27 +60,34 @@ class Demand:
         """Bytes of the blocks of so many tokens."""
         return -(-tokens // self.config.block_size) * self.block_bytes
 
-    def enough(self, memory: DeviceMemory) -> float | None:
-        """The smallest utilization, in hundredths, with which this memory suffices; None where even 1 does not.
+    @property
+    def alone(self) -> Demand | None:
+        """The same where other processes hold nothing of this GPU; None where they do not hold much."""
+        if not _held_by_others(self.memory):
+            return None
+        return replace(self, memory=replace(self.memory, free_bytes=self.memory.total_bytes))
+
+    def enough(self) -> float | None:
+        """The smallest utilization, in hundredths, with which the memory suffices; None where even 1 does not.
 
         For the model's whole length if that is possible, where none is set: one that suffices for a block would give a
         server of 64 tokens.
         """
         if self.asked is not None:
-            return 1.0 if memory.budget_bytes(1.0) >= self.fixed + self.asked else None
+            return 1.0 if self.memory.budget_bytes(1.0) >= self.fixed + self.asked else None
         if self.least_kv > self.most_kv:
             return None
         shares = [percent / 100 for percent in range(1, 101)]
         for kv in (min(self.kv(self.wanted), self.most_kv), self.least_kv):
             for share in shares:
-                if memory.budget_bytes(share) >= self.fixed + kv:
+                if self.memory.budget_bytes(share) >= self.fixed + kv:
                     return share
         return None
 
 
 def too_large(demand: Demand, budget: int) -> FatalError:
     memory, need, have = demand.memory, demand.fixed, max(budget, 0)
-    if (share := demand.enough(memory)) is not None:
+    if (share := demand.enough()) is not None:
         fix = f"raise --gpu-memory-utilization to {share:.2f} at least"
     elif memory.kind == "cpu":
         share = max(demand.share, USUAL_UTILIZATION)
@@ -89,7 +96,7 @@ def too_large(demand: Demand, budget: int) -> FatalError:
         if demand.asked is None and demand.least_kv > demand.most_kv:
             setting = f" and set --kv-cache-memory-bytes to {-(-demand.least_kv // 2**20)}M"
         fix = f"give the process at least {amount:.2f} GiB of memory{setting}, or choose a smaller model"
-    elif (share := _without_others(demand)) is not None:
+    elif (alone := demand.alone) is not None and (share := alone.enough()) is not None:
         fix = "stop the other processes on this GPU"
         if share > demand.share:
             fix += f" and raise --gpu-memory-utilization to {share:.2f} at least"
@@ -108,19 +115,19 @@ def too_large(demand: Demand, budget: int) -> FatalError:
 
 def kv_too_small(demand: Demand, length: int, fits: int, kv_budget: int) -> FatalError:
     config, memory, need = demand.config, demand.memory, demand.kv(length)
+    # Where the memory has less than was asked for, it is the memory and not the setting that the cache lacks.
+    is_short = demand.asked is not None and kv_budget < demand.asked
     source = f"{_size(kv_budget)} are left for it"
-    if config.num_gpu_blocks_override is not None:
+    if config.num_gpu_blocks_override is not None and not is_short:
         source = f"--num-gpu-blocks-override {config.num_gpu_blocks_override} gives it {_size(kv_budget)}"
-    elif config.kv_cache_memory_bytes is not None:
+    elif config.kv_cache_memory_bytes is not None and not is_short:
         source = f"--kv-cache-memory-bytes gives it {_size(kv_budget)}"
-    if demand.asked is not None and kv_budget < demand.asked:  # not the setting, but the memory is what it lacks
-        source = f"{_size(kv_budget)} are left for it"
     message = (
         f"The KV cache is too small for one request of {length:,} tokens: it needs {_size(need)}, {source} "
         f"({fits:,} tokens).{_of_others(memory)}"
     )
     fixes = [f"set --max-model-len <= {fits}"] if fits >= 2 else []
-    if fixes and demand.asked is not None and kv_budget < demand.asked:
+    if fixes and is_short:
         fixes[0] += f" and {_size_setting(demand, kv_budget)}"
     if (larger := _larger_cache(demand, length)) is not None:
         fixes.append(larger)
@@ -138,15 +145,15 @@ def kv_too_small(demand: Demand, length: int, fits: int, kv_budget: int) -> Fata
 
 def _larger_cache(demand: Demand, length: int) -> str | None:
     """The setting that makes room for a request of this length, or None where the memory does not allow it."""
-    config, memory, need = demand.config, demand.memory, demand.kv(length)
-    room = memory.budget_bytes(1.0) - demand.fixed
+    config, need = demand.config, demand.kv(length)
+    room = demand.memory.budget_bytes(1.0) - demand.fixed
     if config.num_gpu_blocks_override is not None:
         return f"raise --num-gpu-blocks-override to {need // demand.block_bytes} at least" if need <= room else None
     mebibytes = -(-need // 2**20)
     by_size = f"to {mebibytes}M at least" if mebibytes * 2**20 <= room else None
     if config.kv_cache_memory_bytes is not None:
         return by_size and f"raise --kv-cache-memory-bytes {by_size}"
-    if (share := demand.enough(memory)) is not None:
+    if (share := demand.enough()) is not None:
         return f"raise --gpu-memory-utilization to {share:.2f} at least"
     # Only on a CPU, whose cache stays small where nothing is set.
     return by_size and f"set --kv-cache-memory-bytes {by_size}"
@@ -174,21 +181,11 @@ def _size_setting(demand: Demand, room: int) -> str:
 
 def _with_others_stopped(demand: Demand, length: int) -> str | None:
     """What makes room for a request of this length once other processes hold nothing of this GPU; None: nothing."""
-    if not _held_by_others(demand.memory):
+    if (alone := demand.alone) is None or (larger := _larger_cache(alone, length)) is None:
         return None
-    alone = replace(demand, memory=replace(demand.memory, free_bytes=demand.memory.total_bytes))
-    if (larger := _larger_cache(alone, length)) is None:
-        return None
-    share, stop = alone.enough(alone.memory), "stop the other processes on this GPU"
+    share, stop = alone.enough(), "stop the other processes on this GPU"
     has_size = demand.asked is None or demand.asked >= demand.kv(length)
     return stop if has_size and share is not None and share <= demand.share else f"{stop} and {larger}"
-
-
-def _without_others(demand: Demand) -> float | None:
-    """The utilization that would suffice if other processes held nothing of this GPU; None where none would."""
-    if not _held_by_others(demand.memory):
-        return None
-    return demand.enough(replace(demand.memory, free_bytes=demand.memory.total_bytes))
 
 
 def _of_others(memory: DeviceMemory) -> str:

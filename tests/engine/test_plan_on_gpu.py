@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,14 +27,11 @@ from octavo_engine.plan import Plan, make_plan
 from octavo_engine.runner.gpu_steps import GpuSteps
 
 META = torch.device("meta")
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-    "dtype": "bfloat16",
-}  # fmt: skip
+LLAMA_8B = json.loads((Path(__file__).parents[2] / "docker" / "models" / "llama-3.1-8b" / "config.json").read_text())
 SMOLLM2 = {
     **LLAMA_8B, "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
 }  # fmt: skip
 LARGE_VOCABULARY = {**SMOLLM2, "vocab_size": 262144}
 SMALL_VOCABULARY = {**SMOLLM2, "vocab_size": 512}
